@@ -1,0 +1,34 @@
+"""Backbones: plain flax.linen modules that know nothing of pruning.
+
+A module of this package that defines `MODELS: dict[str, Callable[..., nn.Module]]` adds its names to `create`; an
+architecture is one file.
+"""
+
+import importlib
+import pkgutil
+from typing import Any
+
+import flax.linen as nn
+
+
+def names() -> dict[str, Any]:
+    """Constructors of all backbones by name."""
+    modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
+    return {name: constructor for module in modules for name, constructor in module.MODELS.items()}
+
+
+def create(name: str, num_classes: int, **attributes: Any) -> nn.Module:
+    """Builds a backbone.
+
+    Args:
+      name: for example "resnet56"; `names()` lists all.
+      num_classes: outputs of the classifier.
+      **attributes: further attributes of the module, for example `widths` or `shortcut`.
+
+    Raises:
+      ValueError: the name is unknown.
+    """
+    constructors = names()
+    if name not in constructors:
+        raise ValueError(f"model {name!r} is unknown; choose one of {', '.join(constructors)}.")
+    return constructors[name](num_classes=num_classes, **attributes)

@@ -1,0 +1,345 @@
+"""What survives a run being stopped: checkpoints (orbax), the workdir's identity, and a clean stop on SIGTERM.
+
+Orbax saves atomically, but restores flipped bits in array data without a word, and raises almost anything on a missing
+or truncated file. So each checkpoint carries a record with a SHA-256 per leaf, and one that does not match its record
+is set aside for the one before it.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import signal
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+from ddnp_jax import parallel
+
+_policies = ocp.checkpoint_managers
+
+
+class _DamagedError(Exception):
+    """Why one checkpoint cannot be trusted."""
+
+
+class Checkpoints:
+    """The checkpoints of one stage of a run, as a context manager: on leaving, all that was saved is on disk.
+
+    Kept are the latest `keep` and the one with the highest metric. In a run of several processes all of them make every
+    call, on a directory that all of them see.
+    """
+
+    def __init__(self, directory: str | Path, keep: int = 2) -> None:
+        """Opens the directory, or makes it.
+
+        Args:
+          directory: of this stage alone.
+          keep: how many of the latest checkpoints stay; 2 leaves one to fall back to.
+        """
+        self.directory = Path(directory).absolute()
+        self._metrics: dict[int, float | None] = {}
+        policy = _policies.AnyPreservationPolicy([_policies.LatestN(keep), _KeepBest(self._metrics)])
+        # Orbax's own metrics have no checksum, and a damaged file of them makes opening fail: ours are in the record.
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy, cleanup_tmp_directories=True, lightweight_initialize=True
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        for step in self._manager.all_steps():
+            self._metrics[step] = self._metric(step)
+
+    def __enter__(self) -> Self:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Waits until everything is written."""
+        self._manager.close()
+
+    def save(self, step: int, state: Any, metric: float | None = None) -> None:
+        """Saves a pytree; the files are written in the background.
+
+        Args:
+          step: its number; a state saved already under its own step is not saved again.
+          state: a pytree of arrays, replicated where they are on devices.
+          metric: how good the state is, higher being better; None where that was not measured.
+
+        Raises:
+          ValueError: if the metric is not finite, two leaves share a name, or the step holds another state.
+        """
+        if metric is not None and not math.isfinite(metric):
+            raise ValueError(f"metric={metric} of step {step} is not finite; save the state without a metric.")
+        leaves = _named(parallel.fetch(state))
+        record = {
+            "metric": metric,
+            "leaves": {name: _describe(x) | {"sha256": _sha256(x)} for name, x in leaves.items()},
+        }
+        if step in self._manager.all_steps():
+            if self._holds(step, record["leaves"]):
+                return
+            raise ValueError(
+                f"Checkpoint {step} in {self.directory} holds another state; "
+                "restore before the first save, or use another workdir."
+            )
+        self._metrics[step] = metric
+        arrays = {name: x for name, x in leaves.items() if x.size}  # orbax refuses empty ones
+        args = ocp.args.Composite(
+            arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record | {"sha256": _seal(record)})
+        )
+        self._manager.save(step, args=args, force=True)  # unforced, a step below the latest is skipped silently
+
+    def restore(self, template: Any) -> tuple[int, Any] | None:
+        """Reads the newest undamaged checkpoint.
+
+        Damaged ones that are newer are logged and renamed to `<step>.damaged`, so that their steps can be saved again.
+
+        Args:
+          template: a pytree with the structure, shapes and dtypes of the state (arrays or `jax.ShapeDtypeStruct`).
+
+        Returns:
+          The step, and the state as numpy arrays with the bits that were saved; None if there is no checkpoint.
+
+        Raises:
+          ValueError: if the checkpoint does not fit the template; the message names the first leaf that differs.
+          RuntimeError: if there are checkpoints and all are damaged.
+        """
+        return self._first_undamaged(sorted(self._manager.all_steps(), reverse=True), template)
+
+    def restore_best(self, template: Any) -> tuple[int, Any] | None:
+        """Reads the undamaged checkpoint with the highest metric (of equal ones the newest); else like `restore`.
+
+        Returns:
+          The step and the state; None if no checkpoint was saved with a metric.
+        """
+        steps = [step for step in self._manager.all_steps() if self._metrics[step] is not None]
+        return self._first_undamaged(sorted(steps, key=lambda s: (self._metrics[s], s), reverse=True), template)
+
+    def _first_undamaged(self, steps: Iterable[int], template: Any) -> tuple[int, Any] | None:
+        self._manager.wait_until_finished()
+        damaged: dict[int, str] = {}
+        for step in steps:
+            reason, state = "", None
+            try:
+                state = self._read(step, template)
+            except _DamagedError as error:
+                reason = str(error)
+            if parallel.any_process(bool(reason)):
+                damaged[step] = reason or "another process cannot read it"
+                continue
+            self._set_aside(damaged)
+            return step, state
+        if damaged:
+            reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
+            raise RuntimeError(
+                f"Every checkpoint in {self.directory} is damaged ({reasons}); "
+                "put a good copy back, or delete the directory to start this stage again."
+            )
+        return None
+
+    def _set_aside(self, damaged: Mapping[int, str]) -> None:
+        for step, reason in damaged.items():
+            logging.warning("Checkpoint %d in %s is damaged and set aside: %s", step, self.directory, reason)
+            self._metrics.pop(step)
+            if jax.process_index() == 0:
+                names = (f"{step}.damaged{suffix}" for suffix in itertools.chain([""], itertools.count(2)))
+                target = next(path for path in map(self.directory.joinpath, names) if not path.exists())
+                (self.directory / str(step)).rename(target)
+        if damaged:
+            parallel.any_process(False)  # the others wait for the renaming
+            self._manager.reload()
+
+    def _read(self, step: int, template: Any) -> Any:
+        """Reads and verifies one checkpoint, or raises `_DamagedError`."""
+        record = self._record(step)
+        wanted = _named(template)
+        self._check_fit(step, record["leaves"], wanted)
+        empty = {name: np.empty(x.shape, x.dtype) for name, x in wanted.items()}
+        targets = {name: x for name, x in empty.items() if x.size}
+        args = ocp.args.Composite(arrays=ocp.args.StandardRestore(targets))
+        try:
+            leaves = empty | self._manager.restore(step, args=args)["arrays"]
+        except Exception as error:  # orbax raises whatever its parts raise, plain Exception included
+            raise _DamagedError(_one_line(error)) from error
+        for name in wanted:
+            if _sha256(leaves[name]) != record["leaves"][name]["sha256"]:
+                raise _DamagedError(f"leaf {name} does not have the SHA-256 that it was saved with")
+        return jax.tree.unflatten(jax.tree.structure(template), [leaves[name] for name in wanted])
+
+    def _check_fit(self, step: int, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+        for name in [*wanted, *saved]:
+            there = f"{tuple(saved[name]['shape'])} {saved[name]['dtype']}" if name in saved else "absent"
+            here = f"{tuple(wanted[name].shape)} {wanted[name].dtype}" if name in wanted else "absent"
+            if there != here:
+                raise ValueError(
+                    f"Checkpoint {step} in {self.directory} is of another model: leaf {name} is {there} there "
+                    f"and {here} here; use the config that wrote it, or another workdir."
+                )
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """Reads one checkpoint's record, or raises `_DamagedError`."""
+        try:
+            args = ocp.args.Composite(record=ocp.args.JsonRestore())
+            record = self._manager.restore(step, args=args)["record"]
+            sealed = record.pop("sha256") == _seal(record)
+        except Exception as error:  # as above
+            raise _DamagedError(_one_line(error)) from error
+        if not sealed:
+            raise _DamagedError("record/metadata does not have the SHA-256 that it was saved with")
+        return record
+
+    def _holds(self, step: int, leaves: Mapping[str, Any]) -> bool:
+        self._manager.wait_until_finished()
+        try:
+            return self._record(step)["leaves"] == leaves
+        except _DamagedError:
+            return False
+
+    def _metric(self, step: int) -> float | None:
+        try:
+            return self._record(step)["metric"]
+        except _DamagedError:
+            return math.inf  # perhaps the best: `restore_best` must come across it and say that it is damaged
+
+
+class _KeepBest(_policies.PreservationPolicy):
+    """Preserves the newest of the checkpoints with the highest readable metric."""
+
+    def __init__(self, metrics: Mapping[int, float | None]) -> None:
+        self._metrics = metrics
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Answers for each checkpoint."""
+        metrics = {c.step: self._metrics[c.step] for c in checkpoints}
+        ranked = [(m, step) for step, m in metrics.items() if m is not None and m < math.inf]
+        best = max(ranked)[1] if ranked else None
+        return [c.step == best for c in checkpoints]
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """The leaves by their path, as 'params/conv1/kernel', in the order of the tree."""
+    paths = [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in jax.tree.leaves_with_path(tree)]
+    leaves = {name: x if hasattr(x, "dtype") else np.asarray(x) for name, x in paths}
+    if len(leaves) < len(paths):
+        twice = next(name for i, (name, _) in enumerate(paths) if name in dict(paths[:i]))
+        raise ValueError(f"Two leaves of the state are both named {twice}; rename one of their keys.")
+    return leaves
+
+
+def _describe(x: np.ndarray) -> dict[str, Any]:
+    return {"shape": list(x.shape), "dtype": str(x.dtype)}
+
+
+def _sha256(x: np.ndarray) -> str:
+    digest = hashlib.sha256(json.dumps(_describe(x)).encode())
+    digest.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def _seal(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+
+
+def write_json_atomic(path: str | Path, value: Any) -> None:
+    """Writes JSON so that after a kill or a power cut the file is either the old one or the new one, whole."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the renaming itself
+    finally:
+        os.close(folder)
+
+
+def claim_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequence[str] = ()) -> None:
+    """Makes a workdir this run's own, or checks that it is: its `config.json` must hold the same config.
+
+    Args:
+      workdir: of the run; made if absent.
+      config: nested mappings of JSON values.
+      ignore: fields, or prefixes of fields ('parallel' for all 'parallel.*'), that may differ when a run goes on.
+
+    Raises:
+      ValueError: if the workdir belongs to a run with another config; the message lists the fields that differ.
+    """
+    path = Path(workdir) / "config.json"
+    if jax.process_index() == 0 and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(path, config)
+    parallel.any_process(False)  # the others wait for the file
+    try:
+        theirs = _fields(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); put it back, or give this run another workdir.") from error
+    ours = _fields(json.loads(json.dumps(config)))  # tuples become lists, as in the file
+    differing = [
+        f"  {name}: workdir has {_shown(theirs, name)}, this run has {_shown(ours, name)}"
+        for name in dict.fromkeys([*theirs, *ours])
+        if _shown(theirs, name) != _shown(ours, name) and not any(f"{name}.".startswith(f"{p}.") for p in ignore)
+    ]
+    if differing:
+        lines = "\n".join([f"{workdir} belongs to a run with another config:", *differing])
+        raise ValueError(f"{lines}\nGive this run another workdir, or the workdir's values.")
+
+
+def _fields(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flattens nested mappings to 'a.b.c' fields."""
+    fields: dict[str, Any] = {}
+    for name, value in config.items():
+        nested = isinstance(value, Mapping) and value
+        fields |= _fields(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return fields
+
+
+def _shown(fields: Mapping[str, Any], name: str) -> str:
+    return repr(fields[name]) if name in fields else "no such field"
+
+
+class PreemptionGuard:
+    """While entered, SIGTERM and Ctrl-C only ask the loop to stop, so that it can save and leave between two chunks.
+
+    A second Ctrl-C interrupts at once. Repeated SIGTERMs change nothing: schedulers send several. Must be entered in
+    the main thread; in a run of several processes, by all of them.
+    """
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self._requested = False
+        self._old: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Puts the handlers in place."""
+        self._old = {number: signal.signal(number, self._request) for number in self._SIGNALS}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Puts the old handlers back."""
+        for number, handler in self._old.items():
+            # None: it was not set from Python (jax.distributed sets one of its own), and cannot be put back from here.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def stop_requested(self) -> bool:
+        """Whether any process of the run was asked to stop; all processes ask at the same point, and agree."""
+        return parallel.any_process(self._requested)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self._requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._requested = True

@@ -1,0 +1,58 @@
+"""The terms of the training and search objectives."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """Mean cross-entropy of logits (N, K) against integer labels (N,), with label smoothing."""
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+    return jnp.mean(optax.softmax_cross_entropy(logits, targets))
+
+
+def distillation(logits: jax.Array, teacher_logits: jax.Array, temperature: float) -> jax.Array:
+    """Knowledge distillation (Hinton et al. 2015): T² KL(teacher || student) of softened outputs, mean over N."""
+    teacher = jax.nn.log_softmax(teacher_logits / temperature)
+    student = jax.nn.log_softmax(logits / temperature)
+    return temperature**2 * jnp.mean(optax.kl_divergence_with_log_targets(student, teacher))
+
+
+def resource(kind: str, cost: jax.Array, total: float, p: float) -> jax.Array:
+    """Resource loss R(T, p T_total): how far the present cost T is from the wanted p T_total.
+
+    Args:
+      kind: 'log_abs' |log(T / p T_total)| (the authors' DDNP form), 'log_max' log(max(T, p T_total) / p T_total) (their
+        NPPM form), 'abs' |T / T_total - p| or 'square' (T / T_total - p)².
+      cost: T, in the unit of `total`.
+      total: T_total, the cost of the whole network.
+      p: fraction that may remain.
+    """
+    target = p * total
+    match kind:
+        case "log_abs":
+            return jnp.abs(jnp.log(cost / target))
+        case "log_max":
+            return jnp.log(jnp.maximum(cost, target) / target)
+        case "abs":
+            return jnp.abs(cost / total - p)
+        case "square":
+            return jnp.square(cost / total - p)
+    raise ValueError(f"resource_loss={kind!r} is unknown; use 'log_abs', 'log_max', 'abs' or 'square'.")
+
+
+def tie(gates: tuple[jax.Array, ...], k: jax.Array, rng: jax.Array, noise: float = 0.02) -> jax.Array:
+    """Relaxed tie between importance and width, the third term of DDNP eq. (9).
+
+    `Σ_l log(|mean_c 1[gate_lc >= 1/2] - k_l + u_l| + 1)` with u ~ U(-noise, noise). The fraction of open gates is
+    detached, so that only the widths move.
+
+    Args:
+      gates: per gate the relaxed Bernoulli values (C_l,).
+      k: (L,) widths in (0, 1).
+      rng: key for u.
+      noise: half the range of u.
+    """
+    is_open = jnp.stack([jnp.mean((gate >= 0.5).astype(jnp.float32)) for gate in gates])
+    u = jax.random.uniform(rng, k.shape, minval=-noise, maxval=noise)
+    return jnp.sum(jnp.log(jnp.abs(jax.lax.stop_gradient(is_open) - k + u) + 1.0))

@@ -1,0 +1,87 @@
+"""Ways to arrive at a Selection, one module each; a module's name is the method's name in the configuration.
+
+A method module defines `build(problem: Problem) -> Search`. One-shot methods are searches of zero steps.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import ml_collections
+import numpy as np
+
+from ddnp_jax.budget import Budget
+from ddnp_jax.topology import Selection, Topology
+
+
+class Problem(NamedTuple):
+    """What a method is given.
+
+    Attributes:
+      model: the backbone.
+      variables: its trained variables; they stay as they are.
+      topology: of the model.
+      budget: what may remain.
+      config: the `search` section of the configuration.
+      steps: number of search steps.
+    """
+
+    model: nn.Module
+    variables: Any
+    topology: Topology
+    budget: Budget
+    config: ml_collections.ConfigDict
+    steps: int
+
+
+class Search(NamedTuple):
+    """A method's search over batches, as pure functions.
+
+    Attributes:
+      steps: number of steps; 0 for one-shot methods.
+      init: rng -> state, any pytree of arrays.
+      step: (state, variables, (images, labels), rng) -> (state, metrics), seen from one device: images are normalized
+        floats (N, H, W, C), `rng` is the same on all devices, means are taken over the mapped axis "data".
+      propose: state on the host -> importances (C_l,) per gate and widths k (L,) in (0, 1].
+    """
+
+    steps: int
+    init: Callable[[jax.Array], Any]
+    step: Callable[..., tuple[Any, dict[str, jax.Array]]]
+    propose: Callable[[Any], tuple[tuple[np.ndarray, ...], np.ndarray]]
+
+
+def names() -> list[str]:
+    """All methods."""
+    return [info.name for info in pkgutil.iter_modules(__path__)]
+
+
+def build(method: str, problem: Problem) -> Search:
+    """Builds the search of a method.
+
+    Raises:
+      ValueError: the method is unknown.
+    """
+    if method not in names():
+        raise ValueError(f"search.method={method!r} is unknown; choose one of {', '.join(names())}.")
+    return importlib.import_module(f"{__name__}.{method}").build(problem)
+
+
+def select(search: Search, state: Any, budget: Budget) -> Selection:
+    """The channels that a search proposes in `state`: integer widths that meet the budget, best-ranked channels.
+
+    Args:
+      search: of any method.
+      state: its state, on the host.
+      budget: to be met.
+
+    Returns:
+      The kept channels per gate; equal importances keep channel order.
+    """
+    importance, k = search.propose(state)
+    order = (np.argsort(-np.asarray(scores), kind="stable") for scores in importance)
+    widths = budget.fit(np.asarray(k))
+    return Selection(tuple(tuple(sorted(map(int, o[:width]))) for o, width in zip(order, widths, strict=True)))

@@ -1,0 +1,191 @@
+"""DDNP: Disentangled Differentiable Network Pruning (Gao et al., ECCV 2022).
+
+Which channels matter is learned by g_s, how many stay by g_k; the two meet in a soft top-k mask and are tied only
+loosely by the third term of the objective, eq. (9).
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from ddnp_jax import flops, generators, losses, masks
+from ddnp_jax.generators import Learner
+from ddnp_jax.interception import apply_masked
+from ddnp_jax.methods import Problem, Search
+from ddnp_jax.methods.magnitude import l1_norms
+
+OUTPUTS = {"sigmoid": jax.nn.sigmoid, "abs": jnp.abs, "square": jnp.square}
+
+
+class State(flax.struct.PyTreeNode):
+    """The search's state.
+
+    Attributes:
+      step: number of steps taken, int32.
+      params: {"importance", "width"}: the learned variables of g_s and g_k.
+      inputs: {"importance", "width"}: their variables that stay.
+      opt_state: of AdamW.
+      energy: (C_l,) per gate: feature energy at the last step, in [0, 1] (authors' form).
+      ranking: (C_l,) per gate: the running average of the importance, which ranks channels outside of the search.
+    """
+
+    step: jax.Array
+    params: Any
+    inputs: Any
+    opt_state: Any
+    energy: tuple[jax.Array, ...]
+    ranking: tuple[jax.Array, ...]
+
+
+def importance_learner(problem: Problem) -> Learner:
+    """g_s, one scalar per channel, or the L1 norms, standardized within each gate ("Fix S")."""
+    config, widths = problem.config, problem.topology.widths
+    match config.importance:
+        case "generator":
+            module = generators.ImportanceGenerator(
+                widths, config.learned_inputs, config.bidirectional, config.layer_norm
+            )
+            return generators.learned(module)
+        case "scalar":
+            return generators.learned(generators.ScalarImportance(widths))
+        case "l1":
+            norms = l1_norms(problem.variables, problem.topology)
+            return generators.fixed(tuple(np.float32((n - n.mean()) / (n.std() + 1e-12)) for n in norms))
+    raise ValueError(f"search.importance={config.importance!r} is unknown; use 'generator', 'scalar' or 'l1'.")
+
+
+def width_learner(problem: Problem) -> Learner:
+    """g_k, one scalar per gate, or 0.5 everywhere ("Fix k")."""
+    config, gates = problem.config, len(problem.topology.gates)
+    match config.width:
+        case "generator":
+            return generators.learned(generators.WidthGenerator(gates, config.learned_inputs))
+        case "scalar":
+            return generators.learned(generators.ScalarWidth(gates))
+        case "half":
+            return generators.fixed(np.full(gates, 0.5, np.float32))
+    raise ValueError(f"search.width={config.width!r} is unknown; use 'generator', 'scalar' or 'half'.")
+
+
+def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
+    """AdamW for both learners, the rate of the widths with cosine decay to 0."""
+    importance, width = config.importance_optimizer, config.width_optimizer
+    return optax.partition(
+        {
+            "importance": optax.adamw(importance.learning_rate, weight_decay=importance.weight_decay),
+            "width": optax.adamw(
+                optax.cosine_decay_schedule(width.learning_rate, max(steps, 1)), weight_decay=width.weight_decay
+            ),
+        },
+        {"importance": "importance", "width": "width"},
+    )
+
+
+def soft_masks(
+    importance: tuple[jax.Array, ...],
+    gates: tuple[jax.Array, ...],
+    k: jax.Array,
+    config: ml_collections.ConfigDict,
+) -> tuple[jax.Array, ...]:
+    """Soft top-k by importance, times the relaxed Bernoulli gate: m_l (C_l,) per gate."""
+    return tuple(
+        masks.soft_top_k(k[gate], masks.ranks(scores), config.band, config.floor) * gates[gate]
+        for gate, scores in enumerate(jax.lax.stop_gradient(importance))
+    )
+
+
+def blend(importance: jax.Array, energy: jax.Array, weight: float) -> jax.Array:
+    """The authors' importance: (1 - weight) of the learned one, `weight` of the feature energy; detached."""
+    return jax.lax.stop_gradient((1.0 - weight) * importance + weight * energy)
+
+
+def _feature_energy(activation: jax.Array) -> jax.Array:
+    """Mean over images of the channel's summed squared activation: (N, ..., C) -> (C,)."""
+    return jnp.sum(jnp.square(activation), range(activation.ndim - 1)) / activation.shape[0]
+
+
+def build(problem: Problem) -> Search:
+    """The search of `problem.config`; METHOD section 1 describes every field."""
+    config, topology, budget = problem.config, problem.topology, problem.budget
+    learners = {"importance": importance_learner(problem), "width": width_learner(problem)}
+    optimizer = make_optimizer(config, problem.steps)
+    learns_from_data = config.importance != "l1"  # "Fix S": only the second and third term of eq. (9)
+
+    def learned_values(params: Any, inputs: Any) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        scores, k = (learners[name].apply({"params": params[name], **inputs[name]}) for name in ("importance", "width"))
+        return scores, k
+
+    def rank_by(scores: tuple[jax.Array, ...], energy: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        output = OUTPUTS[config.output]
+        return tuple(blend(output(s), e, config.energy_weight) for s, e in zip(scores, energy, strict=True))
+
+    def cost(gates: tuple[jax.Array, ...], k: jax.Array) -> jax.Array:
+        widths = k * np.float32(topology.widths)
+        if config.flops_width == "mean":
+            open_gates = jnp.stack([jnp.sum(masks.straight_through(gate)) for gate in gates])
+            widths = (widths + open_gates) / 2
+        return flops.prunable(topology, widths, budget.convention)
+
+    def objective(params: Any, state: State, variables: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, Any]:
+        images, labels = batch
+        *gate_rngs, tie_rng = jax.random.split(rng, len(topology.gates) + 1)
+        scores, k = learned_values(params, state.inputs)
+        gates = tuple(map(masks.relaxed_bernoulli, scores, gate_rngs))
+        importance = rank_by(scores, state.energy)
+        remaining = cost(gates, k)
+        terms = {
+            "resource_loss": losses.resource(config.resource_loss, remaining, budget.total, budget.p),
+            "tie_loss": losses.tie(gates, k, tie_rng, config.tie_noise),
+        }
+        loss = config.resource_weight * terms["resource_loss"] + config.tie_weight * terms["tie_loss"]
+        metrics = {**terms, "remaining_flops": remaining / budget.total}
+        energy = state.energy
+        if learns_from_data:
+            observed: dict[int, jax.Array] = {}
+            logits = apply_masked(
+                problem.model,
+                variables,
+                images,
+                soft_masks(importance, gates, k, config),
+                topology,
+                observe=(lambda gate, x: observed.update({gate: _feature_energy(x)})) if config.energy_weight else None,
+            )
+            cross_entropy = losses.cross_entropy(logits, labels)
+            loss = loss + cross_entropy
+            top1 = jnp.mean(jnp.argmax(logits, -1) == labels)
+            metrics |= {"cross_entropy": cross_entropy, "top1": 100.0 * top1}
+            energy = tuple(observed[gate] for gate in sorted(observed)) or energy
+        return loss, (metrics | {"loss": loss}, energy, importance)
+
+    def init(rng: jax.Array) -> State:
+        variables = {name: learners[name].init(key) for name, key in zip(learners, jax.random.split(rng), strict=True)}
+        params = {name: values.get("params", {}) for name, values in variables.items()}
+        inputs = {name: {c: v for c, v in values.items() if c != "params"} for name, values in variables.items()}
+        energy = tuple(jnp.zeros(channels) for channels in topology.widths)
+        ranking = rank_by(learned_values(params, inputs)[0], energy)
+        return State(jnp.int32(0), params, inputs, optimizer.init(params), energy, ranking)
+
+    def step(state: State, variables: Any, batch: Any, rng: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        gradients, (metrics, energy, importance) = jax.grad(objective, has_aux=True)(
+            state.params, state, variables, batch, rng
+        )
+        gradients, metrics, energy = jax.lax.pmean((gradients, metrics, energy), "data")
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        decay = config.importance_average
+        return state.replace(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+            energy=tuple(e / (jnp.max(e) + 1e-12) for e in energy),
+            ranking=tuple(decay * r + (1.0 - decay) * i for r, i in zip(state.ranking, importance, strict=True)),
+        ), metrics
+
+    def propose(state: State) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+        return tuple(map(np.asarray, state.ranking)), np.asarray(learned_values(state.params, state.inputs)[1])
+
+    return Search(problem.steps, init, step, propose)

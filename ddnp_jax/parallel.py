@@ -1,0 +1,147 @@
+"""Devices and hosts: a step written from one device's view runs on all devices of all processes.
+
+Every state is replicated and every batch split, so there is one mesh with one axis, `data`, and nothing else to choose.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXIS = "data"
+_REPLICATED = PartitionSpec()
+_SPLIT = PartitionSpec(None, AXIS)  # (chunk, batch, ...): the batch axis
+
+Step = Callable[[Any, Any, Any], tuple[Any, Any]]
+
+
+def initialize(
+    distributed: bool,
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Joins this process to the others of the run; must come before anything touches a device.
+
+    Args:
+      distributed: whether the run has several processes; False does nothing.
+      coordinator_address: 'host:port' of process 0; None on TPU, Slurm and Kubernetes, where JAX finds all three.
+      num_processes: how many processes the run has.
+      process_id: which one this is, from 0.
+
+    Raises:
+      ValueError: if only some of the three are given, or any of them to a run that is not distributed.
+    """
+    given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if not distributed and len(missing) < 3:
+        name = next(name for name in given if name not in missing)
+        raise ValueError(f"{name} is set but distributed is False; set distributed=True or leave {name} out.")
+    if 0 < len(missing) < 3:
+        raise ValueError(f"{' and '.join(missing)} missing: set all of {', '.join(given)}, or none of them.")
+    if distributed:
+        jax.distributed.initialize(**given)
+
+
+def mesh() -> Mesh:
+    """All devices of all processes along one axis, `data`."""
+    return Mesh(np.array(jax.devices()), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def check_batch(batch_size: int, name: str) -> None:
+    """Refuses a batch that the devices cannot share equally.
+
+    Args:
+      batch_size: images per step over all devices.
+      name: the config field that holds it, for the message.
+
+    Raises:
+      ValueError: if `batch_size` is not a positive multiple of the number of devices.
+    """
+    devices = jax.device_count()
+    if batch_size < 1 or batch_size % devices:
+        nearest = max(round(batch_size / devices), 1) * devices
+        raise ValueError(f"{name}={batch_size} cannot be shared equally by {devices} devices; use {nearest}, say.")
+
+
+def replicate(tree: Any) -> Any:
+    """Copies a pytree of arrays, the same in every process, to every device; the copies may be donated."""
+    return jax.device_put(fetch(tree), NamedSharding(mesh(), _REPLICATED))
+
+
+def shard_batches(tree: Any) -> Any:
+    """Puts batches on the devices that read them.
+
+    Args:
+      tree: a pytree of host arrays (chunk, batch / processes, ...), this process's part of every batch.
+
+    Returns:
+      The same pytree as global arrays (chunk, batch, ...), split over the devices along axis 1.
+    """
+    sharding = NamedSharding(mesh(), _SPLIT)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+
+
+def fetch(tree: Any) -> Any:
+    """Copies a pytree of replicated (or local) arrays to the host as numpy arrays that outlive donation."""
+    return jax.tree.map(lambda x: np.array(jax.device_get(x)), tree)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is true in any process; every process must ask, and all get the same answer."""
+    if jax.process_count() == 1:
+        return flag
+    with jax.transfer_guard("allow"):  # one byte each; its gather moves it implicitly
+        return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def data_parallel(step: Step, *, mode: str = "shard_map", donate: bool = True) -> Step:
+    """Maps a step over all devices of all processes.
+
+    The step takes its means with `jax.lax.pmean(..., "data")`: of the gradients, of what it returns as metrics and of
+    batch statistics that stay in the state, so that both outputs are the same on every device. Both modes give the same
+    numbers.
+
+    Args:
+      step: `(state, constants, batches) -> (state, metrics)` as one device sees it: `batches` holds its own share of
+        each batch, (chunk, batch / devices, ...).
+      mode: 'shard_map' (under jit) or 'pmap'.
+      donate: whether the call may reuse the memory of its state, which is then gone.
+
+    Returns:
+      The same function of a replicated state and constants (see `replicate`) and batches split along axis 1 (see
+      `shard_batches`); its outputs are replicated.
+
+    Raises:
+      ValueError: if `mode` is neither.
+    """
+    donated = (0,) if donate else ()
+    if mode == "pmap":
+        return _pmapped(step, donated)
+    if mode != "shard_map":
+        raise ValueError(f"mode={mode!r} is unknown; use 'shard_map' or 'pmap'.")
+    # With check_vma=True the gradient of a replicated value is already summed over the devices, and a pmean of it
+    # would be n_devices times too large.
+    mapped = jax.shard_map(
+        step, mesh=mesh(), in_specs=(_REPLICATED, _REPLICATED, _SPLIT), out_specs=_REPLICATED, check_vma=False
+    )
+    return jax.jit(mapped, donate_argnums=donated)
+
+
+def _pmapped(step: Step, donated: tuple[int, ...]) -> Step:
+    """The same through `jax.pmap`, which wants this process's part of the batch with the local devices as an axis."""
+    devices = jax.local_device_count()
+    mapped = jax.pmap(step, AXIS, in_axes=(None, None, 1), out_axes=None, donate_argnums=donated)
+
+    @jax.jit
+    def split(batches: Any) -> Any:
+        return jax.tree.map(lambda x: x.reshape(x.shape[0], devices, x.shape[1] // devices, *x.shape[2:]), batches)
+
+    def call(state: Any, constants: Any, batches: Any) -> tuple[Any, Any]:
+        local = multihost_utils.global_array_to_host_local_array(batches, mesh(), _SPLIT)
+        return mapped(state, constants, split(local))
+
+    return call

@@ -1,0 +1,293 @@
+"""The main job: base weights, search, compaction, fine-tuning and report, each stage resumable from the workdir."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import ml_collections
+import numpy as np
+import optax
+from absl import logging
+
+from ddnp_jax import checkpoint, data, flops, methods, models, parallel, report, torch_weights, training
+from ddnp_jax.budget import Budget
+from ddnp_jax.compact import compact, load_pruned, save_pruned, verify
+from ddnp_jax.interception import apply_masked
+from ddnp_jax.topology import Selection, Topology, trace
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What every stage needs; made and checked before any device work.
+
+    Attributes:
+      config: the whole configuration.
+      workdir: where everything is written.
+      dataset: images on the host.
+      model: the unpruned network.
+      topology: of the model.
+      budget: what may remain.
+      log: metrics.jsonl.
+    """
+
+    config: ml_collections.ConfigDict
+    workdir: Path
+    dataset: data.Dataset
+    model: nn.Module
+    topology: Topology
+    budget: Budget
+    log: training.MetricsLog
+
+    def stage_steps(self, section: str) -> tuple[int, int]:
+        """(steps in all, steps per epoch) of a section of the configuration."""
+        config = self.config[section]
+        per_epoch = data.steps_per_epoch(len(self.indices(section)), config.batch_size)
+        return config.epochs * per_epoch, per_epoch
+
+    def indices(self, section: str) -> np.ndarray:
+        """Training images of a stage: base training leaves the search's images out, fine-tuning adds them."""
+        splits = self.dataset.splits
+        if section == "search":
+            return splits["search"]
+        return splits["train"] if section == "base" else np.sort(np.concatenate([splits["train"], splits["search"]]))
+
+    def batches(self, section: str) -> Any:
+        """Batches of indices of a stage, this process's part."""
+        process = (jax.process_index(), jax.process_count())
+        return data.batches(self.indices(section), self.config[section].batch_size, self.config.seed, process=process)
+
+    def held_out(self) -> tuple[np.ndarray, np.ndarray]:
+        """Images and labels by which the best checkpoint is chosen."""
+        index = self.dataset.splits["validation"]
+        return self.dataset.train_images[index], self.dataset.train_labels[index]
+
+    def on_device(self, step_constants: Any) -> dict[str, Any]:
+        """The constants of `training.over_chunk` on every device."""
+        images, labels = self.dataset.train_images, self.dataset.train_labels
+        return parallel.replicate({"images": images, "labels": labels, "step": step_constants})
+
+
+def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
+    """Checks the whole configuration and reads the data.
+
+    Raises:
+      ValueError: a field is wrong, the budget cannot be met, or the workdir belongs to another run.
+    """
+    dtype = {"float32": np.float32, "bfloat16": jax.numpy.bfloat16}
+    if config.precision not in dtype:
+        raise ValueError(f"precision={config.precision!r} is unknown; use {' or '.join(map(repr, dtype))}.")
+    for section in ("base", "search", "finetune"):
+        parallel.check_batch(config[section].batch_size, f"{section}.batch_size")
+    parallel.check_batch(config.eval_batch_size, "eval_batch_size")
+    dataset = data.load(config.data)
+    model = models.create(
+        config.model.name, dataset.num_classes, **config.model.attributes, dtype=dtype[config.precision]
+    )
+    if config.parallel.sync_batch_norm:
+        model = model.clone(bn_axis_name="data")
+    topology = trace(model, dataset.image_shape)
+    budget = Budget(topology, config.budget.p, config.budget.convention, config.budget.multiple)
+    budget.check()
+    workdir = Path(workdir)
+    checkpoint.claim_workdir(workdir, config.to_dict())
+    return Run(config, workdir, dataset, model, topology, budget, training.MetricsLog(workdir / "metrics.jsonl"))
+
+
+def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
+    """Runs or continues the main job.
+
+    Returns:
+      What `report.json` holds.
+    """
+    job = prepare(config, workdir)
+    logging.info("%s", job.topology.describe())
+    variables = base(job)
+    selection = search(job, variables)
+    small_model, small_variables = cut(job, variables, selection)
+    tuned = finetune(job, variables, small_model, small_variables)
+    save_pruned(job.workdir / "pruned", small_model, tuned)
+    return report.write(job.workdir, summarize(job, selection))
+
+
+def base(job: Run) -> Any:
+    """The trained weights of the unpruned network: from the workdir, from `base.weights`, or trained from scratch."""
+    if job.config.base.weights:
+        variables = load_weights(job.config.base.weights, job.model, job.dataset.image_shape)
+    else:
+        variables = _train(job, "base", job.model, _initial_variables(job))
+    _once(job, "base", lambda: _test(job, job.model, variables))
+    return variables
+
+
+def load_weights(path: str, model: nn.Module, image_shape: tuple[int, int, int]) -> Any:
+    """Weights of `model` from a PyTorch checkpoint, or from a folder written by `save_pruned`."""
+    if not Path(path).exists():
+        raise ValueError(f"base.weights={path!r} does not exist; give a PyTorch checkpoint, or '' to train from scratch.")
+    if Path(path).is_dir():
+        return load_pruned(path)[1]
+    return torch_weights.load(path, model, image_shape)
+
+
+def search(job: Run, variables: Any) -> Selection:
+    """Learns which channels stay; writes selection.json."""
+    steps, _ = job.stage_steps("search")
+    problem = methods.Problem(job.model, variables, job.topology, job.budget, job.config.search, steps)
+    method = methods.build(job.config.search.method, problem)
+    state = method.init(jax.random.key(job.config.seed))
+    if method.steps:
+        test = _masked_evaluator(job)
+
+        def evaluate(state: Any) -> dict[str, float]:
+            masks = methods.select(method, state, job.budget).masks(job.topology)
+            return test({"variables": variables, "masks": masks}, *job.held_out())
+
+        state = _run_stage(job, "search", method.step, state, variables, evaluate)
+    selection = methods.select(method, state, job.budget)
+    if jax.process_index() == 0:
+        selection.save(job.workdir / "selection.json")
+    return selection
+
+
+def cut(job: Run, variables: Any, selection: Selection) -> tuple[nn.Module, Any]:
+    """Removes the channels, proves that nothing else changed, and re-estimates batch statistics if asked to."""
+    small_model, small_variables = compact(job.model, variables, selection, job.topology)
+    pixels = job.config.data
+    images = data.normalize(job.dataset.test_images[: job.config.eval_batch_size], pixels.mean, pixels.std)
+    verification = verify(
+        job.model, variables, small_model, small_variables, selection, job.topology, images
+    )
+    _once(job, "verification", verification._asdict)
+    if job.config.finetune.recalibration_steps:
+        small_variables = _recalibrate(job, small_model, small_variables)
+    _once(job, "unfinetuned", lambda: _test(job, small_model, small_variables))
+    return small_model, small_variables
+
+
+def finetune(job: Run, variables: Any, small_model: nn.Module, small_variables: Any) -> Any:
+    """Trains the smaller network with the base trainer."""
+    teacher = job.model if job.config.finetune.distillation_weight else None
+    tuned = _train(job, "finetune", small_model, small_variables, teacher, variables if teacher else {})
+    _once(job, "pruned", lambda: _test(job, small_model, tuned))
+    return tuned
+
+
+def summarize(job: Run, selection: Selection) -> dict[str, Any]:
+    """Everything that the report says, as one flat dictionary."""
+    config, topology, results = job.config, job.topology, _results(job)
+    stages = ("base", "search", "finetune")
+    convention = job.budget.convention
+    return {
+        "method": config.search.method,
+        "variant": config.variant,
+        "model": config.model.name,
+        "dataset": config.data.label,
+        "seed": config.seed,
+        "p": job.budget.p,
+        "flops_convention": convention,
+        **{f"{stage}_{k}": results[stage][k] for stage in ("base", "unfinetuned", "pruned") for k in ("top1", "top5")},
+        "test_images": len(job.dataset.test_labels),
+        "flops_total_before": flops.total(topology, None, convention),
+        "flops_total_after": flops.total(topology, selection.widths, convention),
+        "flops_prunable_before": job.budget.total,
+        "flops_prunable_after": job.budget.cost(selection.widths),
+        "params_before": flops.parameters(topology),
+        "params_after": flops.parameters(topology, selection.widths),
+        "gate_names": [gate.name for gate in topology.gates],
+        "widths_before": list(topology.widths),
+        "widths": list(selection.widths),
+        "seconds": {stage: training.seconds(job.workdir / stage) for stage in stages},
+        "epochs": {stage: config[stage].epochs for stage in stages},
+        "batch_norm": "synced" if config.parallel.sync_batch_norm else "per device",
+        "precision": config.precision,
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "latency_ms": results["latency_ms"],
+        "verification": results["verification"],
+        "notes": list(config.notes),
+    }
+
+
+def _initial_variables(job: Run) -> Any:
+    images = np.zeros((1, *job.dataset.image_shape), np.float32)
+    return jax.jit(job.model.init)(jax.random.key(job.config.seed), images)
+
+
+def _train(
+    job: Run, section: str, model: nn.Module, variables: Any, teacher: nn.Module | None = None, constants: Any = None
+) -> Any:
+    """One run of the trainer; returns the variables after the last step."""
+    config = job.config[section]
+    test = _evaluator(job, model)
+    optimizer = training.make_optimizer(config, job.stage_steps(section)[1])
+    state = _run_stage(
+        job,
+        section,
+        training.train_step(model, optimizer, config, teacher),
+        training.init_state(variables, optimizer),
+        constants,
+        lambda state: test(training.variables(state), *job.held_out()),
+    )
+    return training.variables(state)
+
+
+def _run_stage(
+    job: Run,
+    section: str,
+    step: training.Step,
+    state: Any,
+    constants: Any,
+    evaluate: Callable[[Any], dict[str, float]],
+) -> Any:
+    config = job.config[section]
+    steps, per_epoch = job.stage_steps(section)
+    stage = training.Stage(section, job.workdir / section, steps, per_epoch, config.chunk_steps, config.save_every)
+    chunk = parallel.data_parallel(
+        training.over_chunk(step, job.config.data, job.config.seed, config.augment), mode=job.config.parallel.mode
+    )
+    return training.run(stage, chunk, state, job.on_device(constants), job.batches(section), evaluate, job.log)
+
+
+def _recalibrate(job: Run, model: nn.Module, variables: Any) -> Any:
+    steps = job.config.finetune.recalibration_steps
+    chunk = parallel.data_parallel(
+        training.over_chunk(training.recalibration_step(model), job.config.data, job.config.seed, augment=False),
+        mode=job.config.parallel.mode,
+    )
+    state = parallel.replicate(training.init_state(variables, optax.identity()))
+    indices = parallel.shard_batches(data.chunk(job.batches("finetune"), 0, steps))
+    return training.variables(parallel.fetch(chunk(state, job.on_device(None), indices)[0]))
+
+
+def _evaluator(job: Run, model: nn.Module) -> Callable[..., dict[str, float]]:
+    def forward(variables: Any, images: jax.Array) -> jax.Array:
+        return model.apply(variables, images, train=False)
+
+    return training.evaluator(forward, job.config.data, job.config.eval_batch_size, job.config.parallel.mode)
+
+
+def _masked_evaluator(job: Run) -> Callable[..., dict[str, float]]:
+    def forward(constants: Any, images: jax.Array) -> jax.Array:
+        return apply_masked(job.model, constants["variables"], images, constants["masks"], job.topology)
+
+    return training.evaluator(forward, job.config.data, job.config.eval_batch_size, job.config.parallel.mode)
+
+
+def _test(job: Run, model: nn.Module, variables: Any) -> dict[str, float]:
+    return _evaluator(job, model)(variables, job.dataset.test_images, job.dataset.test_labels)
+
+
+def _results(job: Run) -> dict[str, Any]:
+    path = job.workdir / "results.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _once(job: Run, name: str, compute: Callable[[], Any]) -> None:
+    """Keeps the result of a finished stage in results.json, so that a resumed run does not measure it again."""
+    results = _results(job)
+    if name not in results:
+        results[name] = compute()
+        if jax.process_index() == 0:
+            checkpoint.write_json_atomic(job.workdir / "results.json", results)

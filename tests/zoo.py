@@ -1,0 +1,222 @@
+"""Flax models that are not part of the library and were written without a thought of pruning.
+
+Each one takes its inner channel counts as an attribute, so that a test can build the smaller network; none of the
+attributes is called `widths`, so that the library has to ask for it (`rebuild`).
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class VGG(nn.Module):
+    """Convolutions with biases, max pooling, a flatten of (H, W, C), two dense layers."""
+
+    features: tuple = (6, 8, 10, 12)
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for i, features in enumerate(self.features[:-1]):
+            x = nn.Conv(features, (3, 3), name=f"features_{i}")(x)
+            x = nn.leaky_relu(nn.BatchNorm(use_running_average=not train, name=f"norm_{i}")(x))
+            if i > 0:
+                x = nn.max_pool(x, (2, 2), (2, 2))
+        x = x.reshape(x.shape[0], -1)
+        x = jnp.tanh(nn.Dense(self.features[-1], name="hidden")(x))
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        return nn.Dense(7, name="classifier")(x)
+
+
+class SqueezeExcite(nn.Module):
+    squeezed: int
+
+    @nn.compact
+    def __call__(self, x):
+        s = x.mean((1, 2), keepdims=True)
+        s = nn.relu(nn.Conv(self.squeezed, (1, 1), name="squeeze")(s))
+        return x * nn.hard_sigmoid(nn.Conv(x.shape[-1], (1, 1), name="excite")(s))
+
+
+class InvertedResidual(nn.Module):
+    expanded: int
+    squeezed: int
+    out: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x, train):
+        def norm(name):
+            return nn.BatchNorm(use_running_average=not train, name=name)
+
+        y = nn.hard_swish(norm("bn1")(nn.Conv(self.expanded, (1, 1), use_bias=False, name="expand")(x)))
+        y = nn.Conv(
+            self.expanded, (3, 3), self.stride, feature_group_count=self.expanded, use_bias=False, name="depthwise"
+        )(y)
+        y = nn.hard_swish(SqueezeExcite(self.squeezed, name="se")(norm("bn2")(y)))
+        y = norm("bn3")(nn.Conv(self.out, (1, 1), use_bias=False, name="project")(y))
+        return x + y if self.stride == 1 else y
+
+
+class MobileNet(nn.Module):
+    """Two inverted residual blocks with squeeze-excite, the second one with stride 2 and rematerialized."""
+
+    channels: tuple = (12, 4, 16, 5, 10, 14)
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        first, first_se, second, second_se, out, head = self.channels
+        x = nn.gelu(nn.Conv(8, (3, 3), 2, name="stem")(x))
+        x = InvertedResidual(first, first_se, 8, 1, name="block1")(x, train)
+        x = nn.remat(InvertedResidual, static_argnums=(2,))(second, second_se, out, 2, name="block2")(x, train)
+        x = nn.silu(nn.BatchNorm(use_running_average=not train)(nn.Conv(head, (1, 1), name="head")(x)))
+        return nn.Dense(7, name="classifier")(nn.avg_pool(x, x.shape[1:3]).squeeze((1, 2)))
+
+
+class PreActBottleneck(nn.Module):
+    """setup() style, pre-activation, with a projection where the shape changes."""
+
+    inner: tuple
+    out: int
+    stride: int = 1
+    project: bool = False
+
+    def setup(self):
+        self.norms = [nn.BatchNorm(epsilon=1e-3) for _ in range(3)]
+        self.reduce = nn.Conv(self.inner[0], (1, 1), use_bias=False)
+        self.spatial = nn.Conv(self.inner[1], (3, 3), self.stride, padding=((1, 1), (1, 1)), use_bias=False)
+        self.widen = nn.Conv(self.out, (1, 1))
+        if self.project:
+            self.shortcut = nn.Conv(self.out, (1, 1), self.stride)
+
+    def activate(self, i, x):
+        return nn.elu(self.norms[i](x, use_running_average=True))
+
+    def __call__(self, x):
+        y = self.activate(0, x)
+        skip = self.shortcut(y) if self.project else x
+        y = self.activate(1, self.reduce(y))
+        return skip + self.widen(self.activate(2, self.spatial(y)))
+
+
+class PreActResNet(nn.Module):
+    inner: tuple = ((4, 5), (6, 7), (8, 9))
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        self.stem = nn.Conv(8, (3, 3), use_bias=False)
+        self.stages = [
+            PreActBottleneck(self.inner[0], 8),
+            PreActBottleneck(self.inner[1], 16, 2, project=True),
+            PreActBottleneck(self.inner[2], 16),
+        ]
+        self.top = nn.Dense(7)
+
+    def __call__(self, images):
+        x = self.stem(images)
+        for stage in self.stages:
+            x = stage(x)
+        return self.top(nn.relu(x).mean(axis=(1, 2)))
+
+
+class Sorted(nn.Module):
+    """Sorts the channels of its second convolution: nothing that a tracer of channels can follow."""
+
+    features: tuple = (6,)
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(self.features[0], (3, 3), name="first")(x))
+        x = jnp.sort(nn.Conv(8, (3, 3), name="second")(x), axis=-1)
+        x = nn.Conv(9, (3, 3), name="third")(x)
+        return nn.Dense(7, name="classifier")(x.mean((1, 2)))
+
+
+class Twice(nn.Module):
+    """One convolution called twice between two others: its input and output channels are the same ones."""
+
+    features: tuple = (6,)
+
+    @nn.compact
+    def __call__(self, x):
+        shared = nn.Conv(self.features[0], (3, 3), name="shared")
+        x = nn.relu(nn.Conv(self.features[0], (3, 3), name="first")(x))
+        x = nn.relu(shared(nn.relu(shared(x))))
+        return nn.Dense(7, name="classifier")(x.max((1, 2)))
+
+
+class Multiplier(nn.Module):
+    """A depthwise convolution with two outputs per channel, then a flatten of (C, H, W)."""
+
+    features: tuple = (6,)
+
+    @nn.compact
+    def __call__(self, x):
+        n = self.features[0]
+        x = nn.relu(nn.Conv(n, (3, 3), (2, 2), name="first")(x))
+        x = nn.relu(nn.Conv(2 * n, (3, 3), (2, 2), feature_group_count=n, name="depthwise")(x))
+        return nn.Dense(7, name="classifier")(jnp.transpose(x, (0, 3, 1, 2)).reshape(x.shape[0], -1))
+
+
+class OwnKernel(nn.Module):
+    """A module that contracts a parameter of its own after `before` has been applied to its input."""
+
+    features: int
+    before: Any = staticmethod(lambda x: x)
+
+    @nn.compact
+    def __call__(self, x):
+        x = self.before(x)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        return x @ kernel
+
+
+class ShiftedDense(nn.Dense):
+    """A dense layer that changes its input before it reads it."""
+
+    def __call__(self, x):
+        return super().__call__(x + 1)
+
+
+class Middle(nn.Module):
+    """conv -> `middle` -> dense: what stands in the middle decides whether the convolution is a gate."""
+
+    middle: Any
+    features: int = 8
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(self.features, (3, 3), name="conv")(x)
+        return nn.Dense(7, name="classifier")(self.middle(x))
+
+
+class Stacked(nn.Module):
+    """Layers inside a scan."""
+
+    @nn.compact
+    def __call__(self, x):
+        class Step(nn.Module):
+            @nn.compact
+            def __call__(self, carry, _):
+                return nn.relu(nn.Dense(5)(carry)), None
+
+        x, _ = nn.scan(Step, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()(
+            nn.Dense(5)(x.mean((1, 2))), None
+        )
+        return nn.Dense(7)(x)
+
+
+def randomized(model, shape, seed=0, **kwargs):
+    """Variables whose every leaf is random, so that biases and means behind removed channels matter."""
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *shape)), **kwargs))
+    leaves, tree = jax.tree.flatten_with_path(variables)
+    rng = jax.random.key(seed)
+
+    def draw(i, path, leaf):
+        values = jax.random.normal(jax.random.fold_in(rng, i), leaf.shape) * 0.3
+        if path[-1].key == "var":
+            return jnp.abs(values) + 0.5
+        return values + 1 if path[-1].key == "scale" else values
+
+    return jax.jit(lambda: jax.tree.unflatten(tree, [draw(i, path, leaf) for i, (path, leaf) in enumerate(leaves)]))()

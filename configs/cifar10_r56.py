@@ -36,7 +36,9 @@ VARIANTS = {
 def get_config(variant: str = "") -> ConfigDict:
     """The experiment in the form that `variant` names."""
     if variant not in VARIANTS:
-        raise ValueError(f"configs/cifar10_r56.py:{variant} is unknown; use one of {', '.join(filter(None, VARIANTS))}.")
+        raise ValueError(
+            f"configs/cifar10_r56.py:{variant} is unknown; use one of {', '.join(filter(None, VARIANTS))}."
+        )
     config = default.get_config()
     config.model.attributes.shortcut = "avgpool"  # the DDNP authors' network
     config.budget.p = 0.48

@@ -32,7 +32,7 @@ class Budget:
 
     @property
     def wanted(self) -> float:
-        """p T_total."""
+        """P T_total."""
         return self.p * self.total
 
     @property

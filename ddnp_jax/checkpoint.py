@@ -76,6 +76,7 @@ class Checkpoints:
         """
         if metric is not None and not math.isfinite(metric):
             raise ValueError(f"metric={metric} of step {step} is not finite; save the state without a metric.")
+        metric = None if metric is None else float(metric)
         leaves = _named(parallel.fetch(state))
         record = {
             "metric": metric,
@@ -122,7 +123,7 @@ class Checkpoints:
         return self._first_undamaged(sorted(steps, key=lambda s: (self._metrics[s], s), reverse=True), template)
 
     def _first_undamaged(self, steps: Iterable[int], template: Any) -> tuple[int, Any] | None:
-        self._manager.wait_until_finished()
+        self._manager.wait_until_finished()  # a failed save raises here, and is not taken for damage below
         damaged: dict[int, str] = {}
         for step in steps:
             reason, state = "", None
@@ -209,7 +210,7 @@ class Checkpoints:
 
 
 class _KeepBest(_policies.PreservationPolicy):
-    """Preserves the newest of the checkpoints with the highest readable metric."""
+    """Preserves the newest of the checkpoints with the highest metric, and those whose metric cannot be read."""
 
     def __init__(self, metrics: Mapping[int, float | None]) -> None:
         self._metrics = metrics
@@ -217,9 +218,8 @@ class _KeepBest(_policies.PreservationPolicy):
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Answers for each checkpoint."""
         metrics = {c.step: self._metrics[c.step] for c in checkpoints}
-        ranked = [(m, step) for step, m in metrics.items() if m is not None and m < math.inf]
-        best = max(ranked)[1] if ranked else None
-        return [c.step == best for c in checkpoints]
+        best = max(((m, step) for step, m in metrics.items() if m not in (None, math.inf)), default=(None, None))[1]
+        return [step == best or m == math.inf for step, m in metrics.items()]
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Small image data sets: read once into memory as uint8, batched by index, normalized and augmented on the device.
 
-The order of the images carries no images: a batch is an array of indices, a pure function of (seed, step), so a run
-resumes from its step alone and every process can compute its own share.
+A batch is an array of indices and a pure function of (seed, step), so a run resumes from its step alone and every
+process computes its own part. The images it names are picked, augmented and normalized where they lie.
 """
 
 import functools
@@ -72,7 +72,7 @@ def load(config: ml_collections.ConfigDict) -> Dataset:
     """
     if config.name not in BUILDERS:
         raise ValueError(f"data.name={config.name!r} is unknown; known data sets: {', '.join(sorted(BUILDERS))}.")
-    _check_fractions(config.search_fraction, config.validation_fraction)
+    _check_splits(config.seed, config.search_fraction, config.validation_fraction)
     builder = _open_builder(config.name, os.path.expanduser(config.data_dir or "") or None)
     features = builder.info.features
     _check_pixels(config, features["image"].shape[-1])
@@ -90,7 +90,9 @@ def load(config: ml_collections.ConfigDict) -> Dataset:
     )
 
 
-def _check_fractions(search: float, validation: float) -> None:
+def _check_splits(seed: int, search: float, validation: float) -> None:
+    if seed < 0:
+        raise ValueError(f"data.seed={seed} must be a whole number, 0 or more.")
     for field, value in (("search_fraction", search), ("validation_fraction", validation)):
         if not 0 <= value < 1:
             raise ValueError(f"data.{field}={value} is no fraction of the training images; use 0 <= {field} < 1.")
@@ -246,8 +248,8 @@ def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def chunk(batches: Sequence[np.ndarray], start: int, length: int) -> np.ndarray:
-    """The batches of steps start..start + length - 1, int32 (length, batch), for one scan."""
+def chunk(batches: grain.MapDataset, start: int, length: int) -> np.ndarray:
+    """The batches of steps start..start + length - 1, int32 (length, batch), for one dispatch."""
     return np.stack([batches[step] for step in range(start, start + length)])
 
 

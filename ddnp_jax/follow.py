@@ -307,6 +307,9 @@ class Follower:
         axes = self._resize(values[0].axes, changed, eqn.outvars[0].aval.shape, "pooling mixes its channels", where)
         return [Value(axes, values[0].sources)]
 
+    def _pad_value(self, eqn: core.JaxprEqn, values: list[Value], where: str) -> list[Value]:
+        return [Value(self._pad(eqn, values[0].axes, where), _sources(values))]
+
     def _concatenate(self, eqn: core.JaxprEqn, values: list[Value], where: str) -> list[Value]:
         dimension, shape = eqn.params["dimension"], eqn.outvars[0].aval.shape
         parts = [self._resize(v.axes, [dimension], shape, "a concatenation", where) for v in values]
@@ -369,6 +372,7 @@ MOVES = {
     "sharding_constraint": Follower._stay,
     "slice": Follower._slice,
     "squeeze": Follower._squeeze,
+    "stop_gradient": Follower._stay,
     "transpose": Follower._transpose,
 }
 ORDERS = (
@@ -386,6 +390,7 @@ OPERATIONS = dict.fromkeys(ELEMENTWISE.split(), Follower._elementwise) | {
     "argmin": Follower._reduce,
     "concatenate": Follower._concatenate,
     "iota": Follower._iota,
+    "pad": Follower._pad_value,
     "reduce_and": Follower._reduce,
     "reduce_max": Follower._reduce,
     "reduce_min": Follower._reduce,

@@ -64,7 +64,8 @@ class ImportanceGenerator(nn.Module):
             outputs = nn.LayerNorm()(outputs)
         outputs = nn.relu(outputs)
         return tuple(
-            _weight_norm(nn.Dense(channels), name=f"fc{gate}")(outputs[gate]) for gate, channels in enumerate(self.widths)
+            _weight_norm(nn.Dense(channels), name=f"fc{gate}")(outputs[gate])
+            for gate, channels in enumerate(self.widths)
         )
 
     def _scan(self, x: jax.Array, reverse: bool) -> jax.Array:

@@ -15,7 +15,7 @@ def distillation(logits: jax.Array, teacher_logits: jax.Array, temperature: floa
     """Knowledge distillation (Hinton et al. 2015): T² KL(teacher || student) of softened outputs, mean over N."""
     teacher = jax.nn.log_softmax(teacher_logits / temperature)
     student = jax.nn.log_softmax(logits / temperature)
-    return temperature**2 * jnp.mean(optax.kl_divergence_with_log_targets(student, teacher))
+    return temperature**2 * jnp.mean(optax.losses.kl_divergence_with_log_targets(student, teacher))
 
 
 def resource(kind: str, cost: jax.Array, total: float, p: float) -> jax.Array:

@@ -1,7 +1,9 @@
 """The main job: base weights, search, compaction, fine-tuning and report, each stage resumable from the workdir."""
 
 import dataclasses
+import functools
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,6 @@ import jax
 import ml_collections
 import numpy as np
 import optax
-from absl import logging
 
 from ddnp_jax import checkpoint, data, flops, methods, models, parallel, report, torch_weights, training
 from ddnp_jax.budget import Budget
@@ -104,7 +105,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
       What `report.json` holds.
     """
     job = prepare(config, workdir)
-    logging.info("%s", job.topology.describe())
+    if jax.process_index() == 0:
+        print(job.topology.describe())
     variables = base(job)
     selection = search(job, variables)
     small_model, small_variables = cut(job, variables, selection)
@@ -126,7 +128,9 @@ def base(job: Run) -> Any:
 def load_weights(path: str, model: nn.Module, image_shape: tuple[int, int, int]) -> Any:
     """Weights of `model` from a PyTorch checkpoint, or from a folder written by `save_pruned`."""
     if not Path(path).exists():
-        raise ValueError(f"base.weights={path!r} does not exist; give a PyTorch checkpoint, or '' to train from scratch.")
+        raise ValueError(
+            f"base.weights={path!r} does not exist; give a PyTorch checkpoint, or '' to train from scratch."
+        )
     if Path(path).is_dir():
         return load_pruned(path)[1]
     return torch_weights.load(path, model, image_shape)
@@ -157,9 +161,7 @@ def cut(job: Run, variables: Any, selection: Selection) -> tuple[nn.Module, Any]
     small_model, small_variables = compact(job.model, variables, selection, job.topology)
     pixels = job.config.data
     images = data.normalize(job.dataset.test_images[: job.config.eval_batch_size], pixels.mean, pixels.std)
-    verification = verify(
-        job.model, variables, small_model, small_variables, selection, job.topology, images
-    )
+    verification = verify(job.model, variables, small_model, small_variables, selection, job.topology, images)
     _once(job, "verification", verification._asdict)
     if job.config.finetune.recalibration_steps:
         small_variables = _recalibrate(job, small_model, small_variables)
@@ -172,6 +174,7 @@ def finetune(job: Run, variables: Any, small_model: nn.Module, small_variables: 
     teacher = job.model if job.config.finetune.distillation_weight else None
     tuned = _train(job, "finetune", small_model, small_variables, teacher, variables if teacher else {})
     _once(job, "pruned", lambda: _test(job, small_model, tuned))
+    _once(job, "latency_ms", lambda: _latency(job, [(job.model, variables), (small_model, tuned)]))
     return tuned
 
 
@@ -277,6 +280,24 @@ def _masked_evaluator(job: Run) -> Callable[..., dict[str, float]]:
 
 def _test(job: Run, model: nn.Module, variables: Any) -> dict[str, float]:
     return _evaluator(job, model)(variables, job.dataset.test_images, job.dataset.test_labels)
+
+
+def _latency(job: Run, networks: list[tuple[nn.Module, Any]]) -> dict[str, float]:
+    """Median milliseconds of one evaluation batch on one device, whole and pruned network in turn."""
+    batch = job.config.eval_batch_size
+    images = jax.device_put(np.zeros((batch, *job.dataset.image_shape), np.float32))
+    calls = [
+        functools.partial(jax.jit(functools.partial(m.apply, train=False)), jax.device_put(v)) for m, v in networks
+    ]
+    times = [[_seconds(call, images) for call in calls] for _ in range(8)]
+    before, after = 1e3 * np.median(times[1:], axis=0)  # the first turn compiles
+    return {"batch": batch, "before": float(before), "after": float(after)}
+
+
+def _seconds(call: Callable[[Any], Any], images: jax.Array) -> float:
+    started = time.perf_counter()
+    jax.block_until_ready(call(images))
+    return time.perf_counter() - started
 
 
 def _results(job: Run) -> dict[str, Any]:

@@ -296,12 +296,12 @@ class _Assembly:
         prunable = [factor for factor in producers if self._live((factor,))]
         gates = tuple(self._gate(factor, producers[factor], readers[factor]) for factor in prunable)
         layers = tuple(self._layer(layer, prunable) for layer in self.follower.layers)
-        whole = tuple(
+        whole = dict.fromkeys(
             (", ".join(dict.fromkeys(map(self._name, producers[factor]))), self._reason(factor))
             for factor in producers
             if factor not in prunable
         )
-        return gates, layers, whole
+        return gates, layers, tuple(whole)
 
     def _live(self, axis: Axis) -> list[Factor]:
         """Factors of an axis that nothing speaks against pruning."""

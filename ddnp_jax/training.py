@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from absl import logging
 from tqdm import tqdm
 
 from ddnp_jax import data, losses, parallel
@@ -180,9 +178,7 @@ def evaluator(
 
     def evaluate(model_variables: Any, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         rank, count = jax.process_index(), jax.process_count()
-        indices, valid = (
-            np.split(a, count, axis=1)[rank] for a in data.evaluation_batches(len(labels), batch_size)
-        )
+        indices, valid = (np.split(a, count, axis=1)[rank] for a in data.evaluation_batches(len(labels), batch_size))
         constants = parallel.replicate({"variables": model_variables, "images": images, "labels": labels})
         zeros = parallel.replicate({"top1": np.float32(0), "top5": np.float32(0), "loss": np.float32(0)})
         sums, _ = run_all(zeros, constants, parallel.shard_batches((indices, valid)))
@@ -287,7 +283,9 @@ def run(
         log.rewind(stage.name, step)
         clock = _Clock(stage.folder / "seconds.json")
         state = parallel.replicate(state)
-        with tqdm(total=stage.steps, initial=step, desc=stage.name, unit="step", disable=jax.process_index() > 0) as bar:
+        with tqdm(
+            total=stage.steps, initial=step, desc=stage.name, unit="step", disable=jax.process_index() > 0
+        ) as bar:
             while step < stage.steps:
                 started, length = time.monotonic(), min(stage.chunk_steps, stage.steps - step)
                 indices = data.chunk(batches, step, length)
@@ -310,7 +308,9 @@ def run(
                     checkpoints.save(step, on_host, metric=held_out.get("top1"))
                     clock.save()
                 if stop and step < stage.steps:
-                    raise Preempted(f"stopped by SIGTERM: stage {stage.name!r} is saved at step {step}; run the same command to go on.")
+                    raise Preempted(
+                        f"stopped by SIGTERM: stage {stage.name!r} is saved at step {step}; run the same command to go on."
+                    )
         return parallel.fetch(state)
 
 

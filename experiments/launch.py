@@ -1,13 +1,13 @@
 """The command line that all experiments share."""
 
-import os
-
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command goes on from what it holds.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Whether several processes share the run (pods, several hosts).")
-_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0; found by itself on TPU and Slurm.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of process 0; found by itself on TPU and Slurm."
+)
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run, where JAX cannot find it out.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which process this is, where JAX cannot find it out.")
 
@@ -20,6 +20,7 @@ def run(default_config: str) -> None:
     def main(_: list[str]) -> None:
         from ddnp_jax import parallel, pipeline
 
+        logging.set_verbosity(logging.WARNING)  # orbax writes a page per checkpoint
         parallel.initialize(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         try:
             report = pipeline.run(config.value, _WORKDIR.value)

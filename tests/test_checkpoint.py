@@ -193,8 +193,14 @@ def test_a_damaged_best_is_named_and_the_next_best_used(tmp_path, warnings_logge
     fill(tmp_path, metrics=(0.9, 0.5, 0.6))
     (tmp_path / "1" / "record" / "metadata").write_text('{"metric": 0.1}')
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.restore_best(make_state())[0] == 3
         assert checkpoints.restore(make_state())[0] == 3
+        checkpoints.save(4, make_state(4), 0.1)
+        checkpoints.save(5, make_state(5), np.float32(0.2))
+    assert steps_in(tmp_path) == ["1", "3", "4", "5"]  # the damaged one may have been the best: it is not just dropped
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore_best(make_state())[0] == 3
+        assert checkpoints.restore(make_state())[0] == 5
+    assert steps_in(tmp_path) == ["1.damaged", "3", "4", "5"]
     assert warnings_logged[-1].startswith(f"Checkpoint 1 in {tmp_path} is damaged and set aside: KeyError: 'sha256'")
 
 
@@ -236,6 +242,13 @@ def test_a_checkpoint_of_another_model_names_the_first_differing_leaf(tmp_path):
             checkpoints.restore(make_state() | {"extra": np.float32(0)})
         assert checkpoints.restore(make_state())[0] == 2
     assert steps_in(tmp_path) == ["1", "2"]
+
+
+def test_a_step_below_the_latest_is_saved_too(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, make_state(5))
+        checkpoints.save(3, make_state(3))
+    assert steps_in(tmp_path) == ["3", "5"]
 
 
 def test_a_step_holds_one_state(tmp_path):
@@ -286,9 +299,11 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_one_before(tmp_path):
             step, state = checkpoints.restore(make_state())
             assert step == 1
             assert_same(state, make_state(1))
+            checkpoints.save(3, make_state(3))
+        assert steps_in(tmp_path / event) == ["1", "3"]  # nor is anything unfinished left behind
+        with Checkpoints(tmp_path / event) as checkpoints:
             checkpoints.save(2, make_state(2))
-            assert_same(checkpoints.restore(make_state())[1], make_state(2))
-        assert steps_in(tmp_path / event) == ["1", "2"]  # nor is anything unfinished left behind
+        assert steps_in(tmp_path / event) == ["2", "3"]
 
 
 def test_a_run_goes_on_in_its_own_workdir_only(tmp_path):

@@ -133,6 +133,13 @@ def test_fetched_arrays_outlive_a_donated_step():
     jax.tree.map(np.testing.assert_array_equal, fetched, weights)
 
 
+def test_copies_do_not_follow_their_source():
+    source = np.ones(2**16, np.float32)
+    on_devices, on_host = parallel.replicate(source), parallel.fetch(source)
+    source[:] = 2
+    assert on_devices.sum() == on_host.sum() == 2**16
+
+
 def test_a_batch_that_the_devices_cannot_share_is_refused():
     parallel.check_batch(16, "config.batch_size")
     message = r"config\.batch_size=100 cannot be shared equally by 8 devices; use 96, say\."

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class VGG(nn.Module):
@@ -102,14 +103,15 @@ class PreActBottleneck(nn.Module):
 
 class PreActResNet(nn.Module):
     inner: tuple = ((4, 5), (6, 7), (8, 9))
-    dtype: Any = jnp.float32
+    outer: tuple = (8, 16)
 
     def setup(self):
-        self.stem = nn.Conv(8, (3, 3), use_bias=False)
+        first, second = self.outer
+        self.stem = nn.Conv(first, (3, 3), use_bias=False)
         self.stages = [
-            PreActBottleneck(self.inner[0], 8),
-            PreActBottleneck(self.inner[1], 16, 2, project=True),
-            PreActBottleneck(self.inner[2], 16),
+            PreActBottleneck(self.inner[0], first),
+            PreActBottleneck(self.inner[1], second, 2, project=True),
+            PreActBottleneck(self.inner[2], second),
         ]
         self.top = nn.Dense(7)
 
@@ -123,13 +125,13 @@ class PreActResNet(nn.Module):
 class Sorted(nn.Module):
     """Sorts the channels of its second convolution: nothing that a tracer of channels can follow."""
 
-    features: tuple = (6,)
+    features: tuple = (6, 9)
 
     @nn.compact
     def __call__(self, x):
         x = nn.relu(nn.Conv(self.features[0], (3, 3), name="first")(x))
         x = jnp.sort(nn.Conv(8, (3, 3), name="second")(x), axis=-1)
-        x = nn.Conv(9, (3, 3), name="third")(x)
+        x = nn.Conv(self.features[1], (3, 3), name="third")(x)
         return nn.Dense(7, name="classifier")(x.mean((1, 2)))
 
 
@@ -160,16 +162,31 @@ class Multiplier(nn.Module):
 
 
 class OwnKernel(nn.Module):
-    """A module that contracts a parameter of its own after `before` has been applied to its input."""
+    """A module that contracts `kernel_map` of a parameter of its own with `before` of its input."""
 
     features: int
     before: Any = staticmethod(lambda x: x)
+    kernel_map: Any = staticmethod(lambda kernel: kernel)
 
     @nn.compact
     def __call__(self, x):
         x = self.before(x)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-        return x @ kernel
+        return x @ self.kernel_map(kernel)
+
+
+class OwnKernels(nn.Module):
+    """A group that is read by a module's own kernel, after zeros were added in space, and by a depthwise product."""
+
+    features: tuple = (6, 5)
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(self.features[0], (3, 3), name="conv")(x)
+        scale = self.param("scale", nn.initializers.ones, (3, self.features[0]))
+        x = nn.silu(sum(x[:, i : i + 14] * scale[i].reshape(1, 1, 1, -1) for i in range(3)))
+        x = OwnKernel(self.features[1], lambda x: jnp.pad(x, ((0, 0), (0, 1), (2, 0), (0, 0))), name="own")(x)
+        return nn.Dense(7, name="classifier")(nn.sigmoid(x).mean((1, 2)))
 
 
 class ShiftedDense(nn.Dense):
@@ -177,6 +194,30 @@ class ShiftedDense(nn.Dense):
 
     def __call__(self, x):
         return super().__call__(x + 1)
+
+
+class HandedOn(nn.Dense):
+    """A dense layer whose input passes through two `__call__`s of the same module."""
+
+    def __call__(self, x):
+        return super().__call__(x)
+
+
+def two_layouts(x):
+    """One dense layer that reads the same channels from the last axis of four and of two."""
+    dense = nn.Dense(5)
+    return dense(x).mean((1, 2)) * dense(x.mean((1, 2)))
+
+
+def over_rows(x):
+    """One dense layer mapped over the rows of the image."""
+    rows = nn.vmap(nn.Dense, in_axes=1, out_axes=1, variable_axes={"params": None}, split_rngs={"params": False})
+    return rows(5)(x).mean((1, 2))
+
+
+def grouped(x):
+    """A convolution in two groups."""
+    return nn.Conv(6, (3, 3), feature_group_count=2)(x).mean((1, 2))
 
 
 class Middle(nn.Module):
@@ -210,13 +251,10 @@ class Stacked(nn.Module):
 def randomized(model, shape, seed=0, **kwargs):
     """Variables whose every leaf is random, so that biases and means behind removed channels matter."""
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *shape)), **kwargs))
-    leaves, tree = jax.tree.flatten_with_path(variables)
-    rng = jax.random.key(seed)
+    rng = np.random.default_rng(seed)
 
-    def draw(i, path, leaf):
-        values = jax.random.normal(jax.random.fold_in(rng, i), leaf.shape) * 0.3
-        if path[-1].key == "var":
-            return jnp.abs(values) + 0.5
-        return values + 1 if path[-1].key == "scale" else values
+    def draw(path, leaf):
+        values = rng.normal(0, 0.3, leaf.shape).astype(leaf.dtype)
+        return {"var": abs(values) + 0.5, "scale": values + 1}.get(path[-1].key, values)
 
-    return jax.jit(lambda: jax.tree.unflatten(tree, [draw(i, path, leaf) for i, (path, leaf) in enumerate(leaves)]))()
+    return jax.tree.map_with_path(draw, variables)

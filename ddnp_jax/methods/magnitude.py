@@ -4,16 +4,28 @@ from typing import Any
 
 import numpy as np
 
-from ddnp_jax.methods import Problem, Search, keep_best
-from ddnp_jax.methods.uniform import one_shot, uniform_widths
-from ddnp_jax.topology import Topology
+from ddnp_jax.methods import Problem, Search
+from ddnp_jax.methods.uniform import one_shot
+from ddnp_jax.topology import Gate, Topology
 
 
 def l1_norms(variables: Any, topology: Topology) -> tuple[np.ndarray, ...]:
-    """Mean absolute weight of the kernels that produce each channel, (C_l,) per gate."""
-    raise SystemError
+    """L1 norm of the kernels that produce each channel, (C_l,) per gate."""
+    return tuple(_l1_norm(variables, gate) for gate in topology.gates)
+
+
+def _l1_norm(variables: Any, gate: Gate) -> np.ndarray:
+    norm = np.zeros(gate.channels)
+    for piece in gate.producers:
+        kernel = variables
+        for name in piece.path:
+            kernel = kernel[name]
+        by_channel = np.moveaxis(np.asarray(kernel, np.float64), piece.axis, 0)
+        by_channel = by_channel.reshape(piece.outer, gate.channels, -1)
+        norm += np.abs(by_channel).sum(axis=(0, 2))
+    return norm
 
 
 def build(problem: Problem) -> Search:
     """Keeps the channels with the largest L1 norms, the same fraction in every gate."""
-    return one_shot(lambda rng: keep_best(l1_norms(problem.variables, problem.topology), uniform_widths(problem.budget)))
+    return one_shot(lambda _: l1_norms(problem.variables, problem.topology), problem)

@@ -1,0 +1,240 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import zoo
+
+from ddnp_jax import models
+from ddnp_jax.compact import compact, load_pruned, save_pruned, verify
+from ddnp_jax.interception import apply_masked
+from ddnp_jax.topology import Selection, trace
+
+SHAPE = (8, 8, 3)
+
+
+def pairs(widths):
+    return tuple(zip(widths[::2], widths[1::2], strict=True))
+
+
+# model, residual gates, module of the smaller widths
+CASES = {
+    "resnet20 subsample": (models.create("resnet20", 7), False, None),
+    "resnet20 avgpool": (models.create("resnet20", 7, shortcut="avgpool"), False, None),
+    "vgg": (zoo.VGG(), False, lambda widths: zoo.VGG(features=widths)),
+    "inverted residuals": (zoo.MobileNet(), False, lambda widths: zoo.MobileNet(channels=widths)),
+    "bottlenecks": (zoo.PreActResNet(), False, lambda widths: zoo.PreActResNet(inner=pairs(widths))),
+    "residual gates": (
+        zoo.PreActResNet(),
+        True,
+        lambda w: zoo.PreActResNet(inner=(w[1:3], w[4:6], w[6:8]), outer=(w[0], w[3])),
+    ),
+    "unknown operation": (zoo.Sorted(), False, lambda w: zoo.Sorted(features=w)),
+    "shared": (zoo.Twice(), False, lambda widths: zoo.Twice(features=widths)),
+    "multiplier": (zoo.Multiplier(), False, lambda widths: zoo.Multiplier(features=widths)),
+    "own kernel": (zoo.OwnKernels(), False, lambda widths: zoo.OwnKernels(features=widths)),
+}
+
+
+def selection_of(topology, kind, seed=0):
+    rng = np.random.default_rng(seed)
+    counts = {"all": lambda n: n, "one": lambda n: 1, "random": lambda n: int(rng.integers(1, n))}
+    kept = [rng.choice(n, counts[kind](n), replace=False) for n in topology.widths]
+    return Selection(tuple(tuple(sorted(map(int, each))) for each in kept))
+
+
+def images(n=4):
+    return np.random.default_rng(1).normal(size=(n, *SHAPE)).astype(np.float32)
+
+
+apply = jax.jit(lambda model, variables, x: model.apply(variables, x), static_argnums=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cutting_is_masking(name):
+    model, residual, rebuild = CASES[name]
+    variables, topology = zoo.randomized(model, SHAPE), trace(model, SHAPE, residual=residual)
+    masked = jax.jit(lambda masks: apply_masked(model, variables, images(), masks, topology))
+    whole = np.asarray(apply(model, variables, images()))
+    for kind in ("random", "one", "all"):
+        selection = selection_of(topology, kind)
+        expected = np.asarray(masked(selection.masks(topology)))
+        small_model, small_variables = compact(model, variables, selection, topology, rebuild)
+        logits = np.asarray(apply(small_model, small_variables, images()))
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+        assert (kind == "all") == np.allclose(logits, whole, rtol=0, atol=2e-5 * np.abs(whole).max())
+
+
+def test_cut_variables_are_the_kept_slices():
+    model = zoo.VGG()
+    variables, topology = zoo.randomized(model, SHAPE), trace(model, SHAPE)
+    selection = Selection(((1, 4), (0, 2, 7), (3, 9), (5,)))
+    _, small = compact(model, variables, selection, topology, lambda widths: zoo.VGG(features=widths))
+    params = variables["params"]
+    kernel = params["features_1"]["kernel"]
+    np.testing.assert_array_equal(small["params"]["features_1"]["kernel"], kernel[:, :, [1, 4]][..., [0, 2, 7]])
+    flattened = [10 * position + channel for position in range(4) for channel in (3, 9)]
+    np.testing.assert_array_equal(small["params"]["hidden"]["kernel"], params["hidden"]["kernel"][flattened][:, [5]])
+    np.testing.assert_array_equal(small["params"]["classifier"]["kernel"], params["classifier"]["kernel"][[5]])
+    np.testing.assert_array_equal(small["params"]["classifier"]["bias"], params["classifier"]["bias"])
+    statistics = variables["batch_stats"]["norm_1"]
+    np.testing.assert_array_equal(small["batch_stats"]["norm_1"]["mean"], statistics["mean"][[0, 2, 7]])
+    np.testing.assert_array_equal(small["batch_stats"]["norm_1"]["var"], statistics["var"][[0, 2, 7]])
+
+
+def resnet_cut():
+    model = models.create("resnet20", 7)
+    variables, topology = zoo.randomized(model, SHAPE), trace(model, SHAPE)
+    selection = Selection(tuple((1, 3, 5, 7) for _ in topology.gates))
+    return model, variables, selection, topology
+
+
+@pytest.mark.parametrize(
+    ("leaf", "axis"), [(("conv1", "kernel"), 3), (("conv2", "kernel"), 2), (("bn1", "bias"), 0), (("bn1", "scale"), 0)]
+)
+def test_verify_fails_when_two_kept_channels_are_swapped(leaf, axis):
+    model, variables, selection, topology = resnet_cut()
+    small_model, small = compact(model, variables, selection, topology)
+    block = small["params"]["layer2_1"]
+    block[leaf[0]][leaf[1]] = jnp.take(block[leaf[0]][leaf[1]], jnp.array([0, 2, 1, 3]), axis)
+    with pytest.raises(ValueError, match="does not compute what the masked one does: logits differ by up to"):
+        verify(model, variables, small_model, small, selection, topology, images())
+
+
+def test_verify_measures_the_difference():
+    model, variables, selection, topology = resnet_cut()
+    small_model, small = compact(model, variables, selection, topology)
+    arguments = (model, variables, small_model, small, selection, topology, images())
+    verification = verify(*arguments)
+    assert verification.argmax_agreement == 1.0
+    small["params"]["linear"]["bias"] += 0.25
+    verification = verify(*arguments, tolerance=1.0)
+    assert verification.max_difference == pytest.approx(0.25, abs=1e-3)
+
+
+def test_verify_fails_for_another_selection_and_for_nan():
+    model, variables, selection, topology = resnet_cut()
+    small_model, small = compact(model, variables, selection, topology)
+    other = Selection(((0, 3, 5, 7), *selection.kept[1:]))
+    with pytest.raises(ValueError, match="logits differ"):
+        verify(model, variables, small_model, small, other, topology, images())
+    small["params"]["linear"]["bias"] *= np.nan
+    with pytest.raises(ValueError, match="logits differ by up to nan"):
+        verify(model, variables, small_model, small, selection, topology, images())
+
+
+def test_compact_names_what_does_not_fit():
+    model, variables, selection, topology = resnet_cut()
+    with pytest.raises(ValueError, match="the selection has 8 gates, the network 9"):
+        compact(model, variables, Selection(selection.kept[1:]), topology)
+    with pytest.raises(ValueError, match=r"variable params/linear/bias has shape \(10,\); .* with \(7,\)"):
+        compact(model, zoo.randomized(models.create("resnet20", 10), SHAPE), selection, topology)
+    with pytest.raises(ValueError, match=r"expects params/layer1_1/bn1/bias with shape \(5,\), the cut gives \(4,\)"):
+        compact(model, variables, selection, topology, lambda w: model.clone(widths=(4, 5, *w[2:])))
+    vgg = zoo.VGG()
+    with pytest.raises(ValueError, match="VGG has no attribute `widths`; pass rebuild="):
+        compact(vgg, zoo.randomized(vgg, SHAPE), selection_of(trace(vgg, SHAPE), "one"), trace(vgg, SHAPE))
+
+
+LOAD = """
+import sys
+import jax
+import numpy as np
+from ddnp_jax.compact import load_pruned
+model, variables = load_pruned(sys.argv[1])
+x = np.load(sys.argv[2])
+np.save(sys.argv[3], jax.jit(model.apply)(variables, x))
+"""
+
+
+@pytest.mark.parametrize("name", ["resnet20 avgpool", "vgg"])
+def test_a_fresh_process_loads_it_in_one_call(tmp_path, name):
+    model, _, rebuild = CASES[name]
+    variables, topology = zoo.randomized(model, SHAPE), trace(model, SHAPE)
+    small_model, small = compact(model, variables, selection_of(topology, "random"), topology, rebuild)
+    save_pruned(tmp_path / "pruned", small_model, small)
+    np.save(tmp_path / "x.npy", images())
+    command = [sys.executable, "-c", LOAD, tmp_path / "pruned", tmp_path / "x.npy", tmp_path / "y.npy"]
+    tests = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
+    subprocess.run(command, check=True, env=environment)
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), apply(small_model, small, images()))
+
+
+def test_saving_again_replaces_and_data_types_stay(tmp_path):
+    model = models.create("resnet20", 7, widths=(1, 2, 3, 4, 5, 6, 7, 8, 9), dtype=jnp.bfloat16)
+    variables = zoo.randomized(model, SHAPE)
+    save_pruned(tmp_path, model, jax.tree.map(lambda leaf: leaf + 1, variables))
+    save_pruned(tmp_path, model, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables))
+    assert len(list(tmp_path.iterdir())) == 2
+    loaded_model, loaded = load_pruned(tmp_path)
+    assert loaded_model == model
+    assert jax.tree.structure(loaded) == jax.tree.structure(variables)
+    for leaf, expected in zip(jax.tree.leaves(loaded), jax.tree.leaves(variables), strict=True):
+        assert leaf.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(leaf, expected.astype(jnp.bfloat16))
+
+
+def test_an_interrupted_save_leaves_the_old_network(tmp_path, monkeypatch):
+    model = zoo.Sorted()
+    variables = zoo.randomized(model, SHAPE)
+    save_pruned(tmp_path, model, variables)
+    replace = os.replace
+
+    def fail(source, target):
+        if Path(target).name == "model.json":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        save_pruned(tmp_path, model, jax.tree.map(lambda leaf: leaf + 1, variables))
+    _, loaded = load_pruned(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, loaded, variables)
+
+
+def test_attributes_that_cannot_be_written_need_the_model(tmp_path):
+    model = zoo.Middle(zoo.grouped)
+    variables = zoo.randomized(model, SHAPE)
+    save_pruned(tmp_path, model, variables)
+    with pytest.raises(
+        ValueError, match=r"lacks the attributes middle of zoo:Middle; pass load_pruned\(\.\.\., model=\)"
+    ):
+        load_pruned(tmp_path)
+    loaded_model, loaded = load_pruned(tmp_path, model=model)
+    assert loaded_model is model
+    jax.tree.map(np.testing.assert_array_equal, loaded, variables)
+
+
+def test_damaged_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"model\.json does not exist"):
+        load_pruned(tmp_path / "nothing")
+    model = zoo.Sorted()
+    save_pruned(tmp_path, model, zoo.randomized(model, SHAPE))
+    description = tmp_path / "model.json"
+    (weights,) = tmp_path.glob("weights-*")
+    content, text = bytearray(weights.read_bytes()), description.read_text()
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"weights-.*\.msgpack is damaged or missing"):
+        load_pruned(tmp_path)
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    for cls, message in [
+        ("os:system", "os:system is no flax module"),
+        ("zoo:Gone", "zoo:Gone cannot be imported"),
+        ("gone:Gone", "gone:Gone cannot be imported"),
+        ("flax.linen:Dense", "flax.linen:Dense does not take its attributes"),
+    ]:
+        changed = json.loads(text) | {"class": cls, "attributes": {"unknown": 1}}
+        description.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=message):
+            load_pruned(tmp_path)
+    description.write_text(text[:20])
+    with pytest.raises(ValueError, match=r"model\.json is damaged"):
+        load_pruned(tmp_path)

@@ -1,0 +1,139 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import zoo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddnp_jax import flops, models
+from ddnp_jax.topology import trace
+
+SHAPE = (16, 16, 3)
+STAGES = ((32, 16), (16, 32), (8, 64))
+
+
+@functools.cache
+def trace_resnet20():
+    return trace(models.create("resnet20", 10), (32, 32, 3))
+
+
+traced_prunable = jax.jit(flops.prunable, static_argnums=(0, 2))
+
+
+def resnet_terms(widths, convention):
+    """T of a CIFAR ResNet, written out: (outputs, MACs) of both convolutions of each block."""
+    n = len(widths) // 3
+    cost, channels = 0, 16
+    for i, width in enumerate(widths):
+        side, out = STAGES[i // n]
+        cost += side * side * 9 * (channels * width + width * out)
+        cost += 3 * side * side * (width + out) if convention == "authors" else 0
+        channels = out
+    return cost
+
+
+@pytest.mark.parametrize(
+    ("name", "macs", "parameters"),
+    [("resnet20", 40.551e6, 0.270e6), ("resnet56", 125.486e6, 0.853e6), ("resnet110", 252.888e6, 1.728e6)],
+)
+def test_known_networks(name, macs, parameters):
+    topology = trace(models.create(name, 10), (32, 32, 3))
+    assert flops.total(topology) == pytest.approx(macs, abs=500)
+    assert flops.parameters(topology) == pytest.approx(parameters, abs=500)
+    stem_and_classifier = 32 * 32 * 27 * 16 + 640
+    assert flops.total(topology) - flops.prunable(topology) == stem_and_classifier
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 16), min_size=9, max_size=9), st.sampled_from(["macs", "authors"]))
+def test_prunable_is_what_one_counts_by_hand(widths, convention):
+    topology = trace_resnet20()
+    expected = resnet_terms(widths, convention)
+    assert flops.prunable(topology, widths, convention) == expected
+    assert flops.total(topology, widths, convention) == expected + 32 * 32 * 27 * 16 + 640
+    traced = traced_prunable(topology, jnp.array(widths, jnp.float32), convention)
+    assert float(traced) == pytest.approx(expected, rel=1e-6)
+
+
+def test_gradient_is_the_cost_of_one_more_channel():
+    topology = trace(zoo.MobileNet(), SHAPE)
+    widths = [7, 2, 9, 3, 4, 6]
+    for convention in flops.CONVENTIONS:
+        gradient = jax.grad(lambda w, c=convention: flops.prunable(topology, w, c))(jnp.array(widths, jnp.float32))
+        for i in range(6):
+            more = [w + (j == i) for j, w in enumerate(widths)]
+            step = flops.prunable(topology, more, convention) - flops.prunable(topology, widths, convention)
+            assert float(gradient[i]) == step
+
+
+@pytest.mark.parametrize(
+    ("model", "smaller"),
+    [
+        (zoo.VGG(), zoo.VGG(features=(3, 4, 5, 6))),
+        (zoo.MobileNet(), zoo.MobileNet(channels=(5, 2, 7, 3, 4, 6))),
+        (zoo.Multiplier(), zoo.Multiplier(features=(4,))),
+        (zoo.Twice(), zoo.Twice(features=(2,))),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_cost_of_widths_is_the_cost_of_the_smaller_network(model, smaller):
+    topology, small = trace(model, SHAPE), trace(smaller, SHAPE)
+    for convention in flops.CONVENTIONS:
+        assert flops.total(topology, small.widths, convention) == flops.total(small, None, convention)
+        assert flops.prunable(topology, small.widths, convention) == flops.prunable(small, None, convention)
+    assert flops.parameters(topology, small.widths) == flops.parameters(small)
+
+
+def test_layers_of_every_kind_by_hand():
+    topology = trace(zoo.MobileNet(), SHAPE)
+    stem = 8 * 8 * 27 * 8
+    block1 = 64 * (8 * 12 + 9 * 12 + 12 * 8) + 2 * 12 * 4
+    block2 = 64 * 8 * 16 + 16 * (9 * 16 + 16 * 10) + 2 * 16 * 5
+    assert flops.total(topology) == stem + block1 + block2 + 16 * 10 * 14 + 14 * 7
+    outputs = 64 * (12 + 12 + 8) + 4 + 12 + 64 * 16 + 16 * (16 + 10) + 5 + 16 + 16 * 14 + 7
+    assert flops.total(topology, None, "authors") == flops.total(topology) + 3 * outputs
+    grouped = trace(zoo.Middle(zoo.grouped), SHAPE)
+    assert flops.total(grouped) == 256 * (27 * 8 + 9 * 4 * 6) + 6 * 7
+    assert flops.total(trace(zoo.Middle(zoo.over_rows), SHAPE)) == 256 * (27 * 8 + 8 * 5) + 5 * 7
+    assert flops.total(trace(zoo.Twice(), SHAPE)) == 256 * 9 * (3 * 6 + 2 * 6 * 6) + 6 * 7
+
+
+def test_parameters_are_those_of_the_variables():
+    model = zoo.MobileNet()
+    params = zoo.randomized(model, SHAPE)["params"]
+    assert flops.parameters(trace(model, SHAPE)) == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_p_and_reduction():
+    topology = trace_resnet20()
+    share = 40_108_032 / 40_551_040  # stem: 442368, classifier: 640
+    assert flops.p_for_reduction(topology, 0.5) == pytest.approx(1 - 0.5 / share, abs=1e-12)
+    assert flops.reduction_for_p(topology, 0.48) == pytest.approx(0.52 * share, abs=1e-12)
+    for convention in flops.CONVENTIONS:
+        p = flops.p_for_reduction(topology, 0.62, convention)
+        assert flops.reduction_for_p(topology, p, convention) == pytest.approx(0.62, abs=1e-12)
+    assert flops.p_for_reduction(topology, 0.0) == 1
+
+
+def test_bad_input_is_named():
+    topology = trace_resnet20()
+    with pytest.raises(ValueError, match=r"reduction 0\.99 cannot be met: .* less than 0\.9891"):
+        flops.p_for_reduction(topology, 0.99)
+    with pytest.raises(ValueError, match=r"p must be in \(0, 1\], got 0"):
+        flops.reduction_for_p(topology, 0)
+    with pytest.raises(ValueError, match="convention 'flops' is unknown; use one of macs, authors"):
+        flops.prunable(topology, None, "flops")
+    for count in (flops.prunable, flops.total, flops.parameters):
+        with pytest.raises(ValueError, match="3 widths were given; the network has 9 gates"):
+            count(topology, (1, 2, 3))
+
+
+def test_integer_widths_give_integers_and_others_float32():
+    topology = trace_resnet20()
+    assert type(flops.prunable(topology, np.array(topology.widths))) is int
+    assert flops.prunable(topology, jnp.array(topology.widths)) == flops.prunable(topology)
+    fractional = flops.prunable(topology, [w / 2 for w in topology.widths])
+    assert (fractional.dtype, float(fractional)) == (jnp.float32, 40_108_032 / 2)

@@ -1,0 +1,392 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import zoo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddnp_jax import models
+from ddnp_jax.axis_groups import AxisGroups, Factor
+from ddnp_jax.interception import apply_masked
+from ddnp_jax.topology import Reader, Selection, Slice, trace
+
+SHAPE = (16, 16, 3)
+
+
+def gates_of(topology):
+    """(name, channels, readers) of all gates."""
+    return [(g.name, g.channels, ["/".join(r.path) for r in g.readers]) for g in topology.gates]
+
+
+def reason_of(topology, name):
+    """Why the channels that layer `name` produces stay whole."""
+    return "; ".join(reason for names, reason in topology.whole if name in names.split(", "))
+
+
+@pytest.mark.parametrize("shortcut", ["subsample", "avgpool"])
+def test_cifar_resnet_gates_are_the_first_convolutions_in_block_order(shortcut):
+    topology = trace(models.create("resnet20", 10, shortcut=shortcut), (32, 32, 3))
+    blocks = [f"layer{stage}_{block}" for stage in (1, 2, 3) for block in (0, 1, 2)]
+    assert topology.widths == (16, 16, 16, 32, 32, 32, 64, 64, 64)
+    assert gates_of(topology) == [
+        (f"{b}/conv1", c, [f"{b}/conv2"]) for b, c in zip(blocks, topology.widths, strict=True)
+    ]
+    bn = [(collection, "layer2_0", "bn1") for collection in ("batch_stats", "params")]
+    assert set(topology.gates[3].slices) == {
+        Slice(("params", "layer2_0", "conv1", "kernel"), 3),
+        Slice((*bn[1], "scale"), 0),
+        Slice((*bn[1], "bias"), 0),
+        Slice((*bn[0], "mean"), 0),
+        Slice((*bn[0], "var"), 0),
+        Slice(("params", "layer2_0", "conv2", "kernel"), 2),
+    }
+    assert topology.gates[3].readers == (Reader(("layer2_0", "conv2"), 3),)
+    assert topology.gates[3].producers == (Slice(("params", "layer2_0", "conv1", "kernel"), 3),)
+    assert "a residual addition (CifarResNet/layer1_0)" in reason_of(topology, "layer1_1/conv2")
+    assert reason_of(topology, "linear") == "it is the network's output"
+    assert hash(topology) == hash(trace(models.create("resnet20", 10, shortcut=shortcut), (32, 32, 3)))
+
+
+def test_resnet_with_padded_shortcuts_stays_whole_outside_its_blocks_even_with_residual_gates():
+    topology = trace(models.create("resnet20", 10), (32, 32, 3), residual=True)
+    assert topology.widths == (16, 16, 16, 32, 32, 32, 64, 64, 64)
+    assert reason_of(topology, "conv1") == "padding adds channels (CifarResNet/layer2_0)"
+
+
+def test_resnet56_has_27_gates_in_block_order():
+    assert trace(models.create("resnet56", 10), (32, 32, 3)).widths == (16,) * 9 + (32,) * 9 + (64,) * 9
+
+
+def test_vgg():
+    topology = trace(zoo.VGG(), SHAPE)
+    assert topology.call_kwargs == (("train", False),)
+    assert gates_of(topology) == [
+        ("features_0", 6, ["features_1"]),
+        ("features_1", 8, ["features_2"]),
+        ("features_2", 10, ["hidden"]),
+        ("hidden", 12, ["classifier"]),
+    ]
+    assert topology.gates[2].readers == (Reader(("hidden",), 1, outer=16),)
+    assert Slice(("params", "hidden", "kernel"), 0, outer=16) in topology.gates[2].slices
+    ends = [(layer.name, layer.positions, layer.in_gate, layer.out_gate) for layer in topology.layers]
+    assert ends == [
+        ("features_0", 256, None, 0),
+        ("features_1", 256, 0, 1),
+        ("features_2", 64, 1, 2),
+        ("hidden", 1, 2, 3),
+        ("classifier", 1, 3, None),
+    ]
+
+
+def test_inverted_residuals_with_squeeze_excite():
+    topology = trace(zoo.MobileNet(), SHAPE)
+    assert gates_of(topology) == [
+        ("block1/expand", 12, ["block1/se/squeeze", "block1/project"]),
+        ("block1/se/squeeze", 4, ["block1/se/excite"]),
+        ("block2/expand", 16, ["block2/se/squeeze", "block2/project"]),
+        ("block2/se/squeeze", 5, ["block2/se/excite"]),
+        ("block2/project", 10, ["head"]),
+        ("head", 14, ["classifier"]),
+    ]
+    assert topology.gates[0].producers == (
+        Slice(("params", "block1", "expand", "kernel"), 3),
+        Slice(("params", "block1", "se", "excite", "kernel"), 3),
+    )
+    assert Slice(("params", "block1", "depthwise", "kernel"), 3) in topology.gates[0].slices
+    (depthwise,) = [layer for layer in topology.layers if layer.name == "block2/depthwise"]
+    assert (depthwise.groups, depthwise.positions, depthwise.in_gate, depthwise.out_gate) == (16, 16, None, 2)
+    assert topology.whole[0] == ("stem, block1/project", "a residual addition (MobileNet/block1)")
+
+
+def test_bottlenecks_with_and_without_residual_gates():
+    inner = [f"stages_{i}/{name}" for i in range(3) for name in ("reduce", "spatial")]
+    topology = trace(zoo.PreActResNet(), SHAPE)
+    assert [g.name for g in topology.gates] == inner
+    assert topology.widths == (4, 5, 6, 7, 8, 9)
+    assert topology.whole[1][0] == "stages_1/shortcut, stages_1/widen, stages_2/widen"
+    topology = trace(zoo.PreActResNet(), SHAPE, residual=True)
+    assert topology.widths == (8, 4, 5, 16, 6, 7, 8, 9)
+    assert gates_of(topology)[0] == ("stem", 8, ["stages_0/reduce", "stages_1/shortcut", "stages_1/reduce"])
+    assert [p.path[1:-1] for p in topology.gates[0].producers] == [("stem",), ("stages_0", "widen")]
+
+
+def test_what_an_unknown_operation_touches_stays_whole_and_is_named():
+    topology = trace(zoo.Sorted(), SHAPE)
+    assert gates_of(topology) == [("first", 6, ["second"]), ("third", 9, ["classifier"])]
+    reason = "the operation `sort`, which the tracer does not know (Sorted)"
+    assert topology.whole == (("second", reason), ("classifier", "it is the network's output"))
+    text = topology.describe()
+    assert "0  first: 6 channels, read by second" in text
+    assert f"second: {reason}" in text
+    assert "third: kernel (3, 3, 8, 9), 256 positions, to gate 1" in text
+
+
+def test_a_shared_module_has_one_gate_and_counts_twice():
+    topology = trace(zoo.Twice(), SHAPE)
+    assert gates_of(topology) == [("first", 6, ["shared", "classifier"])]
+    assert [layer.name for layer in topology.layers] == ["first", "shared", "shared", "classifier"]
+    kernel = ("params", "shared", "kernel")
+    assert {Slice(kernel, 2), Slice(kernel, 3)} <= set(topology.gates[0].slices)
+
+
+def test_channel_multiplier_and_flatten_of_channels_first():
+    topology = trace(zoo.Multiplier(), SHAPE)
+    assert gates_of(topology) == [("first", 6, ["classifier"])]
+    assert topology.gates[0].readers == (Reader(("classifier",), 1, outer=1, inner=2 * 4 * 4),)
+    assert Slice(("params", "depthwise", "kernel"), 3, inner=2) in topology.gates[0].slices
+
+
+def test_layers_in_a_loop_are_refused():
+    with pytest.raises(ValueError, match=r"inside `scan` \(Stacked\) cannot be counted"):
+        trace(zoo.Stacked(), SHAPE)
+
+
+def mean(x):
+    return x.mean((1, 2))
+
+
+GATED = {
+    "gelu": lambda x: mean(nn.gelu(x)),
+    "spatial pad, stride and slice": lambda x: mean(jnp.pad(x[:, ::2, 1:], ((0, 0), (1, 2), (0, 3), (0, 0)))),
+    "spatial flip": lambda x: mean(x[:, ::-1]),
+    "average and maximum pool": lambda x: mean(nn.avg_pool(x, (2, 2)) + nn.max_pool(x, (2, 2))),
+    "depthwise": lambda x: mean(nn.Conv(8, (3, 3), feature_group_count=8)(x)),
+    "product of two layers": lambda x: mean(x * nn.sigmoid(nn.Conv(8, (1, 1), name="other")(x))),
+    "bfloat16": lambda x: nn.Dense(5, dtype=jnp.bfloat16)(mean(x)),
+    "spatial softmax": lambda x: (x * nn.softmax(x, axis=(1, 2))).sum((1, 2)),
+    "instance norm": lambda x: mean((x - x.mean((1, 2), keepdims=True)) / x.std((1, 2), keepdims=True)),
+    "own kernel": lambda x: zoo.OwnKernel(5)(mean(x)),
+    "zeros added before reading": lambda x: mean(
+        zoo.OwnKernel(5, lambda x: jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))))(x)
+    ),
+    "jit": lambda x: nn.jit(nn.Dense)(5)(mean(x)),
+    "two readers": lambda x: nn.Dense(5)(mean(x)) * nn.Dense(5)(mean(x)),
+}
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_channels_that_stay_apart_are_a_gate(name):
+    topology = trace(zoo.Middle(GATED[name]), SHAPE)
+    assert ("conv", 8) in [(g.name, g.channels) for g in topology.gates]
+
+
+WHOLE = {
+    "group norm": (lambda x: mean(nn.GroupNorm(2)(x)), "a reshape divides its channels"),
+    "layer norm": (lambda x: mean(nn.LayerNorm()(x)), "`reduce_sum` mixes its channels"),
+    "softmax": (lambda x: nn.softmax(mean(x)), "`reduce_max` mixes its channels"),
+    "running sum": (lambda x: jnp.cumsum(mean(x), -1), "the operation `cumsum`"),
+    "concatenation": (lambda x: mean(jnp.concatenate([x, nn.relu(x)], -1)), "a concatenation"),
+    "split": (lambda x: mean(jnp.split(x, 2, -1)[0]), "a split"),
+    "slice": (lambda x: mean(x[..., 2:]), "a slice takes a part of it"),
+    "flip": (lambda x: mean(x[..., ::-1]), "its order is reversed"),
+    "shift": (lambda x: mean(jax.lax.pad(x, 0.0, ((0, 0, 0),) * 3 + ((1, -1, 0),))), "padding adds channels"),
+    "shuffle": (
+        lambda x: mean(jnp.swapaxes(x.reshape(*x.shape[:3], 2, 4), 3, 4).reshape(x.shape)),
+        "a reshape divides its channels",
+    ),
+    "depth to space": (
+        lambda x: mean(x.reshape(*x.shape[:3], 2, 2, 2).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 32, 32, 2)),
+        "a reshape divides its channels",
+    ),
+    "constant": (lambda x: mean(x * np.arange(8, dtype=np.float32).reshape(1, 1, 1, 8)), "a constant array"),
+    "iota": (lambda x: mean(x * jnp.arange(8.0).reshape(1, 1, 1, 8)), "a constant array"),
+    "grouped convolution": (zoo.grouped, "a grouped convolution"),
+    "channels pooled": (lambda x: mean(nn.max_pool(x[..., None], (1, 1, 2))[..., 0]), "pooling mixes its channels"),
+    "channels as space": (
+        lambda x: nn.Conv(5, (3, 3))(jnp.swapaxes(x, 2, 3)).mean((1, 2)),
+        "it is a spatial axis of a convolution",
+    ),
+    "attention": (lambda x: mean(jnp.einsum("nhwc,nhvc->nhwv", x, x)), "`dot_general` of two activations"),
+    "residual": (lambda x: mean(x + nn.Conv(8, (3, 3))(x)), "a residual addition"),
+    "maximum of two layers": (lambda x: mean(jnp.maximum(x, nn.Conv(8, (3, 3))(x))), "a residual addition"),
+    "activation inside the reader": (lambda x: zoo.OwnKernel(5, nn.relu)(mean(x)), "otherwise than as"),
+    "ones added inside the reader": (
+        lambda x: mean(zoo.OwnKernel(5, lambda x: jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0)), constant_values=1))(x)),
+        "otherwise than as",
+    ),
+    "subclass that changes its input": (lambda x: zoo.ShiftedDense(5)(mean(x)), "otherwise than as"),
+    "subclass that hands its input on": (lambda x: zoo.HandedOn(5)(mean(x)), "otherwise than as"),
+    "keyword argument": (lambda x: nn.Dense(5)(inputs=mean(x)), "otherwise than as"),
+    "attend": (lambda x: nn.Embed(5, 8).attend(mean(x)), "otherwise than as"),
+    "two layouts": (zoo.two_layouts, "otherwise than as"),
+    "many output axes": (
+        lambda x: nn.DenseGeneral((5, 2))(mean(x)).reshape(-1, 10),
+        "its kernel has more than an input and an output axis",
+    ),
+    "computed kernel": (lambda x: zoo.OwnKernel(5, kernel_map=lambda k: k * 2)(mean(x)), "its kernel is computed"),
+    "vmap": (zoo.over_rows, "otherwise than as"),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_is_not_understood_stays_whole(name):
+    middle, reason = WHOLE[name]
+    topology = trace(zoo.Middle(middle), SHAPE)
+    assert "conv" not in [g.name for g in topology.gates]
+    assert reason in reason_of(topology, "conv")
+
+
+def test_call_kwargs_and_other_inputs_reach_the_model():
+    class Switch(nn.Module):
+        @nn.compact
+        def __call__(self, x, deep):
+            x = nn.Conv(4, (3, 3))(x)
+            return nn.Dense(7)((nn.Conv(5, (3, 3))(x) if deep else x).mean((1, 2)))
+
+    assert trace(Switch(), SHAPE, deep=True).widths == (4, 5)
+    assert trace(Switch(), SHAPE, deep=False).widths == (4,)
+
+
+class Probe(nn.Module):
+    """Dense layers whose logits can be computed by hand."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2, use_bias=False, name="out")(nn.Dense(3, use_bias=False, name="in")(x))
+
+
+def test_apply_masked_by_hand():
+    variables = {
+        "params": {
+            "in": {"kernel": jnp.array([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]])},
+            "out": {"kernel": jnp.array([[1.0, 0.0], [0.0, 1.0], [10.0, 0.0]])},
+        }
+    }
+    topology = trace(Probe(), (2,))
+    x = jnp.array([[1.0, 4.0]])  # hidden: 1, 6, 3
+    observed = {}
+    observe = observed.__setitem__
+
+    def logits(mask):
+        return apply_masked(Probe(), variables, x, (mask,), topology, observe=observe)
+
+    np.testing.assert_array_equal(logits(jnp.array([1.0, 0.5, 0.0])), [[1.0, 3.0]])
+    np.testing.assert_array_equal(observed[0], [[1.0, 6.0, 3.0]])
+    gradient = jax.jacobian(logits)(jnp.array([1.0, 0.5, 0.0]))
+    np.testing.assert_array_equal(gradient[0], [[1.0, 0.0, 30.0], [0.0, 6.0, 0.0]])
+
+
+def test_masks_gradient_forms_no_weight_gradient():
+    model = zoo.VGG()
+    variables, topology = zoo.randomized(model, (8, 8, 3)), trace(model, (8, 8, 3))
+
+    def loss(masks):
+        return apply_masked(model, variables, jnp.ones((5, 8, 8, 3)), masks, topology).sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(tuple(map(jnp.ones, topology.widths)))
+    results = [eqn.outvars[0].aval.shape for eqn in jaxpr.eqns if "conv_general" in eqn.primitive.name]
+    assert len(results) == 5  # three forward, two backward to the inputs
+    assert all(shape[0] == 5 for shape in results)
+
+
+def test_apply_masked_keeps_the_data_type_and_observes_channels_last():
+    model = zoo.Multiplier()
+    variables, topology = zoo.randomized(model, SHAPE), trace(model, SHAPE)
+    seen = []
+    apply_masked(
+        model,
+        variables,
+        jnp.ones((2, *SHAPE)),
+        (jnp.ones(6, jnp.bfloat16),),
+        topology,
+        observe=lambda gate, x: seen.append((gate, x.shape, x.dtype)),
+    )
+    assert seen == [(0, (2, 1, 32, 6), jnp.float32)]
+
+
+def test_apply_masked_names_what_does_not_fit():
+    model, topology = zoo.VGG(), trace(zoo.VGG(), SHAPE)
+    masks = [jnp.ones(n) for n in topology.widths]
+    x = jnp.ones((1, *SHAPE))
+    with pytest.raises(ValueError, match="3 masks were given; the network has 4 gates"):
+        apply_masked(model, {}, x, masks[:3], topology)
+    with pytest.raises(ValueError, match=r"gate hidden: the mask has shape \(11,\), not \(12,\)"):
+        apply_masked(model, {}, x, [*masks[:3], jnp.ones(11)], topology)
+    with pytest.raises(ValueError, match=r"traced for \(16, 16, 3\)"):
+        apply_masked(model, {}, jnp.ones((1, 32, 32, 3)), masks, topology)
+
+
+def test_selection_masks_and_file(tmp_path):
+    topology = trace(zoo.VGG(), SHAPE)
+    selection = Selection(((0, 5), (7,), tuple(range(10)), (1, 2, 3)))
+    assert selection.widths == (2, 1, 10, 3)
+    masks = selection.masks(topology)
+    assert masks[0].dtype == np.float32
+    np.testing.assert_array_equal(masks[0], [1, 0, 0, 0, 0, 1])
+    np.testing.assert_array_equal(masks[1], [0, 0, 0, 0, 0, 0, 0, 1])
+    selection.save(tmp_path / "selection.json")
+    assert Selection.load(tmp_path / "selection.json") == selection
+    assert [path.name for path in tmp_path.iterdir()] == ["selection.json"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[1]", '{"kept": 3}', '{"kept": [[1.5]]}', '{"kept": [["1"]]}', '{"kept": ["1"]}']
+)
+def test_damaged_selection_files_are_refused(tmp_path, text):
+    file = tmp_path / "selection.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"selection\.json does not hold a selection"):
+        Selection.load(file)
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        (((0,),) * 3, "the selection has 3 gates, the network 4"),
+        (((0,), (), (0,), (0,)), "gate features_1: no channel is kept"),
+        (((0,), (0,), (2, 1), (0,)), "gate features_2: kept channels must be ascending"),
+        (((0,), (0,), (1, 1), (0,)), "gate features_2: kept channels must be ascending"),
+        (((0,), (0,), (0,), (0, 12)), r"gate hidden: kept channels must be in 0\.\.11"),
+        (((-1, 0), (0,), (0,), (0,)), r"gate features_0: kept channels must be in 0\.\.5"),
+    ],
+)
+def test_selections_that_do_not_fit_are_refused(kept, message):
+    with pytest.raises(ValueError, match=message):
+        Selection(kept).check(trace(zoo.VGG(), SHAPE))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(2, 4), min_size=2, max_size=4), st.data())
+def test_reshapes_carry_channels_to_where_numpy_does(shape, data):
+    """Reshapes and transposes at random: the places that the groups give are those of each channel's values."""
+    groups = AxisGroups()
+    axes, channel = tuple(groups.new(n) for n in shape), data.draw(st.integers(0, len(shape) - 1))
+    (wanted,) = axes[channel]
+    array = np.broadcast_to(
+        np.arange(shape[channel]).reshape([-1 if i == channel else 1 for i in range(len(shape))]), shape
+    )
+    order = data.draw(st.permutations(range(len(shape))))
+    axes, array = tuple(axes[i] for i in order), array.transpose(order)
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(shape) - 1))))
+    parts = np.split(np.array(array.shape), cuts)
+    merged = tuple(int(np.prod(part)) for part in parts)
+    axes, array = groups.reshape(axes, merged), array.reshape(merged)
+    ((i, outer, inner),) = [
+        (
+            i,
+            int(np.prod([f.size for f in axis[:j]], initial=1)),
+            int(np.prod([f.size for f in axis[j + 1 :]], initial=1)),
+        )
+        for i, axis in enumerate(axes)
+        for j, factor in enumerate(axis)
+        if factor == wanted
+    ]
+    kept = (0, shape[channel] - 1)
+    positions = Slice(("params",), i, outer, inner).indices(shape[channel], kept)
+    along = np.moveaxis(array, i, 0).reshape(merged[i], -1)  # a channel's positions hold its number everywhere
+    np.testing.assert_array_equal(positions, np.flatnonzero(np.isin(along[:, 0], kept)))
+
+
+def test_joining_divides_the_group_that_was_flattened():
+    groups = AxisGroups()
+    h, c, flat = groups.new(4, "space"), groups.new(6), groups.new(24)
+    groups.join(h + c, flat)
+    assert groups.factors(flat) == (*groups.factors(h), *groups.factors(c))
+    assert [bool(groups.reasons(f.group)) for f in groups.factors(flat)] == [True, False]
+    other = groups.new(24)
+    groups.join(groups.new(6) + groups.new(4), other)
+    groups.join(other, flat)  # (6, 4) against (4, 6): 4 and 6 do not divide each other
+    assert all(groups.reasons(f.group) for f in groups.factors(flat) + groups.factors(other))
+    assert groups.join((Factor(None, 5),), left := groups.new(5)) == left

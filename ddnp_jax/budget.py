@@ -1,6 +1,7 @@
 """What may remain: the wanted FLOPs, whether they can be reached, and integer widths that meet them."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,7 +33,7 @@ class Budget:
 
     @property
     def wanted(self) -> float:
-        """P T_total."""
+        """The most that may remain, p T_total."""
         return self.p * self.total
 
     @property
@@ -60,10 +61,11 @@ class Budget:
         if smallest > self.wanted:
             least = flops.parameters(self.topology, self.smallest_widths)
             most = flops.parameters(self.topology)
+            feasible = math.ceil(1e4 * smallest / self.total) / 1e4
             raise ValueError(
-                f"budget.p={self.p} cannot be met: it wants {self.wanted:,.0f} prunable FLOPs ({self.convention}), but the "
-                f"smallest network (widths {self.multiple} or whole) has {smallest:,.0f} and {least:,} parameters, the "
-                f"largest {self.total:,.0f} and {most:,}; use p of at least {smallest / self.total:.4f}."
+                f"budget.p={self.p} cannot be met: it wants {self.wanted:,.0f} prunable FLOPs ({self.convention}), but "
+                f"the smallest network (widths {self.multiple} or whole) has {smallest:,.0f} and {least:,} parameters, "
+                f"the largest {self.total:,.0f} and {most:,}; use p of at least {feasible:.4f}."
             )
 
     def fit(self, k: Sequence[float]) -> tuple[int, ...]:

@@ -134,8 +134,6 @@ class Follower:
             return [self._contract(eqn, values, where)]
         for value in values:
             self.other_uses |= value.calls
-        if name == "reduce_window" and len(values) != 2:
-            return self._unknown(eqn, values, where)
         return OPERATIONS.get(name, Follower._unknown)(self, eqn, values, where)
 
     def constant(self, array: Any) -> Value:
@@ -156,9 +154,8 @@ class Follower:
         calls, tag = value.calls, str(eqn.params.get("name", ""))
         if tag.startswith(CALL_TAG):
             call = int(tag.removeprefix(CALL_TAG))
-            if (
-                self._calls[call][1] == eqn.outvars[0].aval.shape
-            ):  # under a vmap the module's argument has another shape than this one
+            # Under a vmap the module's argument has another shape than what the jaxpr shows.
+            if self._calls[call][1] == eqn.outvars[0].aval.shape:
                 self.call_inputs[call] = axes
                 calls |= {call}
         leaf = value.leaf if eqn.primitive.name in ORDERS else None
@@ -302,6 +299,8 @@ class Follower:
 
     def _window(self, eqn: core.JaxprEqn, values: list[Value], where: str) -> list[Value]:
         params = eqn.params
+        if len(eqn.outvars) != 1:
+            return self._unknown(eqn, values, where)
         window = zip(params["window_dimensions"], params["window_strides"], params["padding"], strict=True)
         changed = [i for i, (size, stride, pad) in enumerate(window) if (size, stride, tuple(pad)) != (1, 1, (0, 0))]
         axes = self._resize(values[0].axes, changed, eqn.outvars[0].aval.shape, "pooling mixes its channels", where)

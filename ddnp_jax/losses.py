@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+RESOURCE = ("log_abs", "log_max", "abs", "square")
+
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
     """Mean cross-entropy of logits (N, K) against integer labels (N,), with label smoothing."""
@@ -38,7 +40,7 @@ def resource(kind: str, cost: jax.Array, total: float, p: float) -> jax.Array:
             return jnp.abs(cost / total - p)
         case "square":
             return jnp.square(cost / total - p)
-    raise ValueError(f"resource_loss={kind!r} is unknown; use 'log_abs', 'log_max', 'abs' or 'square'.")
+    raise ValueError(f"resource_loss={kind!r} is unknown; use one of {', '.join(RESOURCE)}.")
 
 
 def tie(gates: tuple[jax.Array, ...], k: jax.Array, rng: jax.Array, noise: float = 0.02) -> jax.Array:

@@ -128,9 +128,7 @@ def base(job: Run) -> Any:
 def load_weights(path: str, model: nn.Module, image_shape: tuple[int, int, int]) -> Any:
     """Weights of `model` from a PyTorch checkpoint, or from a folder written by `save_pruned`."""
     if not Path(path).exists():
-        raise ValueError(
-            f"base.weights={path!r} does not exist; give a PyTorch checkpoint, or '' to train from scratch."
-        )
+        raise ValueError(f"base.weights={path!r} does not exist; give a PyTorch checkpoint, or '' to train.")
     if Path(path).is_dir():
         return load_pruned(path)[1]
     return torch_weights.load(path, model, image_shape)

@@ -1,4 +1,4 @@
-"""`python -m experiments.cifar10_r56 --config=configs/cifar10_r56.py --workdir=...`; see the configuration's docstring."""
+"""`python -m experiments.cifar10_r56 --config=configs/cifar10_r56.py --workdir=...`."""
 
 from experiments import launch
 

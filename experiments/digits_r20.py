@@ -1,4 +1,4 @@
-"""`python -m experiments.digits_r20 --config=configs/digits_r20.py --workdir=...`; see the configuration's docstring."""
+"""`python -m experiments.digits_r20 --config=configs/digits_r20.py --workdir=...`."""
 
 from experiments import launch
 

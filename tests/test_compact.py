@@ -87,54 +87,64 @@ def test_cut_variables_are_the_kept_slices():
     np.testing.assert_array_equal(small["batch_stats"]["norm_1"]["var"], statistics["var"][[0, 2, 7]])
 
 
-def resnet_cut():
-    model = models.create("resnet20", 7)
+def vgg_cut():
+    model = zoo.VGG()
     variables, topology = zoo.randomized(model, SHAPE), trace(model, SHAPE)
-    selection = Selection(tuple((1, 3, 5, 7) for _ in topology.gates))
-    return model, variables, selection, topology
+    selection = Selection(((1, 3, 5), (0, 2, 5, 7), (1, 2, 8, 9), (2, 3, 6, 11)))
+    small_model, small = compact(model, variables, selection, topology, lambda widths: zoo.VGG(features=widths))
+    return model, variables, small_model, small, selection, topology, images()
 
 
 @pytest.mark.parametrize(
-    ("leaf", "axis"), [(("conv1", "kernel"), 3), (("conv2", "kernel"), 2), (("bn1", "bias"), 0), (("bn1", "scale"), 0)]
+    ("layer", "leaf", "axis"),
+    [("features_1", "kernel", 3), ("features_2", "kernel", 2), ("features_1", "bias", 0), ("norm_1", "scale", 0)],
 )
-def test_verify_fails_when_two_kept_channels_are_swapped(leaf, axis):
-    model, variables, selection, topology = resnet_cut()
-    small_model, small = compact(model, variables, selection, topology)
-    block = small["params"]["layer2_1"]
-    block[leaf[0]][leaf[1]] = jnp.take(block[leaf[0]][leaf[1]], jnp.array([0, 2, 1, 3]), axis)
+def test_verify_fails_when_two_kept_channels_are_swapped(layer, leaf, axis):
+    arguments = vgg_cut()
+    params = arguments[3]["params"]
+    params[layer][leaf] = jnp.take(params[layer][leaf], jnp.array([0, 2, 1, 3]), axis)
     with pytest.raises(ValueError, match="does not compute what the masked one does: logits differ by up to"):
-        verify(model, variables, small_model, small, selection, topology, images())
+        verify(*arguments)
 
 
 def test_verify_measures_the_difference():
-    model, variables, selection, topology = resnet_cut()
-    small_model, small = compact(model, variables, selection, topology)
-    arguments = (model, variables, small_model, small, selection, topology, images())
-    verification = verify(*arguments)
-    assert verification.argmax_agreement == 1.0
-    small["params"]["linear"]["bias"] += 0.25
+    arguments = vgg_cut()
+    assert verify(*arguments).argmax_agreement == 1.0
+    bias = arguments[3]["params"]["classifier"]["bias"]
+    arguments[3]["params"]["classifier"]["bias"] = bias.at[2].add(0.25)
     verification = verify(*arguments, tolerance=1.0)
-    assert verification.max_difference == pytest.approx(0.25, abs=1e-3)
+    assert verification.max_difference == pytest.approx(0.25, abs=1e-4)
+    arguments[3]["params"]["classifier"]["bias"] = bias.at[2].add(1e6)
+    assert verify(*arguments, tolerance=1e9).argmax_agreement == np.mean(predictions(arguments) == 2)
+
+
+def predictions(arguments):
+    """Classes that the masked network predicts."""
+    model, variables, _, _, selection, topology, x = arguments
+    return apply_masked(model, variables, x, selection.masks(topology), topology).argmax(-1)
 
 
 def test_verify_fails_for_another_selection_and_for_nan():
-    model, variables, selection, topology = resnet_cut()
-    small_model, small = compact(model, variables, selection, topology)
-    other = Selection(((0, 3, 5, 7), *selection.kept[1:]))
+    model, variables, small_model, small, selection, topology, x = vgg_cut()
+    other = Selection(((1, 3, 4), *selection.kept[1:]))
     with pytest.raises(ValueError, match="logits differ"):
-        verify(model, variables, small_model, small, other, topology, images())
-    small["params"]["linear"]["bias"] *= np.nan
+        verify(model, variables, small_model, small, other, topology, x)
+    small["params"]["classifier"]["bias"] *= np.nan
     with pytest.raises(ValueError, match="logits differ by up to nan"):
-        verify(model, variables, small_model, small, selection, topology, images())
+        verify(model, variables, small_model, small, selection, topology, x)
 
 
 def test_compact_names_what_does_not_fit():
-    model, variables, selection, topology = resnet_cut()
+    model = models.create("resnet20", 7)
+    variables, topology = zoo.randomized(model, SHAPE), trace(model, SHAPE)
+    selection = Selection(tuple((1, 3, 5, 7) for _ in topology.gates))
     with pytest.raises(ValueError, match="the selection has 8 gates, the network 9"):
         compact(model, variables, Selection(selection.kept[1:]), topology)
     with pytest.raises(ValueError, match=r"variable params/linear/bias has shape \(10,\); .* with \(7,\)"):
         compact(model, zoo.randomized(models.create("resnet20", 10), SHAPE), selection, topology)
-    with pytest.raises(ValueError, match=r"expects params/layer1_1/bn1/bias with shape \(5,\), the cut gives \(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"expects batch_stats/layer1_1/bn1/mean with shape \(5,\), the cut gives \(4,\)"
+    ):
         compact(model, variables, selection, topology, lambda w: model.clone(widths=(4, 5, *w[2:])))
     vgg = zoo.VGG()
     with pytest.raises(ValueError, match="VGG has no attribute `widths`; pass rebuild="):

@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -215,18 +216,18 @@ def test_impossible_fields_are_named(digits_dir, fields, error, sentence):
         data.load(make_config(data_dir=str(digits_dir), **fields))
 
 
-@pytest.mark.parametrize("make", [False, True], ids=["missing", "empty"])
-def test_missing_and_empty_folders_are_named(tmp_path, make):
+@pytest.mark.parametrize("made", [None, "", "cifar10/3.0.2"], ids=["missing", "empty", "empty version"])
+def test_missing_and_empty_folders_are_named(tmp_path, made):
     folder = tmp_path / "nowhere"
-    if make:
-        folder.mkdir()
+    if made is not None:
+        (folder / made).mkdir(parents=True)
     sentence = (
         f"data.data_dir='{folder}' holds no prepared cifar10 ({folder}/cifar10/3.0.2 has no dataset_info.json); set it "
         "to a folder with TFDS's prepared data in the array_record format, or leave it empty for a download."
     )
     with pytest.raises(FileNotFoundError, match=f"^{re.escape(sentence)}$"):
         data.load(make_config(**CIFAR10, data_dir=str(folder)))
-    assert folder.exists() == make
+    assert folder.exists() == (made is not None)
 
 
 def test_without_a_network_the_download_says_what_was_tried(tmp_path, monkeypatch):
@@ -249,10 +250,20 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         data.load(make_config(data_dir=str(tmp_path / "file")))
 
 
-def test_an_incomplete_data_set_is_named(tmp_path):
+@pytest.mark.parametrize("content", [None, "tfrecord"], ids=["incomplete", "other format"])
+def test_a_data_set_that_cannot_be_read_is_named(tmp_path, digits_dir, content):
     folder = tmp_path / "digits" / "1.0.0"
-    folder.mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match=f"^{re.escape(str(folder))} exists but is no complete data set"):
+    if content is None:
+        folder.mkdir(parents=True)
+    else:
+        shutil.copytree(digits_dir / "digits" / "1.0.0", folder)
+        info = folder / "dataset_info.json"
+        info.write_text(info.read_text().replace("array_record", content))
+    sentence = (
+        f"{folder} exists but is no complete data set in TFDS's array_record format; move it away, or set "
+        "data.data_dir to another folder."
+    )
+    with pytest.raises(FileNotFoundError, match=f"^{re.escape(sentence)}$"):
         data.load(make_config(data_dir=str(tmp_path)))
 
 
@@ -323,16 +334,18 @@ def test_every_epoch_uses_every_image_once_over_all_processes(order, shuffle):
     np.testing.assert_array_equal(stream, alone.reshape(-1))
 
 
-@given(orders(), st.integers(0, 10**6))
+@given(orders(), st.integers(0, 10**6), st.booleans())
 @settings(deadline=None)
-def test_a_batch_depends_on_seed_and_step_alone(order, step):
+def test_a_batch_depends_on_seed_and_step_alone(order, step, shuffle):
     count, batch_size, seed, processes = order
-    used, fresh = (data.batches(np.arange(count), batch_size, seed, process=(processes - 1, processes)) for _ in "ab")
+    process = (processes - 1, processes)
+    used, fresh = (data.batches(np.arange(count), batch_size, seed, shuffle=shuffle, process=process) for _ in "ab")
     before = data.chunk(used, 0, 3)
     np.testing.assert_array_equal(used[step], fresh[step])
     np.testing.assert_array_equal(data.chunk(used, 0, 3), before)
+    expected = fresh[step].copy()
     used[step][:] = -1  # an element is the caller's own
-    np.testing.assert_array_equal(used[step], fresh[step])
+    np.testing.assert_array_equal(used[step], expected)
 
 
 def test_shuffles_are_global_and_differ_by_epoch_and_seed():

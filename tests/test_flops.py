@@ -101,8 +101,10 @@ def test_layers_of_every_kind_by_hand():
     assert flops.total(trace(zoo.Twice(), SHAPE)) == 256 * 9 * (3 * 6 + 2 * 6 * 6) + 6 * 7
 
 
-def test_parameters_are_those_of_the_variables():
-    model = zoo.MobileNet()
+@pytest.mark.parametrize(
+    "model", [zoo.MobileNet(), zoo.VGG(), zoo.Multiplier()], ids=lambda model: type(model).__name__
+)
+def test_parameters_are_those_of_the_variables(model):
     params = zoo.randomized(model, SHAPE)["params"]
     assert flops.parameters(trace(model, SHAPE)) == sum(leaf.size for leaf in jax.tree.leaves(params))
 

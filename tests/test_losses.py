@@ -88,7 +88,7 @@ def test_resource_gradient_matches_finite_differences(kind, share):
 
 def test_resource_of_unknown_kind_is_refused():
     with pytest.raises(
-        ValueError, match=r"^resource_loss='log' is unknown; use 'log_abs', 'log_max', 'abs' or 'square'\.$"
+        ValueError, match=r"^resource_loss='log' is unknown; use one of log_abs, log_max, abs, square\.$"
     ):
         losses.resource("log", jnp.float32(1), 1.0, 0.5)
 

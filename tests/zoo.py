@@ -175,6 +175,15 @@ class OwnKernel(nn.Module):
         return x @ self.kernel_map(kernel)
 
 
+class OwnKernelAndDense(nn.Module):
+    """A module whose own kernel and whose dense layer both read its input, so that two masks would meet there."""
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], 5))
+        return (x @ kernel) * nn.Dense(5)(x)
+
+
 class OwnKernels(nn.Module):
     """A group that is read by a module's own kernel, after zeros were added in space, and by a depthwise product."""
 
@@ -184,7 +193,7 @@ class OwnKernels(nn.Module):
     def __call__(self, x):
         x = nn.Conv(self.features[0], (3, 3), name="conv")(x)
         scale = self.param("scale", nn.initializers.ones, (3, self.features[0]))
-        x = nn.silu(sum(x[:, i : i + 14] * scale[i].reshape(1, 1, 1, -1) for i in range(3)))
+        x = nn.silu(sum(x[:, i : i + 6] * scale[i].reshape(1, 1, 1, -1) for i in range(3)))
         x = OwnKernel(self.features[1], lambda x: jnp.pad(x, ((0, 0), (0, 1), (2, 0), (0, 0))), name="own")(x)
         return nn.Dense(7, name="classifier")(nn.sigmoid(x).mean((1, 2)))
 
@@ -213,6 +222,11 @@ def over_rows(x):
     """One dense layer mapped over the rows of the image."""
     rows = nn.vmap(nn.Dense, in_axes=1, out_axes=1, variable_axes={"params": None}, split_rngs={"params": False})
     return rows(5)(x).mean((1, 2))
+
+
+def outer(x, y):
+    """All products of two kinds of channels, on one axis."""
+    return (x[:, :, None] * y[:, None, :]).reshape(x.shape[0], -1)
 
 
 def grouped(x):
@@ -255,6 +269,8 @@ def randomized(model, shape, seed=0, **kwargs):
 
     def draw(path, leaf):
         values = rng.normal(0, 0.3, leaf.shape).astype(leaf.dtype)
-        return {"var": abs(values) + 0.5, "scale": values + 1}.get(path[-1].key, values)
+        fan_in = np.prod(leaf.shape[:-1], dtype=np.float32)
+        kernel = values * np.sqrt(20 / fan_in)  # activations keep their size, so that none of them saturates
+        return {"var": abs(values) + 0.5, "scale": values + 1, "kernel": kernel}.get(path[-1].key, values)
 
     return jax.tree.map_with_path(draw, variables)

@@ -20,6 +20,7 @@ from ddnp_jax.methods import Problem, Search
 from ddnp_jax.methods.magnitude import l1_norms
 
 OUTPUTS = {"sigmoid": jax.nn.sigmoid, "abs": jnp.abs, "square": jnp.square}
+FLOPS_WIDTHS = ("width", "mean")
 
 
 class State(flax.struct.PyTreeNode):
@@ -106,12 +107,20 @@ def blend(importance: jax.Array, energy: jax.Array, weight: float) -> jax.Array:
 
 def _feature_energy(activation: jax.Array) -> jax.Array:
     """Mean over images of the channel's summed squared activation: (N, ..., C) -> (C,)."""
+    activation = activation.astype(jnp.float32)
     return jnp.sum(jnp.square(activation), range(activation.ndim - 1)) / activation.shape[0]
+
+
+def _check(config: ml_collections.ConfigDict) -> None:
+    for field, choices in {"output": OUTPUTS, "flops_width": FLOPS_WIDTHS, "resource_loss": losses.RESOURCE}.items():
+        if config[field] not in choices:
+            raise ValueError(f"search.{field}={config[field]!r} is unknown; use one of {', '.join(choices)}.")
 
 
 def build(problem: Problem) -> Search:
     """The search of `problem.config`; METHOD section 1 describes every field."""
     config, topology, budget = problem.config, problem.topology, problem.budget
+    _check(config)
     learners = {"importance": importance_learner(problem), "width": width_learner(problem)}
     optimizer = make_optimizer(config, problem.steps)
     learns_from_data = config.importance != "l1"  # "Fix S": only the second and third term of eq. (9)
@@ -121,7 +130,8 @@ def build(problem: Problem) -> Search:
         return scores, k
 
     def rank_by(scores: tuple[jax.Array, ...], energy: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        output = OUTPUTS[config.output]
+        # L1 norms are importances already: they keep their order.
+        output = OUTPUTS["sigmoid" if config.importance == "l1" else config.output]
         return tuple(blend(output(s), e, config.energy_weight) for s, e in zip(scores, energy, strict=True))
 
     def cost(gates: tuple[jax.Array, ...], k: jax.Array) -> jax.Array:
@@ -155,7 +165,7 @@ def build(problem: Problem) -> Search:
                 topology,
                 observe=(lambda gate, x: observed.update({gate: _feature_energy(x)})) if config.energy_weight else None,
             )
-            cross_entropy = losses.cross_entropy(logits, labels)
+            cross_entropy = losses.cross_entropy(logits.astype(jnp.float32), labels)
             loss = loss + cross_entropy
             top1 = jnp.mean(jnp.argmax(logits, -1) == labels)
             metrics |= {"cross_entropy": cross_entropy, "top1": 100.0 * top1}

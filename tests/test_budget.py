@@ -1,0 +1,169 @@
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddnp_jax import flops
+from ddnp_jax.budget import Budget
+from ddnp_jax.topology import Gate, Layer, Slice, Topology
+
+
+def topology(widths, layers):
+    """A network of 1x1 convolutions (name, inputs, outputs, positions, in_gate, out_gate), without biases."""
+    paths = [("params", name, "kernel") for name, *_ in layers]
+    variables = tuple((path, (1, 1, layer[1], layer[2])) for path, layer in zip(paths, layers, strict=True))
+    slices = [[] for _ in widths]
+    for path, (_, _, _, _, in_gate, out_gate) in zip(paths, layers, strict=True):
+        for axis, gate in ((2, in_gate), (3, out_gate)):
+            if gate is not None:
+                slices[gate].append(Slice(path, axis))
+    return Topology(
+        input_shape=(1, 1, 1),
+        call_kwargs=(),
+        gates=tuple(Gate(f"gate{i}", c, tuple(slices[i]), (), ()) for i, c in enumerate(widths)),
+        layers=tuple(
+            Layer(name, path, shape, 1, positions, outputs, in_gate, out_gate)
+            for path, (_, shape), (name, _, outputs, positions, in_gate, out_gate) in zip(
+                paths, variables, layers, strict=True
+            )
+        ),
+        whole=(),
+        variables=variables,
+    )
+
+
+# T = a + 3 b for widths (a, b), at most 10 each
+TWO = topology((10, 10), [("first", 1, 10, 1, None, 0), ("second", 10, 3, 1, 1, None)])
+
+
+@st.composite
+def problems(draw):
+    """(topology of a chain of gates, fractions k)."""
+    widths = draw(st.lists(st.integers(1, 40), min_size=1, max_size=6))
+    positions = draw(st.lists(st.integers(1, 50), min_size=len(widths) + 1, max_size=len(widths) + 1))
+    ends = [(3, None), *((c, i) for i, c in enumerate(widths)), (5, None)]
+    layers = [
+        (f"layer{i}", ends[i][0], ends[i + 1][0], positions[i], ends[i][1], ends[i + 1][1])
+        for i in range(len(widths) + 1)
+    ]
+    k = draw(st.lists(st.floats(0.01, 1.0), min_size=len(widths), max_size=len(widths)))
+    return topology(tuple(widths), layers), k
+
+
+def chain_cost(network, widths):
+    """T, layer by layer."""
+    ends = [3, *widths, 5]
+    return sum(layer.positions * a * b for layer, a, b in zip(network.layers, ends[:-1], ends[1:], strict=True))
+
+
+# fit
+
+
+@pytest.mark.parametrize(
+    ("p", "k", "widths"),
+    [
+        (1.0, (0.2, 0.9), (10, 10)),
+        (0.5, (0.9, 0.4), (8, 4)),  # scaled by 0.875 to (7.9, 3.5): T = 20
+        (0.49, (0.9, 0.4), (10, 3)),  # scaled to just below 0.875: (8, 3), and 2 more fit where b + 1 does not
+        (0.5, (0.5, 0.5), (5, 5)),
+        (0.5, (1.0, 1e-3), (10, 3)),  # b is kept at 1 until a is whole
+        (0.1, (0.5, 0.5), (1, 1)),
+    ],
+)
+def test_fit_literal(p, k, widths):
+    assert Budget(TWO, p).fit(k) == widths
+
+
+def test_fit_to_multiples_literal():
+    assert Budget(TWO, 0.65, multiple=4).fit((0.8, 0.4)) == (10, 4)  # whole gates need not be multiples
+    assert Budget(TWO, 0.5, multiple=4).fit((0.8, 0.4)) == (8, 4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems(), st.floats(0, 1), st.sampled_from([1, 2, 8]), st.sampled_from(["macs", "authors"]))
+def test_fit_meets_the_budget_and_leaves_no_room(problem, share, multiple, convention):
+    network, k = problem
+    smallest = Budget(network, 1.0, convention, multiple)
+    least = smallest.cost(smallest.smallest_widths) / smallest.total
+    budget = Budget(network, min(least + share * (1 - least) + 1e-12, 1.0), convention, multiple)
+    budget.check()
+    widths = budget.fit(k)
+    assert all(isinstance(width, int) for width in widths)
+    cost = flops.prunable(network, widths, convention)
+    assert cost <= budget.p * flops.prunable(network, None, convention)
+    if convention == "macs":
+        assert cost == chain_cost(network, widths)
+    for gate, (width, channels) in enumerate(zip(widths, network.widths, strict=True)):
+        assert 1 <= width <= channels
+        assert width % multiple == 0 or width == channels
+        if width < channels:
+            wider = list(widths)
+            wider[gate] = min(width + multiple, channels)
+            assert flops.prunable(network, wider, convention) > budget.wanted
+
+
+@settings(max_examples=50, deadline=None)
+@given(problems())
+def test_fit_is_rounding_where_rounding_meets_the_budget_exactly(problem):
+    network, k = problem
+    rounded = tuple(max(int(np.floor(f * c + 0.5)), 1) for f, c in zip(k, network.widths, strict=True))
+    p = chain_cost(network, rounded) / chain_cost(network, network.widths)
+    assert Budget(network, min(p * (1 + 1e-9), 1.0)).fit(k) == rounded
+
+
+# check
+
+
+def test_budget_in_flops():
+    budget = Budget(TWO, 0.25)
+    assert (budget.total, budget.wanted, budget.cost((4, 2)), budget.smallest_widths) == (40, 10, 10, (1, 1))
+    # The authors' convention adds 3 per output of `first`, which shrinks with its gate, and 3 x 3 for `second`.
+    authors = Budget(TWO, 0.25, "authors")
+    assert (authors.total, authors.cost((4, 2))) == (40 + 30 + 9, 10 + 12 + 9)
+
+
+def test_a_budget_that_can_be_met_passes():
+    for p in (0.1, 0.5, 1.0):
+        Budget(TWO, p).check()
+
+
+@pytest.mark.parametrize("p", [0.0, -0.5, 1.01, float("nan")])
+def test_p_outside_its_range_is_refused(p):
+    message = f"budget.p={p} must be in (0, 1]: the fraction of the prunable FLOPs that remains."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Budget(TWO, p).check()
+
+
+def test_a_budget_below_the_smallest_network_is_refused():
+    message = (
+        "budget.p=0.05 cannot be met: it wants 2 prunable FLOPs (macs), but the smallest network (widths 1 or whole) "
+        "has 4 and 4 parameters, the largest 40 and 40; use p of at least 0.1000."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Budget(TWO, 0.05).check()
+    with pytest.raises(ValueError, match=r"has 32 and 32 parameters, .* use p of at least 0\.8000\.$"):
+        Budget(TWO, 0.5, multiple=8).check()
+
+
+@settings(max_examples=50, deadline=None)
+@given(problems())
+def test_the_p_that_the_refusal_names_is_accepted(problem):
+    network, _ = problem
+    try:
+        Budget(network, 1e-9).check()
+    except ValueError as error:
+        Budget(network, float(re.search(r"at least ([\d.]+)\.$", str(error))[1])).check()
+    else:
+        pytest.fail("one billionth of the network was accepted")
+
+
+def test_a_multiple_below_one_is_refused():
+    with pytest.raises(ValueError, match=r"^budget\.multiple=0 must be at least 1\.$"):
+        Budget(TWO, 0.5, multiple=0).check()
+
+
+def test_a_network_without_gates_is_refused():
+    with pytest.raises(ValueError, match=r"^the network has no gate to prune: gates: 0"):
+        Budget(topology((), [("only", 1, 10, 1, None, None)]), 0.5).check()

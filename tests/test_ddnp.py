@@ -1,0 +1,483 @@
+import functools
+
+import flax.linen as nn
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+from test_masks import reference_ranks, reference_soft_top_k
+from torch.nn import functional
+
+import ddnp_jax
+from ddnp_jax import methods
+from ddnp_jax.budget import Budget
+from ddnp_jax.methods import ddnp
+
+SIZE = 6
+CLASSES = 5
+WIDTHS = (8, 24)  # the first too narrow for a band, the second with a band of one rank
+AUTHORS = {
+    "bidirectional": True,
+    "layer_norm": True,
+    "energy_weight": 0.5,
+    "importance_average": 0.99,
+    "flops_width": "mean",
+}
+
+
+class Tiny(nn.Module):
+    dtype: type = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for i, width in enumerate(WIDTHS, 1):
+            x = nn.Conv(width, (3, 3), use_bias=False, dtype=self.dtype, name=f"conv{i}")(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train, dtype=self.dtype, name=f"bn{i}")(x))
+        return nn.Dense(CLASSES, dtype=self.dtype, name="head")(x.mean((1, 2)))
+
+
+@functools.cache
+def topology():
+    return ddnp_jax.trace(Tiny(), (SIZE, SIZE, 3))
+
+
+def make_variables():
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(Tiny().init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
+    draw = {"kernel": (0, 0.3), "scale": (1, 0.2), "bias": (0, 0.2), "mean": (0, 0.2)}
+
+    def value(path, x):
+        name = path[-1].key
+        return np.float32(rng.uniform(0.5, 1.5, x.shape) if name == "var" else rng.normal(*draw[name], x.shape))
+
+    return jax.tree_util.tree_map_with_path(value, shapes)
+
+
+VARIABLES = make_variables()
+RNG = np.random.default_rng(1)
+IMAGES, LABELS = np.float32(RNG.normal(size=(8, SIZE, SIZE, 3))), RNG.integers(0, CLASSES, 8)
+
+
+def make_config(**fields):
+    config = ConfigDict(
+        {
+            "importance": "scalar",
+            "width": "scalar",
+            "output": "sigmoid",
+            "learned_inputs": False,
+            "bidirectional": False,
+            "layer_norm": False,
+            "energy_weight": 0.0,
+            "importance_average": 0.0,
+            "flops_width": "width",
+            "resource_loss": "log_abs",
+            "resource_weight": 4.0,
+            "tie_weight": 1.0,
+            "tie_noise": 0.02,
+            "band": 0.05,
+            "floor": 0.025,
+            "importance_optimizer": {"learning_rate": 1e-3, "weight_decay": 1e-4},
+            "width_optimizer": {"learning_rate": 1e-3, "weight_decay": 0.0},
+        }
+    )
+    config.update(fields)
+    return config
+
+
+def make_problem(steps=10, p=0.4, model=None, **fields):
+    budget = Budget(topology(), p)
+    return methods.Problem(model or Tiny(), VARIABLES, topology(), budget, make_config(**fields), steps)
+
+
+@functools.cache
+def compiled(search, devices=1):
+    """The search's step over some devices."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("data",))
+    specs = {"in_specs": (P(), P(), P("data"), P()), "out_specs": P()}
+    return jax.jit(jax.shard_map(search.step, mesh=mesh, check_vma=False, **specs))
+
+
+def make_state(search, seed=0):
+    """The search's state with learned variables at random: quicker than the generators' own initialization."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, x):
+        at_random = path[0].name in ("params", "inputs")
+        return np.float32(rng.normal(0, 0.3, x.shape)) if at_random else np.zeros(x.shape, x.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(search.init, jax.random.key(0)))
+
+
+def one_step(search, state=None, seed=7, images=IMAGES):
+    state = make_state(search) if state is None else state
+    return state, *compiled(search)(state, VARIABLES, (images, LABELS), jax.random.key(seed))
+
+
+def leaves(tree):
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+# One step against the equations, written in PyTorch
+
+
+def reference_forward(masks):
+    """Logits with masks on what the layers read, and the feature energy of both gates' activations."""
+    weights = jax.tree.map(torch.tensor, VARIABLES)
+    params, stats = weights["params"], weights["batch_stats"]
+    x, energies = torch.tensor(IMAGES).permute(0, 3, 1, 2), []
+    for i, mask in enumerate(masks, 1):
+        conv, bn = params[f"conv{i}"]["kernel"].permute(3, 2, 0, 1), f"bn{i}"
+        x = functional.conv2d(x, conv, padding=1)
+        scale, bias = params[bn]["scale"], params[bn]["bias"]
+        x = functional.relu(functional.batch_norm(x, stats[bn]["mean"], stats[bn]["var"], scale, bias, eps=1e-5))
+        x = x.mean((2, 3), keepdim=True) if i == len(masks) else x  # the head reads the average
+        energies.append((x**2).sum((2, 3)).mean(0).detach())
+        x = x * mask[:, None, None]
+    return x[..., 0, 0] @ params["head"]["kernel"] + params["head"]["bias"], energies
+
+
+def reference_step(state, config, key, p):
+    """Losses and gradients of METHOD section 1 for scalar importance and width."""
+    params = {
+        k: torch.tensor(np.asarray(v), requires_grad=True)
+        for k, v in (
+            ("k", state.params["width"]["k"]),
+            ("s0", state.params["importance"]["s0"]),
+            ("s1", state.params["importance"]["s1"]),
+        )
+    }
+    scores = [params["s0"], params["s1"]]
+    *gate_keys, tie_key = jax.random.split(key, 3)  # the order in which the step draws
+    noises = [torch.tensor(np.asarray(jax.random.gumbel(k, (c,)))) for k, c in zip(gate_keys, WIDTHS, strict=True)]
+    u = torch.tensor(np.asarray(jax.random.uniform(tie_key, (2,), minval=-0.02, maxval=0.02)))
+
+    gates = [torch.sigmoid((s + g + 3) / 0.4) for s, g in zip(scores, noises, strict=True)]
+    k = torch.sigmoid(params["k"] + 3)
+    output = {"sigmoid": torch.sigmoid, "abs": torch.abs, "square": torch.square}[config.output]
+    weight = config.energy_weight
+    importance = [
+        (1 - weight) * output(s.detach()) + weight * torch.tensor(np.asarray(e))
+        for s, e in zip(scores, state.energy, strict=True)
+    ]
+    soft = [
+        torch.tensor(reference_soft_top_k(k[i].item(), reference_ranks(s.tolist()), 0.05, 0.025), dtype=torch.float32)
+        for i, s in enumerate(importance)
+    ]
+    for mask in soft:
+        mask.requires_grad_()
+    logits, energies = reference_forward([mask * gate for mask, gate in zip(soft, gates, strict=True)])
+    cross_entropy = functional.cross_entropy(logits, torch.tensor(LABELS))
+
+    a, b = k[0] * 8, k[1] * 24
+    if config.flops_width == "mean":
+        hard = [gate + ((gate >= 0.5).float() - gate).detach() for gate in gates]
+        a, b = (a + hard[0].sum()) / 2, (b + hard[1].sum()) / 2
+    pixels = SIZE * SIZE
+    ratio = (pixels * 27 * a + pixels * 9 * a * b + CLASSES * b) / (
+        pixels * 27 * 8 + pixels * 9 * 8 * 24 + CLASSES * 24
+    )
+    resource = {
+        "log_abs": (ratio / p).log().abs(),
+        "log_max": torch.clamp(ratio / p, min=1).log(),
+        "abs": (ratio - p).abs(),
+        "square": (ratio - p) ** 2,
+    }[config.resource_loss]
+    opened = torch.stack([(gate >= 0.5).float().mean() for gate in gates])
+    tie = ((opened - k + u).abs() + 1).log().sum()
+    loss = cross_entropy + config.resource_weight * resource + config.tie_weight * tie
+    loss.backward(retain_graph=True)
+    # "the mean over the C_l entries of dL/dm", where PyTorch sees a constant mask
+    k.backward(torch.stack([mask.grad.mean() for mask in soft]))
+    terms = {
+        "loss": loss,
+        "cross_entropy": cross_entropy,
+        "resource_loss": resource,
+        "tie_loss": tie,
+        "remaining_flops": ratio,
+    }
+    return {k: v.item() for k, v in terms.items()}, {k: v.grad.numpy() for k, v in params.items()}, energies, importance
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"resource_loss": "square", "output": "abs", "flops_width": "mean", "tie_weight": 0.3},
+        {"resource_loss": "log_max", "output": "square", "energy_weight": 0.5, "importance_average": 0.99},
+        {"resource_loss": "abs", "resource_weight": 0.7, "flops_width": "mean", "energy_weight": 0.5},
+    ],
+    ids=str,
+)
+def test_one_step_matches_the_equations(fields, monkeypatch):
+    # Plain gradient descent with rate 1: the step's change of the parameters is its gradient.
+    monkeypatch.setattr(ddnp, "make_optimizer", lambda config, steps: optax.sgd(1.0))
+    problem = make_problem(**fields)
+    search = ddnp.build(problem)
+    state = make_state(search)
+    rng = np.random.default_rng(5)
+
+    def draw(x):
+        return np.float32(rng.uniform(size=x.shape))
+
+    scores = {name: np.float32(rng.normal(-2.5, 1, x.shape)) for name, x in state.params["importance"].items()}
+    params = {"importance": scores, "width": {"k": np.float32([-2.2, -3.3])}}
+    energy = jax.tree.map(draw, state.energy) if problem.config.energy_weight else state.energy
+    state = state.replace(params=params, energy=energy, ranking=jax.tree.map(draw, state.ranking))
+
+    _, after, metrics = one_step(search, state, seed=11)
+    terms, gradients, energies, importance = reference_step(state, problem.config, jax.random.key(11), p=0.4)
+    for name, value in terms.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=2e-5, err_msg=name)
+    flat = {**after.params["importance"], **after.params["width"]}
+    before = {**scores, **params["width"]}
+    for name, gradient in gradients.items():
+        assert np.max(np.abs(gradient)) > 1e-3
+        np.testing.assert_allclose(before[name] - flat[name], gradient, atol=2e-6, rtol=1e-4, err_msg=name)
+    for gate in range(2):
+        decay = problem.config.importance_average
+        wanted = decay * state.ranking[gate] + (1 - decay) * importance[gate].numpy()
+        np.testing.assert_allclose(after.ranking[gate], wanted, atol=1e-6)
+        wanted = (
+            (energies[gate] / energies[gate].max()).numpy() if problem.config.energy_weight else np.zeros(WIDTHS[gate])
+        )
+        np.testing.assert_allclose(after.energy[gate], wanted, atol=1e-5)
+    assert after.step == 1
+
+
+# What is learned, and what stays
+
+
+@pytest.mark.parametrize("importance", ["generator", "scalar", "l1"])
+@pytest.mark.parametrize("width", ["generator", "scalar", "half"])
+def test_every_combination_learns_exactly_what_is_learned(importance, width):
+    learned_inputs = (importance, width) in {("generator", "half"), ("l1", "generator")}
+    search = ddnp.build(make_problem(importance=importance, width=width, learned_inputs=learned_inputs))
+    before, after, metrics = one_step(search)
+    parts = {"generator": {"params"} if learned_inputs else {"params", "inputs"}, "scalar": {"params"}}
+    for part, kind in (("importance", importance), ("width", width)):
+        held = {name for name, tree in (("params", before.params), ("inputs", before.inputs)) if tree[part]}
+        assert held == parts.get(kind, set())
+    for name, value in leaves(before.params).items():
+        assert np.any(leaves(after.params)[name] != value), f"{name} has not changed"
+    for name, value in leaves(before.inputs).items():
+        np.testing.assert_array_equal(leaves(after.inputs)[name], value)
+    assert ("cross_entropy" in metrics) == (importance != "l1")
+    assert np.isfinite(metrics["loss"])
+    scores, k = search.propose(jax.device_get(after))
+    assert [s.shape for s in scores] == [(8,), (24,)] and k.shape == (2,)
+    if width == "half":
+        np.testing.assert_array_equal(k, [0.5, 0.5])
+    else:
+        assert np.all((k > 0.5) & (k < 1))
+    if importance == "l1":
+        for found, name in zip(scores, ("conv1", "conv2"), strict=True):
+            norms = np.abs(VARIABLES["params"][name]["kernel"]).sum((0, 1, 2))
+            np.testing.assert_array_equal(np.argsort(found), np.argsort(norms))
+
+
+@pytest.mark.parametrize("output", ["sigmoid", "abs", "square"])
+def test_fixed_importance_ranks_by_l1_norm_whatever_the_output(output):
+    search = ddnp.build(make_problem(importance="l1", output=output))
+    scores, _ = search.propose(search.init(jax.random.key(0)))
+    for found, name in zip(scores, ("conv1", "conv2"), strict=True):
+        norms = np.abs(VARIABLES["params"][name]["kernel"]).sum((0, 1, 2))
+        np.testing.assert_array_equal(np.argsort(found), np.argsort(norms))
+
+
+def test_fixed_importance_uses_no_images():
+    nowhere = np.full_like(IMAGES, np.nan)
+    search = ddnp.build(make_problem(importance="l1"))
+    _, with_images, metrics = one_step(search)
+    _, without, _ = one_step(search, images=nowhere)
+    assert np.isfinite(metrics["loss"])
+    jax.tree.map(np.testing.assert_array_equal, with_images, without)
+    assert not convolutions(search)
+    assert len(convolutions(ddnp.build(make_problem()))) == 3  # the check sees them where there are some
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+def convolutions(search_or_function, *arguments):
+    """Output shapes of all convolutions in a step."""
+    f = search_or_function
+    if not arguments:
+        state = jax.eval_shape(f.init, jax.random.key(0))
+        f, arguments = f.step, (state, VARIABLES, (IMAGES, LABELS), jax.random.key(0))
+    closed = jax.make_jaxpr(f, axis_env=[("data", 1)])(*arguments)
+    found = [e for e in equations(closed.jaxpr) if e.primitive.name == "conv_general_dilated"]
+    return [e.outvars[0].aval.shape for e in found]
+
+
+def test_no_weight_gradient_of_the_backbone_is_computed():
+    kernels = {tuple(sorted(VARIABLES["params"][name]["kernel"].shape)) for name in ("conv1", "conv2")}
+
+    def weight_gradients(shapes):
+        return [shape for shape in shapes if tuple(sorted(shape)) in kernels]
+
+    shapes = convolutions(ddnp.build(make_problem(importance="generator", width="generator", **AUTHORS)))
+    assert len(shapes) == 3  # two forward, and back through the second to the first gate
+    assert not weight_gradients(shapes)
+
+    def whole_gradient(variables):  # the check sees weight gradients where there are some
+        return jax.grad(lambda v: jnp.sum(Tiny().apply(v, IMAGES)))(variables)
+
+    assert len(weight_gradients(convolutions(whole_gradient, VARIABLES))) == 2
+
+
+def test_a_step_is_deterministic_and_follows_its_key():
+    search = ddnp.build(make_problem())
+    state, *first = one_step(search)
+    _, *again = one_step(search, state)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    _, _, metrics = one_step(search, state, seed=8)
+    assert metrics["cross_entropy"] != first[1]["cross_entropy"]
+    assert metrics["tie_loss"] != first[1]["tie_loss"]
+
+
+def test_four_devices_take_the_step_of_one():
+    search = ddnp.build(make_problem(energy_weight=0.5))
+    state, one, metrics = one_step(search)
+    four, metrics_of_four = compiled(search, devices=4)(state, VARIABLES, (IMAGES, LABELS), jax.random.key(7))
+    for name in metrics:
+        np.testing.assert_allclose(metrics_of_four[name], metrics[name], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(four), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_step_keeps_shapes_and_types_so_that_it_can_be_scanned(dtype):
+    fields = {"importance": "generator", "width": "generator", **AUTHORS}
+    search = ddnp.build(make_problem(model=Tiny(dtype), **fields))
+    state = jax.eval_shape(search.init, jax.random.key(0))
+    arguments = (state, VARIABLES, (IMAGES, LABELS), jax.random.key(0))
+    after, metrics = jax.make_jaxpr(search.step, axis_env=[("data", 1)], return_shape=True)(*arguments)[1]
+    assert jax.tree.structure(state) == jax.tree.structure(after)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    assert all(m.shape == () and m.dtype == jnp.float32 for m in metrics.values())
+
+
+# The search reaches its budget
+
+
+@pytest.mark.parametrize("width", ["scalar", "generator"])
+@pytest.mark.parametrize("p", [0.3, 0.7])
+def test_the_resource_term_alone_leads_to_the_budget(width, p):
+    optimizer = {"learning_rate": 0.03, "weight_decay": 0.0}
+    problem = make_problem(steps=300, p=p, importance="l1", width=width, tie_weight=0.0, width_optimizer=optimizer)
+    search = ddnp.build(problem)
+
+    def run(state, images):
+        keys = jax.random.split(jax.random.key(0), 300)
+        return jax.lax.scan(lambda s, key: search.step(s, VARIABLES, (images, LABELS), key), state, keys)
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    run = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False))
+    state, metrics = run(search.init(jax.random.key(0)), IMAGES)
+    start = {"scalar": 0.9124859, "generator": 0.89}[width]  # at k = sigmoid(3), and near it
+    np.testing.assert_allclose(metrics["remaining_flops"][0], start, atol={"scalar": 1e-6, "generator": 0.05}[width])
+    np.testing.assert_allclose(metrics["remaining_flops"][-1], p, atol=1e-3)
+    assert problem.budget.cost(methods.select(search, state, problem.budget).widths) <= problem.budget.wanted
+
+
+# Optimizers
+
+
+def test_adamw_decays_importance_only_and_cosine_ends_at_zero():
+    optimizer = ddnp.make_optimizer(make_config(), steps=8)
+    params = {"importance": {"s": jnp.array([2.0])}, "width": {"k": jnp.array([2.0])}}
+    still = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(still, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["importance"]["s"], [-1e-3 * 1e-4 * 2.0], rtol=1e-5)
+    np.testing.assert_array_equal(updates["width"]["k"], [0.0])
+
+    gradients, state = jax.tree.map(jnp.ones_like, params), optimizer.init(params)
+    rates = []
+    for _ in range(10):  # a constant gradient makes Adam's step the learning rate
+        updates, state = optimizer.update(gradients, state, params)
+        rates.append((-updates["importance"]["s"][0] - 2e-7, -updates["width"]["k"][0]))
+    importance, width = np.transpose(rates)
+    np.testing.assert_allclose(importance, [1e-3] * 10, rtol=1e-4)
+    cosine = [1.0, 0.96194, 0.85355, 0.69134, 0.5, 0.30866, 0.14645, 0.03806, 0.0, 0.0]
+    np.testing.assert_allclose(width, 1e-3 * np.array(cosine), atol=1e-8)
+
+
+# The authors' importance
+
+
+def test_blend_literal():
+    found = ddnp.blend(jnp.array([0.2, 0.9]), jnp.array([1.0, 0.1]), 0.25)
+    np.testing.assert_allclose(found, [0.4, 0.7], rtol=1e-6)
+    np.testing.assert_allclose(ddnp.blend(jnp.array([0.2, 0.9]), jnp.array([1.0, 0.1]), 0.0), [0.2, 0.9])
+
+
+def test_blended_importance_is_detached():
+    gradient = jax.grad(lambda s: jnp.sum(ddnp.blend(s, jnp.ones(2), 0.5)))(jnp.ones(2))
+    np.testing.assert_array_equal(gradient, [0.0, 0.0])
+
+
+def test_ranking_average_literal():
+    search = ddnp.build(make_problem(importance_average=0.75, energy_weight=0.5))
+    state = make_state(search)
+    params = state.params | {"importance": {"s0": np.zeros(8, np.float32), "s1": np.zeros(24, np.float32)}}
+    ranking, energy = (tuple(np.full(c, value, np.float32) for c in WIDTHS) for value in (0.9, 0.1))
+    _, after, _ = one_step(search, state.replace(params=params, ranking=ranking, energy=energy))
+    for gate in range(2):  # 0.75 * 0.9 + 0.25 * (0.5 * sigmoid(0) + 0.5 * 0.1)
+        np.testing.assert_allclose(after.ranking[gate], 0.75, rtol=1e-6)
+        assert np.max(after.energy[gate]) == pytest.approx(1.0, abs=1e-6) and np.min(after.energy[gate]) >= 0
+
+
+# Methods in general
+
+
+def test_selection_keeps_the_best_ranked_channels_within_the_budget():
+    scores = (np.array([0.1, 0.9, 0.5, 0.5, 0.2, 0.5, 0.0, 0.3]), np.arange(24.0))
+    search = methods.Search(0, None, None, lambda state: (scores, np.array([0.5, 0.25])))
+    budget = Budget(topology(), Budget(topology(), 1.0).cost((4, 6)) / Budget(topology(), 1.0).total + 1e-9)
+    selection = methods.select(search, None, budget)
+    assert selection.kept == ((1, 2, 3, 5), (18, 19, 20, 21, 22, 23))
+    assert methods.select(search, None, Budget(topology(), 1.0)).widths == WIDTHS
+
+
+@pytest.mark.parametrize("method", ["uniform", "magnitude"])
+def test_one_shot_methods_keep_one_fraction_in_every_gate(method):
+    problem = make_problem()
+    search = methods.build(method, problem)
+    chosen = [methods.select(search, search.init(jax.random.key(seed)), problem.budget) for seed in (0, 0, 1)]
+    assert search.steps == 0
+    assert chosen[0] == chosen[1]
+    assert (chosen[0] == chosen[2]) == (method == "magnitude")
+    a, b = chosen[0].widths
+    assert abs(a / 8 - b / 24) < 1 / 8
+    cost = problem.budget.cost((a, b))
+    assert cost <= problem.budget.wanted < min(problem.budget.cost((a + 1, b)), problem.budget.cost((a, b + 1)))
+    if method == "magnitude":
+        for kept, name in zip(chosen[0].kept, ("conv1", "conv2"), strict=True):
+            norms = np.abs(VARIABLES["params"][name]["kernel"]).sum((0, 1, 2))
+            assert set(kept) == set(np.argsort(norms)[-len(kept) :])
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(
+        ValueError, match=r"^search\.method='dnp' is unknown; choose one of .*ddnp.*magnitude.*uniform\.$"
+    ):
+        methods.build("dnp", make_problem())
+    for field, choices in {
+        "importance": "'generator', 'scalar' or 'l1'",
+        "width": "'generator', 'scalar' or 'half'",
+        "output": "one of sigmoid, abs, square",
+        "flops_width": "one of width, mean",
+        "resource_loss": "one of log_abs, log_max, abs, square",
+    }.items():
+        with pytest.raises(ValueError, match=rf"^search\.{field}='wrong' is unknown; use {choices}\.$"):
+            ddnp.build(make_problem(**{field: "wrong"}))

@@ -19,7 +19,6 @@ VARIANTS = {
         "search.layer_norm": True,
         "search.energy_weight": 0.5,
         "search.importance_average": 0.99,
-        "search.flops_width": "mean",
     },
     "scalar": {
         "search.importance": "scalar",

@@ -69,7 +69,6 @@ def get_config() -> ConfigDict:
     search.layer_norm = False  # authors' form: layer norm of the GRU's outputs
     search.energy_weight = 0.0  # authors' form 0.5: share of feature energy in the importance
     search.importance_average = 0.0  # authors' form 0.99: decay of the average that ranks channels for evaluation
-    search.flops_width = "width"  # T at k_l C_l ('width'), or at its mean with the open gates ('mean', authors' form)
     search.resource_loss = "log_abs"  # R: 'log_abs', 'log_max', 'abs' or 'square'
     search.resource_weight = 4.0  # λ
     search.tie_weight = 1.0  # ρ; 0 disentangles importance and width completely
@@ -86,5 +85,5 @@ def get_config() -> ConfigDict:
 
     config.parallel = ConfigDict()
     config.parallel.mode = "shard_map"  # or 'pmap'; the same numbers
-    config.parallel.sync_batch_norm = False  # batch statistics over all devices instead of per device
+    config.parallel.sync_batch_norm = True  # batch statistics of the whole batch instead of per device
     return config

@@ -88,8 +88,6 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
     model = models.create(
         config.model.name, dataset.num_classes, **config.model.attributes, dtype=dtype[config.precision]
     )
-    if config.parallel.sync_batch_norm:
-        model = model.clone(bn_axis_name="data")
     topology = trace(model, dataset.image_shape)
     budget = Budget(topology, config.budget.p, config.budget.convention, config.budget.multiple)
     budget.check()
@@ -226,12 +224,17 @@ def _train(
     state = _run_stage(
         job,
         section,
-        training.train_step(model, optimizer, config, teacher),
+        training.train_step(_in_training(job, model), optimizer, config, teacher),
         training.init_state(variables, optimizer),
         constants,
         lambda state: test(training.variables(state), *job.held_out()),
     )
     return training.variables(state)
+
+
+def _in_training(job: Run, model: nn.Module) -> nn.Module:
+    """The model with batch statistics as the configuration wants them: of one device, or of all."""
+    return model.clone(bn_axis_name=parallel.AXIS if job.config.parallel.sync_batch_norm else None)
 
 
 def _run_stage(
@@ -254,7 +257,9 @@ def _run_stage(
 def _recalibrate(job: Run, model: nn.Module, variables: Any) -> Any:
     steps = job.config.finetune.recalibration_steps
     chunk = parallel.data_parallel(
-        training.over_chunk(training.recalibration_step(model), job.config.data, job.config.seed, augment=False),
+        training.over_chunk(
+            training.recalibration_step(_in_training(job, model)), job.config.data, job.config.seed, augment=False
+        ),
         mode=job.config.parallel.mode,
     )
     state = parallel.replicate(training.init_state(variables, optax.identity()))

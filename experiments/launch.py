@@ -1,15 +1,34 @@
 """The command line that all experiments share."""
 
+import math
+import os
+
+import jaxlib
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command goes on from what it holds.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Whether several processes share the run (pods, several hosts).")
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator_address", None, "host:port of process 0; found by itself on TPU and Slurm."
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run, where JAX cannot find it out.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which process this is, where JAX cannot find it out.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Whether several processes share the run.")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, unless JAX finds it.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run, unless JAX finds it.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, unless JAX finds it.")
+
+
+def cpu_flags(config: ConfigDict) -> str:
+    """XLA flags that make a run without accelerator faster; they change nothing on an accelerator.
+
+    Every core becomes a device of its own, as far as the batches can be shared: XLA:CPU uses cores better so than within
+    one operation (a search step takes 0.7 of the time). The fusions halve the time of a training step; a version of
+    jaxlib that does not know the flag would refuse to start, so only versions that were measured get it.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    batches = (config.base.batch_size, config.search.batch_size, config.finetune.batch_size, config.eval_batch_size)
+    devices = max(count for count in range(1, cores + 1) if math.gcd(*batches) % count == 0)
+    added = [f"--xla_force_host_platform_device_count={devices}"]
+    if jaxlib.__version__.startswith("0.10."):
+        added.append("--xla_cpu_experimental_ynn_fusion_type=individual_convolution,individual_dot,dot,eltwise,reduce")
+    given = os.environ.get("XLA_FLAGS", "")
+    return " ".join([given, *(flag for flag in added if flag.split("=")[0] not in given)]).strip()
 
 
 def run(default_config: str) -> None:
@@ -18,13 +37,14 @@ def run(default_config: str) -> None:
     flags.mark_flag_as_required("workdir")
 
     def main(_: list[str]) -> None:
+        os.environ["XLA_FLAGS"] = cpu_flags(config.value)  # before JAX starts its devices
         from ddnp_jax import parallel, pipeline
 
         logging.set_verbosity(logging.WARNING)  # orbax writes a page per checkpoint
         parallel.initialize(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         try:
             report = pipeline.run(config.value, _WORKDIR.value)
-        except (ValueError, OSError, FloatingPointError) as error:
+        except (ValueError, OSError, ImportError, FloatingPointError) as error:
             raise SystemExit(f"error: {error}") from error
         print(f"{report['pruned_top1']:.2f} % (base {report['base_top1']:.2f} %); report: {_WORKDIR.value}/report.md")
 

@@ -99,7 +99,8 @@ def compiled(search, devices=1):
     """The search's step over some devices."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("data",))
     specs = {"in_specs": (P(), P(), P("data"), P()), "out_specs": P()}
-    return jax.jit(jax.shard_map(search.step, mesh=mesh, check_vma=False, **specs))
+    quick = {"xla_backend_optimization_level": "0"}  # compiling takes longer than running here
+    return jax.jit(jax.shard_map(search.step, mesh=mesh, check_vma=False, **specs), compiler_options=quick)
 
 
 def make_state(search, seed=0):

@@ -388,6 +388,9 @@ def test_joining_divides_the_group_that_was_flattened():
     groups.join(h + c, flat)
     assert groups.factors(flat) == (*groups.factors(h), *groups.factors(c))
     assert [bool(groups.reasons(f.group)) for f in groups.factors(flat)] == [True, False]
+    whole = groups.new(24, "a reason")
+    groups.reshape((whole,), (4, 6))
+    assert [groups.reasons(f.group) for f in groups.factors(whole)] == [{"a reason": ""}] * 2
     other = groups.new(24)
     groups.join(groups.new(6) + groups.new(4), other)
     groups.join(other, flat)  # (6, 4) against (4, 6): 4 and 6 do not divide each other

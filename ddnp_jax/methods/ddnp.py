@@ -20,7 +20,6 @@ from ddnp_jax.methods import Problem, Search
 from ddnp_jax.methods.magnitude import l1_norms
 
 OUTPUTS = {"sigmoid": jax.nn.sigmoid, "abs": jnp.abs, "square": jnp.square}
-FLOPS_WIDTHS = ("width", "mean")
 
 
 class State(flax.struct.PyTreeNode):
@@ -44,7 +43,7 @@ class State(flax.struct.PyTreeNode):
 
 
 def importance_learner(problem: Problem) -> Learner:
-    """g_s, one scalar per channel, or the L1 norms, standardized within each gate ("Fix S")."""
+    """g_s, one scalar per channel, or the L1 norms ("Fix S"): a channel's gate is open if its norm is above the mean."""
     config, widths = problem.config, problem.topology.widths
     match config.importance:
         case "generator":
@@ -56,7 +55,8 @@ def importance_learner(problem: Problem) -> Learner:
             return generators.learned(generators.ScalarImportance(widths))
         case "l1":
             norms = l1_norms(problem.variables, problem.topology)
-            return generators.fixed(tuple(np.float32((n - n.mean()) / (n.std() + 1e-12)) for n in norms))
+            standardized = ((n - n.mean()) / (n.std() + 1e-12) for n in norms)
+            return generators.fixed(tuple(np.float32(z - masks.GATE_SHIFT) for z in standardized))
     raise ValueError(f"search.importance={config.importance!r} is unknown; use 'generator', 'scalar' or 'l1'.")
 
 
@@ -112,7 +112,7 @@ def _feature_energy(activation: jax.Array) -> jax.Array:
 
 
 def _check(config: ml_collections.ConfigDict) -> None:
-    for field, choices in {"output": OUTPUTS, "flops_width": FLOPS_WIDTHS, "resource_loss": losses.RESOURCE}.items():
+    for field, choices in {"output": OUTPUTS, "resource_loss": losses.RESOURCE}.items():
         if config[field] not in choices:
             raise ValueError(f"search.{field}={config[field]!r} is unknown; use one of {', '.join(choices)}.")
 
@@ -136,7 +136,7 @@ def build(problem: Problem) -> Search:
 
     def cost(gates: tuple[jax.Array, ...], k: jax.Array) -> jax.Array:
         widths = k * np.float32(topology.widths)
-        if config.flops_width == "mean":
+        if learns_from_data:
             open_gates = jnp.stack([jnp.sum(masks.straight_through(gate)) for gate in gates])
             widths = (widths + open_gates) / 2
         return flops.prunable(topology, widths, budget.convention)

@@ -1,0 +1,219 @@
+"""The main job on scanned digits: its report, going on after every kind of end, and its refusals."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from configs import cifar10_r56, digits_r20
+from ddnp_jax import data, pipeline, training
+from ddnp_jax.compact import load_pruned
+from experiments import launch
+
+P = 0.5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Every run of this file compiles the same programs."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("tfds"))
+
+
+def tiny(data_dir):
+    config = digits_r20.get_config()
+    config.data.data_dir = data_dir
+    config.data.search_fraction = 0.6  # few training images: the base takes 4 steps
+    config.base.update(epochs=1, batch_size=128, chunk_steps=1, save_every=2)
+    config.search.update(epochs=1, batch_size=256, chunk_steps=1, save_every=2)
+    config.finetune.update(epochs=1, batch_size=256, chunk_steps=2, save_every=1, distillation_weight=0.5)
+    config.budget.p = P
+    return config
+
+
+@pytest.fixture
+def config(data_dir):
+    return tiny(data_dir)
+
+
+@pytest.fixture(scope="module")
+def finished(data_dir, tmp_path_factory):
+    """An uninterrupted run: (workdir, report)."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, pipeline.run(tiny(data_dir), workdir)
+
+
+def leaves(workdir):
+    _, variables = load_pruned(workdir / "pruned")
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(variables)}
+
+
+def assert_same_network(workdir, other):
+    ours, theirs = leaves(workdir), leaves(other)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+def interrupt_at(monkeypatch, section, step, action):
+    """Calls `action` when the stage asks for the batches of `step`."""
+    chunk, run, current = data.chunk, training.run, []
+
+    def chunk_with_end(batches, start, length):
+        if (current[-1], start) == (section, step):
+            action()
+        return chunk(batches, start, length)
+
+    def named_run(stage, *args):
+        current.append(stage.name)
+        return run(stage, *args)
+
+    monkeypatch.setattr(data, "chunk", chunk_with_end)
+    monkeypatch.setattr(training, "run", named_run)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def kill():
+    raise Killed
+
+
+def test_report_says_what_the_pruned_network_does(finished, config):
+    workdir, report = finished
+    assert report == json.loads((workdir / "report.json").read_text())
+    model, variables = load_pruned(workdir / "pruned")
+    dataset = data.load(config.data)
+    images = data.normalize(dataset.test_images, config.data.mean, config.data.std)
+    top1 = 100 * np.mean(np.argmax(model.apply(variables, images, train=False), -1) == dataset.test_labels)
+    assert report["pruned_top1"] == pytest.approx(top1)
+    assert report["test_images"] == 355
+    assert report["delta_top1"] == pytest.approx(report["pruned_top1"] - report["base_top1"])
+    assert 0.97 * P < report["flops_prunable_after"] / report["flops_prunable_before"] <= P
+    kernels = [variables["params"][f"layer{1 + i // 3}_{i % 3}"]["conv1"]["kernel"] for i in range(9)]
+    assert [kernel.shape[-1] for kernel in kernels] == report["widths"]
+    assert report["verification"]["argmax_agreement"] == 1.0
+    for name in ("config.json", "metrics.jsonl", "selection.json", "report.md", "widths.png", "search.png"):
+        assert (workdir / name).stat().st_size > 0, name
+
+
+@pytest.mark.parametrize(("section", "step"), [("base", 3), ("search", 1), ("search", 3), ("finetune", 4)])
+def test_killed_run_goes_on_bit_for_bit(finished, config, tmp_path, monkeypatch, section, step):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, section, step, kill)
+        with pytest.raises(Killed):
+            pipeline.run(config, tmp_path)
+    report = pipeline.run(config, tmp_path)
+    assert_same_network(tmp_path, finished[0])
+    assert report["pruned_top1"] == finished[1]["pruned_top1"]
+    deterministic = [
+        {name: value for name, value in json.loads(line).items() if name != "images_per_s"}
+        for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
+    expected = [
+        {name: value for name, value in json.loads(line).items() if name != "images_per_s"}
+        for line in (finished[0] / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert deterministic == expected
+
+
+def test_sigterm_saves_and_the_run_goes_on(finished, config, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "search", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(training.Preempted, match="stage 'search' is saved at step 3; the same command goes on"):
+            pipeline.run(config, tmp_path)
+    assert (tmp_path / "search" / "3").is_dir()
+    pipeline.run(config, tmp_path)
+    assert_same_network(tmp_path, finished[0])
+
+
+def test_finished_stages_are_not_run_again(finished, config, monkeypatch):
+    for section in ("base", "search", "finetune"):
+        interrupt_at(monkeypatch, section, 0, kill)
+    before = (finished[0] / "metrics.jsonl").read_text()
+    assert pipeline.run(config, finished[0]) == finished[1]
+    assert (finished[0] / "metrics.jsonl").read_text() == before
+
+
+def test_another_configuration_is_refused(finished, config):
+    config.search.tie_weight = 2.0
+    with pytest.raises(ValueError, match=r"search\.tie_weight: workdir has 1\.0, this run has 2\.0"):
+        pipeline.run(config, finished[0])
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(config, tmp_path):
+    config.base.update(learning_rate=1e38, warmup_epochs=0.0, save_every=1)
+    with pytest.raises(FloatingPointError, match="the loss of stage 'base' is nan at step [23]"):
+        pipeline.run(config, tmp_path)
+    assert (tmp_path / "base" / "1").is_dir()
+
+
+def refused(config, tmp_path, **fields):
+    config.update_from_flattened_dict(fields)
+    with pytest.raises((ValueError, OSError)) as error:
+        pipeline.prepare(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    return str(error.value)
+
+
+def test_refusals_name_the_field(config, tmp_path):
+    assert "model 'resnet57' is unknown" in refused(config, tmp_path, **{"model.name": "resnet57"})
+
+
+def test_p_must_be_a_fraction(config, tmp_path):
+    assert "budget.p=1.5 must be in (0, 1]" in refused(config, tmp_path, **{"budget.p": 1.5})
+
+
+def test_impossible_budget_prints_what_is_possible(config, tmp_path):
+    message = refused(config, tmp_path, **{"budget.p": 0.01})
+    assert "budget.p=0.01 cannot be met" in message
+    assert "parameters" in message
+
+
+def test_unknown_data(config, tmp_path):
+    assert "data.name='mnist' is unknown" in refused(config, tmp_path, **{"data.name": "mnist"})
+
+
+def test_missing_data_folder(tmp_path):
+    config = cifar10_r56.get_config()
+    assert "data.data_dir" in refused(config, tmp_path, **{"data.data_dir": str(tmp_path / "nowhere")})
+
+
+def test_batch_that_the_devices_cannot_share(config, tmp_path):
+    assert "search.batch_size=250" in refused(config, tmp_path, **{"search.batch_size": 250})
+
+
+def test_missing_weights(config, tmp_path):
+    config.base.weights = str(tmp_path / "none.pth")
+    with pytest.raises(ValueError, match="none.pth' does not exist"):
+        pipeline.run(config, tmp_path / "run")
+
+
+def test_configurations_are_locked_and_name_their_variants():
+    with pytest.raises(AttributeError):
+        cifar10_r56.get_config().search.temprature = 1.0
+    with pytest.raises(ValueError, match="cifar10_r56.py:nppn is unknown; use one of authors"):
+        cifar10_r56.get_config("nppn")
+
+
+def test_cpu_devices_share_every_batch(config, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
+    config.update({"eval_batch_size": 96, "base": {"batch_size": 36}, "finetune": {"batch_size": 72}})
+    config.search.batch_size = 48
+    assert launch.cpu_flags(config).startswith("--xla_force_host_platform_device_count=12")
+    config.search.batch_size = 128
+    assert launch.cpu_flags(config).startswith("--xla_force_host_platform_device_count=4")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    assert launch.cpu_flags(config).count("device_count") == 1

@@ -20,13 +20,13 @@ CONVENTIONS = ("macs", "authors")
 
 
 def total(topology: Topology, widths: Any = None, convention: str = "macs") -> Any:
-    """FLOPs of the whole network per image, T_all (METHOD.md section 0); arguments as for `prunable`."""
+    """FLOPs of the whole network per image, T_all; arguments as for `prunable`."""
     whole = sum(_macs(layer) for layer in topology.layers if not _touches_gate(layer))
     return prunable(topology, widths, convention) + whole
 
 
 def prunable(topology: Topology, widths: Any = None, convention: str = "macs") -> Any:
-    """FLOPs per image of the layers that touch a gate, T (METHOD.md section 0).
+    """FLOPs per image of the layers that touch a gate, T.
 
     Args:
       topology: of the network.

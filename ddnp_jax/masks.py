@@ -34,7 +34,7 @@ def _smooth_step(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def soft_top_k(k: jax.Array, ranks: jax.Array, band: float = 0.05, floor: float = 0.0) -> jax.Array:
-    """Soft mask of the k * C best-ranked channels (METHOD section 1, "Soft top-k").
+    """Soft mask of the k * C best-ranked channels of the DDNP search.
 
     The mask falls from 1 to 0 as a cubic within r = floor(band * C) ranks on either side of K = k * C; the band is
     narrowed to stay inside [0, C), and r = 0 is the hard top-k with round(K) ones. `floor` is added and the sum clipped

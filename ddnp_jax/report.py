@@ -18,7 +18,7 @@ from ddnp_jax.checkpoint import write_json_atomic
 STAGES = {"base": "base training", "search": "search", "finetune": "fine-tuning"}
 CONVENTIONS = {
     "macs": "multiply-accumulates of convolutions and dense layers",
-    "authors": "the DDNP authors' count: multiply-accumulates, and 3 per output element for batch norm and ReLU",
+    "authors": "the DDNP authors' count: multiply-accumulates, and 3 per output element of prunable layers",
 }
 
 _RESULTS = (
@@ -37,7 +37,7 @@ _COMPARED = (
 )
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-_BLUE, _LIGHT_BLUE, _VERMILION, _GREY = "#0072B2", "#C3DDEE", "#D55E00", "#555555"
+_BLUE, _LIGHT_BLUE, _VERMILION = "#0072B2", "#C3DDEE", "#D55E00"
 
 
 def write(workdir: str | Path, results: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,8 +93,9 @@ def compare(reports: Sequence[Mapping[str, Any]]) -> str:
         epochs = tuple(_epochs(report, stage) for stage in STAGES)
         key = (_method(report), report["model"], report["dataset"], report["p"], report["flops_convention"], epochs)
         groups.setdefault(key, []).append(report)
-    header = ["method", "model", "data set", "p", "FLOPs as", "fine-tuning epochs", "seeds", "FLOPs removed (%)"]
-    header += ["parameters removed (%)", "base top-1 (%)", "before fine-tuning", "after fine-tuning", "change", "seconds"]
+    header = ["method", "model", "data set", "p", "FLOPs as", "fine-tuning epochs", "seeds"]
+    header += ["FLOPs removed (%)", "parameters removed (%)"]
+    header += ["base top-1 (%)", "before fine-tuning", "after fine-tuning", "change", "seconds"]
     rows = [
         [method, model, dataset, f"{p:g}", convention, epochs[-1], str(len(runs)), *_compared_figures(runs)]
         for (method, model, dataset, p, convention, epochs), runs in groups.items()
@@ -176,8 +177,8 @@ def _markdown(report: Mapping[str, Any], has_search: bool) -> str:
     parts = [
         f"# {_title(r)}",
         f"{r['method']} pruned {r['model']} on {r['dataset']} (seed {r['seed']}): {r['flops_reduction']:.2f} % of the "
-        f"FLOPs and {r['params_reduction']:.2f} % of the parameters removed, top-1 accuracy {r['base_top1']:.2f} % before "
-        f"and {r['pruned_top1']:.2f} % after ({r['delta_top1']:+z.2f} points).",
+        f"FLOPs and {r['params_reduction']:.2f} % of the parameters removed, top-1 accuracy {r['base_top1']:.2f} % "
+        f"before and {r['pruned_top1']:.2f} % after ({r['delta_top1']:+z.2f} points).",
         _result_table(r),
         f"FLOPs: {CONVENTIONS[r['flops_convention']]}; whole network. {_latency_sentence(r)}",
         "![Channels per gate, before and after](widths.png)",
@@ -244,10 +245,11 @@ def _budget(report: Mapping[str, Any]) -> str:
     )
     if after > wanted * (1 + 1e-6):
         return text + f"**The budget is exceeded by {(after - wanted) / 1e6:,.3f} M.**"
-    if wanted - after > channel:
+    unused = wanted - after
+    if unused > channel:
         return text + (
-            f"**The budget is missed by more than one channel's rounding**: {(wanted - after) / 1e6:,.3f} M are unused, "
-            f"{(wanted - after) / channel:.1f} times an average channel of the unpruned network."
+            f"**The budget is missed by more than one channel's rounding**: {unused / 1e6:,.3f} M are unused, "
+            f"{unused / channel:.1f} times an average channel of the unpruned network."
         )
     return text + "The difference is less than one channel of average cost."
 
@@ -260,9 +262,9 @@ def _methodology(report: Mapping[str, Any]) -> list[str]:
     return [
         f"Accuracies are those of the last epoch, over all {report['test_images']:,} test images, each counted once.",
         f"The best checkpoint is chosen on held-out training images{found} and is not what this report shows; no test "
-        "image decided anything.",
-        f"Cutting changed nothing else: the logits of the smaller and of the masked network differ by at most "
-        f"{verification['max_difference']:.1e}, and {agreement:.2f} % of the predictions agree.",
+        "image decided anything in this run.",
+        f"Check of the cut: the logits of the smaller and of the masked network differ by at most "
+        f"{verification['max_difference']:.1e}; {agreement:.2f} % of the predictions agree.",
         f"Batch-norm statistics in training: {report['batch_norm']}. Precision: {report['precision']}.",
     ]
 
@@ -307,7 +309,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: i
 def _widths_figure(report: Mapping[str, Any]) -> Figure:
     before, after = report["widths_before"], report["widths"]
     places = range(len(before))
-    figure = Figure(figsize=(max(6.0, 1.2 + 0.27 * len(before)), 4.2), layout="constrained")
+    figure = Figure(figsize=(max(6.0, 1.2 + 0.27 * len(before)), 4.5), layout="constrained")
     axes = _plain_axes(figure)
     axes.bar(places, before, width=0.8, color=_LIGHT_BLUE, label="before")
     axes.bar(places, after, width=0.8, color=_BLUE, label="after")
@@ -316,7 +318,7 @@ def _widths_figure(report: Mapping[str, Any]) -> Figure:
     axes.set_xticks(places, report["gate_names"], rotation=90 if len(before) > 6 else 0, fontsize=8)
     axes.set_xlim(-0.7, len(before) - 0.3)
     axes.set_ylabel("channels")
-    axes.set_title(f"Channels per gate: {_title(report)}", fontsize=11)
+    axes.set_title(f"Channels per gate\n{_title(report)}", fontsize=10)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
@@ -329,14 +331,16 @@ def _search_figure(report: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]
     figure = Figure(figsize=(8.0, 4.5), layout="constrained")
     axes = _plain_axes(figure)
     axes.plot(*curve("top1"), color=_BLUE, alpha=0.35, linewidth=1, label="top-1, search images (soft masks)")
-    axes.plot(*curve("validation_top1"), color=_BLUE, marker="o", markersize=4, label="top-1, held-out images (cut)")
+    axes.plot(
+        *curve("validation_top1"), color=_BLUE, marker="o", markersize=4, label="top-1, held-out images (cut to p)"
+    )
     axes.set_xlabel("search step")
     axes.set_ylabel("top-1 accuracy (%)", color=_BLUE)
-    axes.set_title(f"Search: {_title(report)}", fontsize=11)
+    axes.set_title(f"Accuracy and FLOPs over the search\n{_title(report)}", fontsize=10)
     flops = axes.twinx()
     flops.spines[["top", "left"]].set_visible(False)
-    flops.plot(*curve("remaining_flops", 100.0), color=_VERMILION, linestyle="-.", label="remaining FLOPs")
-    flops.axhline(100.0 * report["p"], color=_GREY, linestyle="--", linewidth=1, label=f"budget, p = {report['p']:g}")
+    flops.plot(*curve("remaining_flops", 100.0), color=_VERMILION, label="remaining FLOPs")
+    flops.axhline(100.0 * report["p"], color=_VERMILION, linestyle="--", linewidth=1, label=f"p = {report['p']:g}")
     flops.set_ylim(0, 102)
     flops.set_ylabel("FLOPs of the prunable layers (%)", color=_VERMILION)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)

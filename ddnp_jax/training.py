@@ -223,7 +223,7 @@ class MetricsLog:
 
     def rewind(self, stage: str, step: int) -> None:
         """Drops the lines of `stage` after `step`: they will be written again."""
-        if self._path.exists():
+        if jax.process_index() == 0 and self._path.exists():
             lines = self._path.read_text().splitlines(keepends=True)
             entries = ((line, json.loads(line)) for line in lines if line.endswith("\n"))
             kept = [line for line, entry in entries if entry["stage"] != stage or entry["step"] <= step]
@@ -246,10 +246,7 @@ def check_finite(stage: str, first_step: int, metrics: dict[str, np.ndarray]) ->
     """
     bad = np.flatnonzero(~np.isfinite(metrics["loss"]))
     if bad.size:
-        raise FloatingPointError(
-            f"the loss of stage {stage!r} is {metrics['loss'][bad[0]]} at step {first_step + int(bad[0]) + 1}; the "
-            "last good checkpoint is kept: lower the learning rate or look at the data, and start in another workdir."
-        )
+        raise _not_finite(f"the loss of stage {stage!r} is {metrics['loss'][bad[0]]} at step {first_step + bad[0] + 1}")
 
 
 def check_state(stage: str, step: int, state: Any) -> None:
@@ -260,10 +257,14 @@ def check_state(stage: str, step: int, state: Any) -> None:
     """
     floats = (x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating))
     if not all(np.all(np.isfinite(x)) for x in floats):
-        raise FloatingPointError(
-            f"the state of stage {stage!r} is no longer finite after step {step}; the last good checkpoint is kept: "
-            "lower the learning rate or look at the data, and start in another workdir."
-        )
+        raise _not_finite(f"the state of stage {stage!r} is no longer finite after step {step}")
+
+
+def _not_finite(what: str) -> FloatingPointError:
+    return FloatingPointError(
+        f"{what}; the last good checkpoint is kept: lower the learning rate or look at the data, and start in another "
+        "workdir."
+    )
 
 
 def run(
@@ -293,40 +294,42 @@ def run(
       FloatingPointError: the loss or the state became NaN or infinite.
       Preempted: SIGTERM came; the state is saved.
     """
-    with Checkpoints(stage.folder) as checkpoints, PreemptionGuard() as guard:
+    with Checkpoints(stage.folder) as checkpoints, PreemptionGuard() as guard, _progress(stage) as bar:
         step, state = checkpoints.restore(state) or (0, state)
+        bar.initial = bar.n = step  # what was done before does not count for the rate
         if step == stage.steps:
             return state
         log.rewind(stage.name, step)
         clock = _Clock(stage.folder / "seconds.json")
         state = parallel.replicate(state)
-        with tqdm(
-            total=stage.steps, initial=step, desc=stage.name, unit="step", disable=jax.process_index() > 0
-        ) as bar:
-            while step < stage.steps:
-                started, length = time.monotonic(), min(stage.chunk_steps, stage.steps - step)
-                indices = data.chunk(batches, step, length)
-                state, metrics = _dispatch(chunk, state, constants, indices)
-                check_finite(stage.name, step, metrics)
-                step += length
-                means = {name: float(np.mean(values)) for name, values in metrics.items()}
-                rate = indices.size * jax.process_count() / (time.monotonic() - started)
-                log.write(stage.name, step, epoch=step / stage.steps_per_epoch, images_per_s=round(rate, 1), **means)
-                bar.update(length)
-                bar.set_postfix_str(f"loss {means['loss']:.3f}, {rate:.0f} images/s")
-                stop = guard.stop_requested()
-                due = step == stage.steps or (step // stage.chunk_steps) % stage.save_every == 0
-                if due or stop:
-                    on_host = parallel.fetch(state)
-                    check_state(stage.name, step, on_host)
-                    held_out = evaluate(on_host) if due else {}
-                    if due:
-                        log.write(stage.name, step, **{f"validation_{name}": v for name, v in held_out.items()})
-                    checkpoints.save(step, on_host, metric=held_out.get("top1"))
-                    clock.save()
-                if stop and step < stage.steps:
-                    raise Preempted(f"stage {stage.name!r} is saved at step {step}; the same command goes on.")
+        while step < stage.steps:
+            started = time.monotonic()
+            indices = data.chunk(batches, step, min(stage.chunk_steps, stage.steps - step))
+            state, metrics = _dispatch(chunk, state, constants, indices)
+            rate = indices.size * jax.process_count() / (time.monotonic() - started)
+            check_finite(stage.name, step, metrics)
+            step += len(indices)
+            means = {name: float(np.mean(values)) for name, values in metrics.items()}
+            log.write(stage.name, step, epoch=step / stage.steps_per_epoch, images_per_s=round(rate, 1), **means)
+            bar.set_postfix_str(f"loss {means['loss']:.3f}, {rate:.0f} images/s", refresh=False)
+            bar.update(len(indices))
+            due = step == stage.steps or (step // stage.chunk_steps) % stage.save_every == 0
+            stop = guard.stop_requested() and step < stage.steps
+            if due or stop:
+                on_host = parallel.fetch(state)
+                check_state(stage.name, step, on_host)
+                held_out = evaluate(on_host) if due else {}
+                if due:
+                    log.write(stage.name, step, **{f"validation_{name}": value for name, value in held_out.items()})
+                checkpoints.save(step, on_host, metric=held_out.get("top1"))
+                clock.save()
+            if stop:
+                raise Preempted(f"stage {stage.name!r} is saved at step {step}; the same command goes on.")
         return parallel.fetch(state)
+
+
+def _progress(stage: Stage) -> tqdm:
+    return tqdm(total=stage.steps, desc=stage.name, unit="step", disable=jax.process_index() > 0)
 
 
 def _dispatch(

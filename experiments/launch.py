@@ -17,9 +17,9 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, unles
 def cpu_flags(config: ConfigDict) -> str:
     """XLA flags that make a run without accelerator faster; they change nothing on an accelerator.
 
-    Every core becomes a device of its own, as far as the batches can be shared: XLA:CPU uses cores better so than within
-    one operation (a search step takes 0.7 of the time). The fusions halve the time of a training step; a version of
-    jaxlib that does not know the flag would refuse to start, so only versions that were measured get it.
+    Every core becomes a device of its own, as far as the batches can be shared: XLA:CPU uses cores better so than
+    within one operation (a search step takes 0.7 of the time). The fusions halve the time of a training step; a
+    version of jaxlib that does not know the flag would refuse to start, so only versions that were measured get it.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     batches = (config.base.batch_size, config.search.batch_size, config.finetune.batch_size, config.eval_batch_size)

@@ -14,20 +14,14 @@ from test_masks import reference_ranks, reference_soft_top_k
 from torch.nn import functional
 
 import ddnp_jax
-from ddnp_jax import methods
+from ddnp_jax import masks, methods
 from ddnp_jax.budget import Budget
 from ddnp_jax.methods import ddnp
 
 SIZE = 6
 CLASSES = 5
 WIDTHS = (8, 24)  # the first too narrow for a band, the second with a band of one rank
-AUTHORS = {
-    "bidirectional": True,
-    "layer_norm": True,
-    "energy_weight": 0.5,
-    "importance_average": 0.99,
-    "flops_width": "mean",
-}
+AUTHORS = {"bidirectional": True, "layer_norm": True, "energy_weight": 0.5, "importance_average": 0.99}
 
 
 class Tiny(nn.Module):
@@ -74,7 +68,6 @@ def make_config(**fields):
             "layer_norm": False,
             "energy_weight": 0.0,
             "importance_average": 0.0,
-            "flops_width": "width",
             "resource_loss": "log_abs",
             "resource_weight": 4.0,
             "tie_weight": 1.0,
@@ -126,24 +119,24 @@ def leaves(tree):
 # One step against the equations, written in PyTorch
 
 
-def reference_forward(masks):
+def reference_forward(factors):
     """Logits with masks on what the layers read, and the feature energy of both gates' activations."""
     weights = jax.tree.map(torch.tensor, VARIABLES)
     params, stats = weights["params"], weights["batch_stats"]
     x, energies = torch.tensor(IMAGES).permute(0, 3, 1, 2), []
-    for i, mask in enumerate(masks, 1):
+    for i, factor in enumerate(factors, 1):
         conv, bn = params[f"conv{i}"]["kernel"].permute(3, 2, 0, 1), f"bn{i}"
         x = functional.conv2d(x, conv, padding=1)
         scale, bias = params[bn]["scale"], params[bn]["bias"]
         x = functional.relu(functional.batch_norm(x, stats[bn]["mean"], stats[bn]["var"], scale, bias, eps=1e-5))
-        x = x.mean((2, 3), keepdim=True) if i == len(masks) else x  # the head reads the average
+        x = x.mean((2, 3), keepdim=True) if i == len(factors) else x  # the head reads the average
         energies.append((x**2).sum((2, 3)).mean(0).detach())
-        x = x * mask[:, None, None]
+        x = x * factor[:, None, None]
     return x[..., 0, 0] @ params["head"]["kernel"] + params["head"]["bias"], energies
 
 
 def reference_step(state, config, key, p):
-    """Losses and gradients of METHOD section 1 for scalar importance and width."""
+    """Losses and gradients of DDNP eq. (9) for scalar importance and width."""
     params = {
         k: torch.tensor(np.asarray(v), requires_grad=True)
         for k, v in (
@@ -174,10 +167,8 @@ def reference_step(state, config, key, p):
     logits, energies = reference_forward([mask * gate for mask, gate in zip(soft, gates, strict=True)])
     cross_entropy = functional.cross_entropy(logits, torch.tensor(LABELS))
 
-    a, b = k[0] * 8, k[1] * 24
-    if config.flops_width == "mean":
-        hard = [gate + ((gate >= 0.5).float() - gate).detach() for gate in gates]
-        a, b = (a + hard[0].sum()) / 2, (b + hard[1].sum()) / 2
+    hard = [gate + ((gate >= 0.5).float() - gate).detach() for gate in gates]
+    a, b = ((k[i] * c + hard[i].sum()) / 2 for i, c in enumerate(WIDTHS))  # T from both width estimates
     pixels = SIZE * SIZE
     ratio = (pixels * 27 * a + pixels * 9 * a * b + CLASSES * b) / (
         pixels * 27 * 8 + pixels * 9 * 8 * 24 + CLASSES * 24
@@ -208,9 +199,9 @@ def reference_step(state, config, key, p):
     "fields",
     [
         {},
-        {"resource_loss": "square", "output": "abs", "flops_width": "mean", "tie_weight": 0.3},
+        {"resource_loss": "square", "output": "abs", "tie_weight": 0.3},
         {"resource_loss": "log_max", "output": "square", "energy_weight": 0.5, "importance_average": 0.99},
-        {"resource_loss": "abs", "resource_weight": 0.7, "flops_width": "mean", "energy_weight": 0.5},
+        {"resource_loss": "abs", "resource_weight": 0.7, "energy_weight": 0.5},
     ],
     ids=str,
 )
@@ -279,6 +270,14 @@ def test_every_combination_learns_exactly_what_is_learned(importance, width):
         for found, name in zip(scores, ("conv1", "conv2"), strict=True):
             norms = np.abs(VARIABLES["params"][name]["kernel"]).sum((0, 1, 2))
             np.testing.assert_array_equal(np.argsort(found), np.argsort(norms))
+
+
+def test_fixed_importance_opens_the_gates_above_the_mean_norm():
+    learner = ddnp.importance_learner(make_problem(importance="l1"))
+    for logits, name in zip(learner.apply({}), ("conv1", "conv2"), strict=True):
+        norms = np.abs(np.float64(VARIABLES["params"][name]["kernel"])).sum((0, 1, 2))
+        np.testing.assert_allclose(logits + 3, (norms - norms.mean()) / norms.std(), atol=1e-5)
+        np.testing.assert_array_equal(masks.relaxed_bernoulli(logits, None) > 0.5, norms > norms.mean())
 
 
 @pytest.mark.parametrize("output", ["sigmoid", "abs", "square"])
@@ -371,8 +370,7 @@ def test_a_step_keeps_shapes_and_types_so_that_it_can_be_scanned(dtype):
 # The search reaches its budget
 
 
-@pytest.mark.parametrize("width", ["scalar", "generator"])
-@pytest.mark.parametrize("p", [0.3, 0.7])
+@pytest.mark.parametrize(("width", "p"), [("scalar", 0.3), ("scalar", 0.7), ("generator", 0.3)])
 def test_the_resource_term_alone_leads_to_the_budget(width, p):
     optimizer = {"learning_rate": 0.03, "weight_decay": 0.0}
     problem = make_problem(steps=300, p=p, importance="l1", width=width, tie_weight=0.0, width_optimizer=optimizer)
@@ -477,7 +475,6 @@ def test_unknown_names_are_refused():
         "importance": "'generator', 'scalar' or 'l1'",
         "width": "'generator', 'scalar' or 'half'",
         "output": "one of sigmoid, abs, square",
-        "flops_width": "one of width, mean",
         "resource_loss": "one of log_abs, log_max, abs, square",
     }.items():
         with pytest.raises(ValueError, match=rf"^search\.{field}='wrong' is unknown; use {choices}\.$"):

@@ -25,7 +25,7 @@ def reference_ranks(importance):
 
 
 def reference_soft_top_k(k, ranks, band, floor):
-    """The definition in METHOD section 1, channel by channel in float64; only K is rounded as float32 rounds it."""
+    """The definition, channel by channel in float64; only K is rounded as float32 rounds it."""
     channels = len(ranks)
     kept = float(np.float32(k) * np.float32(channels))
     half_width = min(math.floor(band * channels), kept, channels - kept)

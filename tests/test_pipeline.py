@@ -154,7 +154,7 @@ def test_another_configuration_is_refused(finished, config):
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(config, tmp_path):
     config.base.update(learning_rate=1e38, warmup_epochs=0.0, save_every=1)
-    with pytest.raises(FloatingPointError, match="the loss of stage 'base' is nan at step [23]"):
+    with pytest.raises(FloatingPointError, match=r"stage 'base' is (nan at|no longer finite after) step 2"):
         pipeline.run(config, tmp_path)
     assert (tmp_path / "base" / "1").is_dir()
 
@@ -196,7 +196,7 @@ def test_batch_that_the_devices_cannot_share(config, tmp_path):
 
 def test_missing_weights(config, tmp_path):
     config.base.weights = str(tmp_path / "none.pth")
-    with pytest.raises(ValueError, match="none.pth' does not exist"):
+    with pytest.raises(ValueError, match=r"none\.pth' does not exist"):
         pipeline.run(config, tmp_path / "run")
 
 

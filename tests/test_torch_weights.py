@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch_reference import CifarResNet, randomize
 
 from ddnp_jax import models, torch_weights
 from ddnp_jax.models.resnet_cifar import CifarResNet as FlaxCifarResNet
+from experiments.pytorch_resnet import CifarResNet, randomize
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))

@@ -4,6 +4,7 @@ Which channels matter is learned by g_s, how many stay by g_k; the two meet in a
 loosely by the third term of the objective, eq. (9).
 """
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -43,7 +44,7 @@ class State(flax.struct.PyTreeNode):
 
 
 def importance_learner(problem: Problem) -> Learner:
-    """g_s, one scalar per channel, or the L1 norms ("Fix S"): a channel's gate is open if its norm is above the mean."""
+    """g_s, one scalar per channel, or the L1 norms ("Fix S"): a gate is open if its norm is above the mean."""
     config, widths = problem.config, problem.topology.widths
     match config.importance:
         case "generator":
@@ -117,76 +118,105 @@ def _check(config: ml_collections.ConfigDict) -> None:
             raise ValueError(f"search.{field}={config[field]!r} is unknown; use one of {', '.join(choices)}.")
 
 
-def build(problem: Problem) -> Search:
-    """The search of `problem.config`; METHOD section 1 describes every field."""
-    config, topology, budget = problem.config, problem.topology, problem.budget
-    _check(config)
-    learners = {"importance": importance_learner(problem), "width": width_learner(problem)}
-    optimizer = make_optimizer(config, problem.steps)
-    learns_from_data = config.importance != "l1"  # "Fix S": only the second and third term of eq. (9)
+@dataclasses.dataclass(frozen=True)
+class _DDNP:
+    """The pure functions of one search.
 
-    def learned_values(params: Any, inputs: Any) -> tuple[tuple[jax.Array, ...], jax.Array]:
-        scores, k = (learners[name].apply({"params": params[name], **inputs[name]}) for name in ("importance", "width"))
+    Attributes:
+      problem: what is to be pruned, and how.
+      learners: {"importance", "width"}.
+      optimizer: of their parameters.
+    """
+
+    problem: Problem
+    learners: dict[str, Learner]
+    optimizer: optax.GradientTransformation
+
+    @property
+    def learns_from_data(self) -> bool:
+        """False for "Fix S", which uses only the second and third term of eq. (9)."""
+        return self.problem.config.importance != "l1"
+
+    def learned_values(self, params: Any, inputs: Any) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """The scores s̄_l (C_l,) per gate and the widths k (L,)."""
+        scores, k = (
+            self.learners[name].apply({"params": params[name], **inputs[name]}) for name in ("importance", "width")
+        )
         return scores, k
 
-    def rank_by(scores: tuple[jax.Array, ...], energy: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        # L1 norms are importances already: they keep their order.
-        output = OUTPUTS["sigmoid" if config.importance == "l1" else config.output]
+    def importance(self, scores: tuple[jax.Array, ...], energy: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """What ranks the channels, detached. L1 norms are importances already: they keep their order."""
+        config = self.problem.config
+        output = OUTPUTS[config.output if self.learns_from_data else "sigmoid"]
         return tuple(blend(output(s), e, config.energy_weight) for s, e in zip(scores, energy, strict=True))
 
-    def cost(gates: tuple[jax.Array, ...], k: jax.Array) -> jax.Array:
+    def remaining(self, gates: tuple[jax.Array, ...], k: jax.Array) -> jax.Array:
+        """T at the mean of the two estimates of each width, the open gates and k_l C_l.
+
+        With k_l C_l alone nothing would close a gate, and the tie would keep every k at 1. Fixed gates have no say.
+        """
+        topology, budget = self.problem.topology, self.problem.budget
         widths = k * np.float32(topology.widths)
-        if learns_from_data:
+        if self.learns_from_data:
             open_gates = jnp.stack([jnp.sum(masks.straight_through(gate)) for gate in gates])
             widths = (widths + open_gates) / 2
         return flops.prunable(topology, widths, budget.convention)
 
-    def objective(params: Any, state: State, variables: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, Any]:
+    def classification(
+        self, soft: tuple[jax.Array, ...], variables: Any, batch: Any
+    ) -> tuple[dict[str, jax.Array], tuple[jax.Array, ...]]:
+        """First term of eq. (9), with the accuracy, and the feature energies where they are used."""
         images, labels = batch
-        *gate_rngs, tie_rng = jax.random.split(rng, len(topology.gates) + 1)
-        scores, k = learned_values(params, state.inputs)
+        energy: dict[int, jax.Array] = {}
+        observe = (lambda gate, x: energy.update({gate: _feature_energy(x)})) if self.uses_energy else None
+        logits = apply_masked(self.problem.model, variables, images, soft, self.problem.topology, observe=observe)
+        cross_entropy = losses.cross_entropy(logits.astype(jnp.float32), labels)
+        top1 = 100.0 * jnp.mean(jnp.argmax(logits, -1) == labels)
+        return {"cross_entropy": cross_entropy, "top1": top1}, tuple(energy[gate] for gate in sorted(energy))
+
+    @property
+    def uses_energy(self) -> bool:
+        """Whether the feature energy is part of the importance."""
+        return self.problem.config.energy_weight > 0
+
+    def objective(self, params: Any, state: State, variables: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, Any]:
+        """Eq. (9); returns the loss and (metrics, feature energies, importance)."""
+        config, budget = self.problem.config, self.problem.budget
+        *gate_rngs, tie_rng = jax.random.split(rng, len(state.energy) + 1)
+        scores, k = self.learned_values(params, state.inputs)
         gates = tuple(map(masks.relaxed_bernoulli, scores, gate_rngs))
-        importance = rank_by(scores, state.energy)
-        remaining = cost(gates, k)
-        terms = {
+        importance = self.importance(scores, state.energy)
+        remaining = self.remaining(gates, k)
+        metrics = {
+            "remaining_flops": remaining / budget.total,
             "resource_loss": losses.resource(config.resource_loss, remaining, budget.total, budget.p),
             "tie_loss": losses.tie(gates, k, tie_rng, config.tie_noise),
         }
-        loss = config.resource_weight * terms["resource_loss"] + config.tie_weight * terms["tie_loss"]
-        metrics = {**terms, "remaining_flops": remaining / budget.total}
-        energy = state.energy
-        if learns_from_data:
-            observed: dict[int, jax.Array] = {}
-            logits = apply_masked(
-                problem.model,
-                variables,
-                images,
-                soft_masks(importance, gates, k, config),
-                topology,
-                observe=(lambda gate, x: observed.update({gate: _feature_energy(x)})) if config.energy_weight else None,
-            )
-            cross_entropy = losses.cross_entropy(logits.astype(jnp.float32), labels)
-            loss = loss + cross_entropy
-            top1 = jnp.mean(jnp.argmax(logits, -1) == labels)
-            metrics |= {"cross_entropy": cross_entropy, "top1": 100.0 * top1}
-            energy = tuple(observed[gate] for gate in sorted(observed)) or energy
-        return loss, (metrics | {"loss": loss}, energy, importance)
+        loss = config.resource_weight * metrics["resource_loss"] + config.tie_weight * metrics["tie_loss"]
+        energy = ()
+        if self.learns_from_data:
+            classified, energy = self.classification(soft_masks(importance, gates, k, config), variables, batch)
+            metrics |= classified
+            loss = loss + metrics["cross_entropy"]
+        return loss, (metrics | {"loss": loss}, energy or state.energy, importance)
 
-    def init(rng: jax.Array) -> State:
-        variables = {name: learners[name].init(key) for name, key in zip(learners, jax.random.split(rng), strict=True)}
+    def init(self, rng: jax.Array) -> State:
+        """The state before the first step."""
+        rngs = zip(self.learners, jax.random.split(rng), strict=True)
+        variables = {name: self.learners[name].init(key) for name, key in rngs}
         params = {name: values.get("params", {}) for name, values in variables.items()}
         inputs = {name: {c: v for c, v in values.items() if c != "params"} for name, values in variables.items()}
-        energy = tuple(jnp.zeros(channels) for channels in topology.widths)
-        ranking = rank_by(learned_values(params, inputs)[0], energy)
-        return State(jnp.int32(0), params, inputs, optimizer.init(params), energy, ranking)
+        energy = tuple(jnp.zeros(channels) for channels in self.problem.topology.widths)
+        ranking = self.importance(self.learned_values(params, inputs)[0], energy)
+        return State(jnp.int32(0), params, inputs, self.optimizer.init(params), energy, ranking)
 
-    def step(state: State, variables: Any, batch: Any, rng: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-        gradients, (metrics, energy, importance) = jax.grad(objective, has_aux=True)(
-            state.params, state, variables, batch, rng
-        )
+    def step(self, state: State, variables: Any, batch: Any, rng: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        """One step of the search, from one device's view."""
+        gradient = jax.grad(self.objective, has_aux=True)
+        gradients, (metrics, energy, importance) = gradient(state.params, state, variables, batch, rng)
         gradients, metrics, energy = jax.lax.pmean((gradients, metrics, energy), "data")
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        decay = config.importance_average
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+        decay = self.problem.config.importance_average
         return state.replace(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
@@ -195,7 +225,14 @@ def build(problem: Problem) -> Search:
             ranking=tuple(decay * r + (1.0 - decay) * i for r, i in zip(state.ranking, importance, strict=True)),
         ), metrics
 
-    def propose(state: State) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-        return tuple(map(np.asarray, state.ranking)), np.asarray(learned_values(state.params, state.inputs)[1])
+    def propose(self, state: State) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+        """Running importance and present widths."""
+        return tuple(map(np.asarray, state.ranking)), np.asarray(self.learned_values(state.params, state.inputs)[1])
 
-    return Search(problem.steps, init, step, propose)
+
+def build(problem: Problem) -> Search:
+    """The search of `problem.config`; `configs/default.py` describes every field."""
+    _check(problem.config)
+    learners = {"importance": importance_learner(problem), "width": width_learner(problem)}
+    search = _DDNP(problem, learners, make_optimizer(problem.config, problem.steps))
+    return Search(problem.steps, search.init, search.step, search.propose)

@@ -1,12 +1,16 @@
-"""CIFAR ResNets in plain PyTorch (NCHW): the independent truth that the flax networks are compared with."""
+"""CIFAR ResNets in plain PyTorch (NCHW): the truth that tests compare with, and the opponent of the benchmark."""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    def __init__(self, inputs, inner, outputs, stride, shortcut):
+    """Two 3x3 convolutions and a shortcut without parameters, 'subsample' or 'avgpool'."""
+
+    def __init__(self, inputs: int, inner: int, outputs: int, stride: int, shortcut: str) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, inner, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(inner)
@@ -16,7 +20,8 @@ class Block(nn.Module):
         self.shortcut = shortcut
         self.added = outputs - inputs
 
-    def identity(self, x):
+    def identity(self, x: Tensor) -> Tensor:
+        """The shortcut."""
         if not self.downsamples:
             return x
         n, _, h, w = x.shape
@@ -26,15 +31,25 @@ class Block(nn.Module):
         assert self.shortcut == "avgpool"
         return torch.cat([F.avg_pool2d(x, 2), x.new_zeros(n, self.added, h // 2, w // 2)], dim=1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Maps (N, inputs, H, W) to (N, outputs, H / stride, W / stride); `mask` (inner,) is before `conv2`."""
         y = torch.relu(self.bn1(self.conv1(x)))
+        if mask is not None:
+            y = y * mask[:, None, None]
         return torch.relu(self.bn2(self.conv2(y)) + self.identity(x))
 
 
 class CifarResNet(nn.Module):
-    """`widths`: inner channels of each block; `classifier`: the name of the last layer in the state dict."""
+    """ResNet-`depth`; `widths`: inner channels of each block; `classifier`: the last layer's name in the state dict."""
 
-    def __init__(self, depth, shortcut, widths=None, num_classes=10, classifier="linear"):
+    def __init__(
+        self,
+        depth: int,
+        shortcut: str,
+        widths: Sequence[int] | None = None,
+        num_classes: int = 10,
+        classifier: str = "linear",
+    ) -> None:
         super().__init__()
         blocks = (depth - 2) // 6
         inner = iter(widths or [16] * blocks + [32] * blocks + [64] * blocks)
@@ -47,17 +62,36 @@ class CifarResNet(nn.Module):
         self.classifier = classifier
         self.add_module(classifier, nn.Linear(64, num_classes))
 
-    def forward(self, x):
+    def blocks(self) -> list[Block]:
+        """All blocks, from the first to the last."""
+        return [*self.layer1, *self.layer2, *self.layer3]
+
+    def forward(self, x: Tensor, masks: Sequence[Tensor] | None = None) -> Tensor:
+        """Maps images (N, 3, H, W) to logits; `masks` (inner,) per block multiply what its second convolution reads."""
         x = torch.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
+        blocks = self.blocks()
+        for block, mask in zip(blocks, masks or [None] * len(blocks), strict=True):
+            x = block(x, mask)
         return getattr(self, self.classifier)(x.mean(dim=(2, 3)))
 
 
-def randomize(model, seed):
+def mask_gradients(model: CifarResNet, images: Tensor, labels: Tensor, masks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What the backbone contributes to a search step: the gradients of the mean cross-entropy to the masks alone.
+
+    Args:
+      model: frozen (`requires_grad_(False)`) and in evaluation mode.
+      images: (N, 3, H, W).
+      labels: (N,).
+      masks: (inner,) per block, leaves that require gradients.
+    """
+    return torch.autograd.grad(F.cross_entropy(model(images, masks), labels), masks)
+
+
+def randomize(model: nn.Module, seed: int) -> nn.Module:
     """Random weights and batch-norm statistics for which the logits stay of the order of one; evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
 
-    def uniform(tensor, low, high):
+    def uniform(tensor: Tensor, low: float, high: float) -> None:
         tensor.copy_(low + (high - low) * torch.rand(tensor.shape, generator=generator))
 
     with torch.no_grad():

@@ -1,0 +1,406 @@
+"""Speed and memory of the steps beside the same steps in PyTorch: ResNet-56 on synthetic images of CIFAR's size.
+
+    python -m experiments.benchmark [--only=search,training,evaluation] [--batch_size=128] [--rounds=10] [--json=PATH]
+
+Everything measured is a process of its own, started with the flags that `experiments.launch` gives a run. The processes
+take turns, A B A B ..., so that each has the whole machine while the others wait and a slow minute meets all of them. A
+turn is one step on CPU and ten elsewhere, where they are one dispatch. Images/s come from the median turn, ratios are
+medians of each round's ratio, and peak memory is the maximum resident set of the process (interpreter, libraries and
+compiler included), on a GPU the most bytes in use on the device.
+
+Our side is the run's own code: the search step with learners, soft top-k, optimizer and all losses, the training step
+with augmentation, the evaluation with its counting. PyTorch's side (eager, channels_last, float32) is what the backbone
+asks for, with the normalized batch lying ready: forward and backward to the masks of the frozen network; forward,
+backward and SGD with momentum; forward. It is left out where PyTorch is not installed. On a machine with several GPUs
+set CUDA_VISIBLE_DEVICES to one, because PyTorch's side uses one. Runs on GPUs by design, but was measured on CPU only.
+"""
+
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from configs import cifar10_r56
+from experiments import launch
+
+# JAX and PyTorch are imported in the measured processes only: the maximum resident set of a process starts from that of
+# its parent.
+
+# What is measured: stage -> name of the row -> argument of configs/cifar10_r56.py
+OURS = {
+    "search": {"search step, generators": "", "search step, scalars": "scalar"},
+    "training": {"training step": ""},
+    "evaluation": {"evaluation": ""},
+}
+BATCH_SIZE = {"search": "search.batch_size", "training": "base.batch_size", "evaluation": "eval_batch_size"}
+PYTORCH = "PyTorch"
+IMAGE_SHAPE = (32, 32, 3)
+CLASSES = 10
+
+
+class Side(NamedTuple):
+    """One measured thing, in its own process.
+
+    Attributes:
+      turn: runs `steps` steps and waits for their end.
+      steps: per turn.
+      peak_bytes: the most memory used so far.
+      about: "platform" (of JAX), "device" and "version".
+    """
+
+    turn: Callable[[], Any]
+    steps: int
+    peak_bytes: Callable[[], int]
+    about: dict[str, str]
+
+
+class Measurement(NamedTuple):
+    """Seconds per step in each round, and bytes."""
+
+    seconds: list[float]
+    peak_bytes: int
+
+
+def steps_per_turn(platform: str) -> int:
+    """One on CPU, where every step is a dispatch of its own (see `training.run`)."""
+    return 1 if platform == "cpu" else 10
+
+
+def ours(stage: str, variant: str, batch_size: int) -> Side:
+    """Our side of a stage, as `pipeline.run` would run it.
+
+    Args:
+      stage: a key of `OURS`.
+      variant: argument of the configuration.
+      batch_size: images per step, over all devices.
+    """
+    config = cifar10_r56.get_config(variant)
+    config.update_from_flattened_dict({BATCH_SIZE[stage]: batch_size})
+    os.environ["XLA_FLAGS"] = launch.cpu_flags(config)  # before JAX starts its devices
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share a GPU
+    import jax
+
+    from ddnp_jax import parallel
+
+    parallel.check_batch(batch_size, "--batch_size")
+    device = jax.local_devices()[0]
+    steps = steps_per_turn(device.platform)
+
+    def peak_bytes() -> int:
+        return _resident_bytes() if device.platform == "cpu" else device.memory_stats()["peak_bytes_in_use"]
+
+    about = {
+        "platform": device.platform,
+        "device": f"{jax.device_count()} x {device.device_kind}",
+        "version": f"JAX {jax.__version__}",
+    }
+    return Side(_our_turn(stage, config, batch_size, steps), steps, peak_bytes, about)
+
+
+def _our_turn(stage: str, config: ConfigDict, batch_size: int, steps: int) -> Callable[[], Any]:
+    import jax
+
+    from ddnp_jax import models, parallel, training
+
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (steps * batch_size, *IMAGE_SHAPE), np.uint8)
+    labels = rng.integers(0, CLASSES, steps * batch_size, np.int32)
+    model = models.create(config.model.name, CLASSES, **config.model.attributes)
+    variables = jax.jit(model.init)(jax.random.key(config.seed), np.zeros((1, *IMAGE_SHAPE), np.float32))
+    if stage == "evaluation":
+        mode = config.parallel.mode
+        evaluate = training.evaluator(lambda v, x: model.apply(v, x, train=False), config.data, batch_size, mode)
+        return lambda: evaluate(variables, images, labels)
+
+    if stage == "search":
+        step, state = _search(config, model, variables)
+        constants, augment = variables, config.search.augment
+    else:
+        step, state = _training(config, model, variables)
+        constants, augment = None, config.base.augment
+    chunk = parallel.data_parallel(
+        training.over_chunk(step, config.data, config.seed, augment), mode=config.parallel.mode
+    )
+    constants = parallel.replicate({"images": images, "labels": labels, "step": constants})
+    state = parallel.replicate(state)
+    indices = np.arange(steps * batch_size, dtype=np.int32).reshape(steps, batch_size)
+
+    def turn() -> None:
+        nonlocal state
+        state, metrics = chunk(state, constants, parallel.shard_batches(indices))
+        jax.block_until_ready((state, metrics))
+
+    return turn
+
+
+def _search(config: ConfigDict, model: Any, variables: Any) -> tuple[Callable[..., Any], Any]:
+    import jax
+
+    from ddnp_jax import methods, trace
+    from ddnp_jax.budget import Budget
+
+    topology = trace(model, IMAGE_SHAPE)
+    budget = Budget(topology, config.budget.p, config.budget.convention, config.budget.multiple)
+    problem = methods.Problem(model, variables, topology, budget, config.search, steps=1000)
+    search = methods.build(config.search.method, problem)
+    return search.step, search.init(jax.random.key(config.seed))
+
+
+def _training(config: ConfigDict, model: Any, variables: Any) -> tuple[Callable[..., Any], Any]:
+    from ddnp_jax import parallel, training
+
+    model = model.clone(bn_axis_name=parallel.AXIS if config.parallel.sync_batch_norm else None)
+    optimizer = training.make_optimizer(config.base, steps_per_epoch=1000)
+    return training.train_step(model, optimizer, config.base), training.init_state(variables, optimizer)
+
+
+def pytorch(stage: str, batch_size: int, platform: str) -> Side:
+    """PyTorch's side of a stage.
+
+    Args:
+      stage: a key of `OURS`.
+      batch_size: images per step.
+      platform: of JAX, "cpu" or "gpu".
+
+    Raises:
+      ValueError: JAX has a GPU and PyTorch does not.
+    """
+    import torch
+
+    on_gpu = platform == "gpu"
+    if on_gpu and not torch.cuda.is_available():
+        raise ValueError(
+            f"JAX runs on a GPU, but PyTorch {torch.__version__} finds none; install PyTorch for CUDA, or set "
+            "JAX_PLATFORMS=cpu to compare on the CPU."
+        )
+    torch.backends.cudnn.benchmark = True  # convolution algorithms by trial, as XLA chooses them
+    step = _pytorch_step(stage, batch_size, torch.device("cuda" if on_gpu else "cpu"))
+    steps = steps_per_turn(platform)
+
+    def turn() -> None:
+        for _ in range(steps):
+            step()
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    about = {
+        "platform": platform,
+        "device": torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads",
+        "version": f"PyTorch {torch.__version__}",
+    }
+    return Side(turn, steps, torch.cuda.max_memory_allocated if on_gpu else _resident_bytes, about)
+
+
+def _pytorch_step(stage: str, batch_size: int, device: Any) -> Callable[[], Any]:
+    import torch
+
+    from experiments.pytorch_resnet import CifarResNet, mask_gradients
+
+    config = cifar10_r56.get_config()
+    model = CifarResNet(56, config.model.attributes.shortcut).to(device, memory_format=torch.channels_last)
+    height, width, channels = IMAGE_SHAPE
+    images = torch.randn(batch_size, channels, height, width, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(CLASSES, (batch_size,), device=device)
+    if stage == "search":
+        model.eval().requires_grad_(False)
+        widths = [block.conv2.in_channels for block in model.blocks()]
+        masks = [torch.full((width,), 0.9, device=device, requires_grad=True) for width in widths]
+        return lambda: mask_gradients(model, images, labels, masks)
+    if stage == "evaluation":
+        model.eval()
+        return torch.inference_mode()(lambda: model(images))
+    base = config.base
+    optimizer = torch.optim.SGD(model.parameters(), base.learning_rate, base.momentum, weight_decay=base.weight_decay)
+
+    def train() -> None:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    return train
+
+
+def _resident_bytes() -> int:
+    """The maximum resident set of this process so far."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Worker:
+    """A side in a process of its own, which runs a turn when it is asked to."""
+
+    def __init__(self, side: Callable[..., Side], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other_end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other_end, side, *arguments), daemon=True)
+        self._process.start()
+        other_end.close()  # so that the end of the process ends a wait for its answer
+        self.about: dict[str, str] = self._receive()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._pipe.close()
+        self._process.join()
+
+    def turn(self) -> tuple[float, int]:
+        """Runs a turn; returns seconds per step and the peak memory so far."""
+        self._pipe.send("turn")
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            reason = f"exit code {self._process.exitcode}"
+            raise SystemExit(f"error: a measured process ended early ({reason}); its message is above.") from None
+
+
+def _serve(pipe: Connection, side: Callable[..., Side], *arguments: Any) -> None:
+    try:
+        turn, steps, peak_bytes, about = side(*arguments)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    turn()  # compiles
+    turn()  # settles allocators and caches
+    pipe.send(about)
+    try:
+        while pipe.recv():
+            started = time.perf_counter()
+            turn()
+            pipe.send(((time.perf_counter() - started) / steps, peak_bytes()))
+    except EOFError:
+        return  # the parent wants no more turns
+
+
+def measure(
+    stage: str, batch_size: int, rounds: int, with_pytorch: bool
+) -> tuple[dict[str, Measurement], dict[str, dict[str, str]]]:
+    """Measures a stage.
+
+    Returns:
+      Per name of `OURS[stage]`, and per `PYTORCH` if it takes part: the measurement, and what the process says of
+      itself.
+    """
+    with ExitStack() as stack:
+        workers = {
+            name: stack.enter_context(Worker(ours, stage, variant, batch_size)) for name, variant in OURS[stage].items()
+        }
+        platform = next(iter(workers.values())).about["platform"]
+        if with_pytorch and platform in ("cpu", "gpu"):
+            workers[PYTORCH] = stack.enter_context(Worker(pytorch, stage, batch_size, platform))
+        turns: dict[str, list[tuple[float, int]]] = {name: [] for name in workers}
+        for _ in tqdm(range(rounds), desc=stage, unit="round"):
+            for name, worker in workers.items():
+                turns[name].append(worker.turn())
+        measured = {name: Measurement([s for s, _ in taken], taken[-1][1]) for name, taken in turns.items()}
+        return measured, {name: worker.about for name, worker in workers.items()}
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
+    """The median of the rounds' ratios."""
+    return median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def summarize(measured: Mapping[str, Measurement], batch_size: int) -> dict[str, dict[str, float]]:
+    """The figures of a stage, per name: `images_per_s`, `peak_bytes`, and the ratio to every other by its name."""
+    return {
+        name: {
+            "images_per_s": batch_size / median(own.seconds),
+            "peak_bytes": own.peak_bytes,
+            "time_over": {o: ratio(own.seconds, other.seconds) for o, other in measured.items() if o != name},
+        }
+        for name, own in measured.items()
+    }
+
+
+def table(stages: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """The figures (stage -> `summarize`) as a Markdown table, and a sentence for what it does not hold."""
+    lines = [
+        "| step | images/s | peak MiB | PyTorch images/s | PyTorch peak MiB | time / PyTorch's |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for figures in stages.values():
+        other = figures.get(PYTORCH)
+        for name, own in figures.items():
+            if name != PYTORCH:
+                over = f"{own['time_over'][PYTORCH]:.2f}" if other else "-"
+                cells = [name, *_speed_and_memory(own), *_speed_and_memory(other), over]
+                lines.append(f"| {' | '.join(cells)} |")
+    if "search" in stages:
+        generators, scalars = OURS["search"]
+        over = stages["search"][generators]["time_over"][scalars]
+        lines += ["", f"A search step with generators takes {over:.3f} of the time of one with scalars."]
+    if not all(PYTORCH in figures for figures in stages.values()):
+        lines += ["", "PyTorch is not installed or cannot use this device, so there is nothing to compare with."]
+    return "\n".join(lines)
+
+
+def _speed_and_memory(figures: Mapping[str, Any] | None) -> tuple[str, str]:
+    return (f"{figures['images_per_s']:.0f}", f"{figures['peak_bytes'] / 2**20:.0f}") if figures else ("-", "-")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, checked; `only` becomes a list of stages.
+
+    Raises:
+      ValueError: names the flag.
+    """
+    parser = argparse.ArgumentParser(prog="python -m experiments.benchmark", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default=",".join(OURS), help="stages to measure, separated by commas")
+    parser.add_argument("--batch_size", type=int, default=128, help="images per step")
+    parser.add_argument("--rounds", type=int, default=10, help="turns of each process")
+    parser.add_argument("--json", type=Path, help="also write every figure, and the seconds of each round, there")
+    flags = parser.parse_args(arguments)
+    flags.only = flags.only.split(",")
+    for stage in flags.only:
+        if stage not in OURS:
+            raise ValueError(f"--only={stage!r} is unknown; use {', '.join(OURS)}, separated by commas.")
+    for name in ("batch_size", "rounds"):
+        if getattr(flags, name) < 1:
+            raise ValueError(f"--{name}={getattr(flags, name)} must be at least 1.")
+    if flags.json and not flags.json.parent.is_dir():
+        raise ValueError(f"--json={flags.json}: there is no folder {flags.json.parent}; make it first.")
+    return flags
+
+
+def main() -> None:
+    """Measures, prints the table and writes the JSON."""
+    try:
+        flags = parse()
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    with_pytorch = importlib.util.find_spec("torch") is not None
+    stages, details = {}, {}
+    for stage in flags.only:
+        measured, about = measure(stage, flags.batch_size, flags.rounds, with_pytorch)
+        stages[stage] = summarize(measured, flags.batch_size)
+        details[stage] = {
+            name: {**stages[stage][name], "seconds": measured[name].seconds, **about[name]} for name in measured
+        }
+    sides = {f"{side['version']} on {side['device']}": None for stage in details.values() for side in stage.values()}
+    print(f"ResNet-56, batch {flags.batch_size}, {flags.rounds} rounds; {'; '.join(sides)}.\n\n{table(stages)}")
+    if flags.json:
+        content = {"batch_size": flags.batch_size, "rounds": flags.rounds, "stages": details}
+        flags.json.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

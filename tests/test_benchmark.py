@@ -1,0 +1,120 @@
+"""The benchmark: PyTorch's search step is ours, the figures are what they are called, and refusals in one sentence."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+import ddnp_jax
+from ddnp_jax import losses, models, torch_weights
+from experiments import benchmark
+from experiments.benchmark import Measurement
+from experiments.pytorch_resnet import CifarResNet, mask_gradients, randomize
+
+
+def test_both_search_steps_give_the_masks_the_same_gradients():
+    reference = randomize(CifarResNet(20, "avgpool"), seed=0).requires_grad_(False)
+    model = models.create("resnet20", num_classes=10, shortcut="avgpool")
+    variables = torch_weights.load(reference.state_dict(), model)
+    topology = ddnp_jax.trace(model, benchmark.IMAGE_SHAPE)
+    rng = np.random.default_rng(0)
+    images = np.float32(rng.normal(size=(4, *benchmark.IMAGE_SHAPE)))
+    labels = rng.integers(0, 10, 4)
+    masks = tuple(np.float32(rng.uniform(0.1, 1, width)) for width in topology.widths)
+
+    def loss(masks):
+        return losses.cross_entropy(ddnp_jax.apply_masked(model, variables, images, masks, topology), labels)
+
+    ours = jax.jit(jax.grad(loss))(masks)
+    leaves = [torch.tensor(mask, requires_grad=True) for mask in masks]
+    theirs = mask_gradients(reference, torch.tensor(images).permute(0, 3, 1, 2), torch.tensor(labels), leaves)
+    assert len(ours) == len(theirs) == 9
+    for own, other in zip(ours, theirs, strict=True):
+        scale = np.abs(other.numpy()).max()
+        assert scale > 1e-4
+        np.testing.assert_allclose(own, other.numpy(), rtol=1e-3, atol=1e-4 * scale)
+
+
+def measured():
+    return {
+        "search step, generators": Measurement([1.0, 2.0, 4.0], 3 * 2**20),
+        "search step, scalars": Measurement([1.0, 1.6, 5.0], 2**20),
+        "PyTorch": Measurement([4.0, 1.0, 8.0], 2**19),
+    }
+
+
+def test_figures_are_medians_and_ratios_medians_of_each_rounds_ratio():
+    assert benchmark.summarize(measured(), batch_size=128)["search step, generators"] == {
+        "images_per_s": 64.0,
+        "peak_bytes": 3 * 2**20,
+        # 1, 1.25, 0.8 and 1/4, 2, 1/2; the ratio of the medians would be 1.25 and 1/2
+        "time_over": {"search step, scalars": 1.0, "PyTorch": 0.5},
+    }
+
+
+def test_table():
+    evaluation = {"evaluation": Measurement([0.5], 10 * 2**20), "PyTorch": Measurement([0.4], 2**20)}
+    stages = {"search": measured(), "evaluation": evaluation}
+    stages = {stage: benchmark.summarize(m, batch_size=128) for stage, m in stages.items()}
+    assert benchmark.table(stages) == (
+        "| step | images/s | peak MiB | PyTorch images/s | PyTorch peak MiB | time / PyTorch's |\n"
+        "|---|--:|--:|--:|--:|--:|\n"
+        "| search step, generators | 64 | 3 | 32 | 0 | 0.50 |\n"
+        "| search step, scalars | 80 | 1 | 32 | 0 | 0.62 |\n"
+        "| evaluation | 256 | 10 | 320 | 1 | 1.25 |\n"
+        "\n"
+        "A search step with generators takes 1.000 of the time of one with scalars."
+    )
+
+
+def test_table_without_pytorch_says_so():
+    stages = {"training": benchmark.summarize({"training step": Measurement([0.5], 10 * 2**20)}, batch_size=128)}
+    assert benchmark.table(stages) == (
+        "| step | images/s | peak MiB | PyTorch images/s | PyTorch peak MiB | time / PyTorch's |\n"
+        "|---|--:|--:|--:|--:|--:|\n"
+        "| training step | 256 | 10 | - | - | - |\n"
+        "\n"
+        "PyTorch is not installed or cannot use this device, so there is nothing to compare with."
+    )
+
+
+def test_evaluation_from_the_command_line(tmp_path):
+    """Two processes, in turn; everything in between is the real thing."""
+    path = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "experiments.benchmark", "--only=evaluation", "--batch_size=8", "--rounds=2"]
+    done = subprocess.run(
+        [*command, f"--json={path}"], cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True
+    )
+    assert "| evaluation | " in done.stdout
+    content = json.loads(path.read_text())
+    sides = content["stages"]["evaluation"]
+    assert (content["batch_size"], content["rounds"], list(sides)) == (8, 2, ["evaluation", "PyTorch"])
+    for side in sides.values():
+        assert side["images_per_s"] == pytest.approx(8 / np.mean(side["seconds"]))
+        assert 50 < side["peak_bytes"] / 2**20 < 5000
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--only=search,speed", "--only='speed' is unknown; use search, training, evaluation, separated by commas."),
+        ("--rounds=0", "--rounds=0 must be at least 1."),
+        ("--json=nowhere/a.json", "--json=nowhere/a.json: there is no folder nowhere; make it first."),
+    ],
+)
+def test_a_wrong_flag_ends_in_one_sentence(monkeypatch, argument, message):
+    monkeypatch.setattr(sys, "argv", ["benchmark", argument])
+    with pytest.raises(SystemExit) as caught:
+        benchmark.main()
+    assert str(caught.value) == f"error: {message}"
+
+
+def test_a_refusal_of_a_measured_process_is_seen(capfd):
+    with pytest.raises(SystemExit, match="a measured process ended early"):
+        benchmark.Worker(benchmark.ours, "evaluation", "nonsense", 8)
+    assert "error: configs/cifar10_r56.py:nonsense is unknown; use one of " in capfd.readouterr().err

@@ -109,7 +109,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any
     selection = search(job, variables)
     small_model, small_variables = cut(job, variables, selection)
     tuned = finetune(job, variables, small_model, small_variables)
-    save_pruned(job.workdir / "pruned", small_model, tuned)
+    if jax.process_index() == 0:
+        save_pruned(job.workdir / "pruned", small_model, tuned)
     return report.write(job.workdir, summarize(job, selection))
 
 
@@ -188,6 +189,7 @@ def summarize(job: Run, selection: Selection) -> dict[str, Any]:
         "p": job.budget.p,
         "flops_convention": convention,
         **{f"{stage}_{k}": results[stage][k] for stage in ("base", "unfinetuned", "pruned") for k in ("top1", "top5")},
+        "best_pruned_validation_top1": job.log.best("finetune"),
         "test_images": len(job.dataset.test_labels),
         "flops_total_before": flops.total(topology, None, convention),
         "flops_total_after": flops.total(topology, selection.widths, convention),
@@ -311,7 +313,8 @@ def _results(job: Run) -> dict[str, Any]:
 def _once(job: Run, name: str, compute: Callable[[], Any]) -> None:
     """Keeps the result of a finished stage in results.json, so that a resumed run does not measure it again."""
     results = _results(job)
-    if name not in results:
+    if parallel.any_process(name not in results):  # all processes measure, or none
         results[name] = compute()
         if jax.process_index() == 0:
             checkpoint.write_json_atomic(job.workdir / "results.json", results)
+        parallel.any_process(False)  # the others wait for the file

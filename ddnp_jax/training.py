@@ -231,6 +231,13 @@ class MetricsLog:
             temporary.write_text("".join(kept))
             temporary.replace(self._path)
 
+    def best(self, stage: str) -> float:
+        """Highest top-1 accuracy of a stage on held-out training images, in percent."""
+        entries = map(json.loads, self._path.read_text().splitlines())
+        return max(
+            entry["validation_top1"] for entry in entries if entry["stage"] == stage and "validation_top1" in entry
+        )
+
     def write(self, stage: str, step: int, **values: Any) -> None:
         """Appends one line."""
         if jax.process_index() == 0:

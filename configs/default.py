@@ -85,5 +85,7 @@ def get_config() -> ConfigDict:
 
     config.parallel = ConfigDict()
     config.parallel.mode = "shard_map"  # or 'pmap'; the same numbers
-    config.parallel.sync_batch_norm = True  # batch statistics of the whole batch instead of per device
+    config.parallel.sync_batch_norm = (
+        True  # batch statistics of the whole batch; models without bn_axis_name: per device
+    )
     return config

@@ -20,6 +20,8 @@ from ddnp_jax.compact import compact, load_pruned, save_pruned, verify
 from ddnp_jax.interception import apply_masked
 from ddnp_jax.topology import Selection, Topology, trace
 
+Rebuild = Callable[[tuple[int, ...]], nn.Module]
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -30,6 +32,7 @@ class Run:
       workdir: where everything is written.
       dataset: images on the host.
       model: the unpruned network.
+      rebuild: makes the smaller module from the channels per gate; None where the model has `widths`.
       topology: of the model.
       budget: what may remain.
       log: metrics.jsonl.
@@ -39,6 +42,7 @@ class Run:
     workdir: Path
     dataset: data.Dataset
     model: nn.Module
+    rebuild: Rebuild | None
     topology: Topology
     budget: Budget
     log: training.MetricsLog
@@ -72,8 +76,13 @@ class Run:
         return parallel.replicate({"images": images, "labels": labels, "step": step_constants})
 
 
-def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
-    """Checks the whole configuration and reads the data.
+def prepare(
+    config: ml_collections.ConfigDict,
+    workdir: str | Path,
+    model: nn.Module | None = None,
+    rebuild: Rebuild | None = None,
+) -> Run:
+    """Checks the whole configuration and reads the data; arguments as for `run`.
 
     Raises:
       ValueError: a field is wrong, the budget cannot be met, or the workdir belongs to another run.
@@ -85,24 +94,37 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | Path) -> Run:
         parallel.check_batch(config[section].batch_size, f"{section}.batch_size")
     parallel.check_batch(config.eval_batch_size, "eval_batch_size")
     dataset = data.load(config.data)
-    model = models.create(
-        config.model.name, dataset.num_classes, **config.model.attributes, dtype=dtype[config.precision]
-    )
+    if model is None:
+        attributes = {**config.model.attributes, "dtype": dtype[config.precision]}
+        model = models.create(config.model.name, dataset.num_classes, **attributes)
     topology = trace(model, dataset.image_shape)
     budget = Budget(topology, config.budget.p, config.budget.convention, config.budget.multiple)
     budget.check()
     workdir = Path(workdir)
     checkpoint.claim_workdir(workdir, config.to_dict())
-    return Run(config, workdir, dataset, model, topology, budget, training.MetricsLog(workdir / "metrics.jsonl"))
+    return Run(
+        config, workdir, dataset, model, rebuild, topology, budget, training.MetricsLog(workdir / "metrics.jsonl")
+    )
 
 
-def run(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
+def run(
+    config: ml_collections.ConfigDict,
+    workdir: str | Path,
+    model: nn.Module | None = None,
+    rebuild: Rebuild | None = None,
+) -> dict[str, Any]:
     """Runs or continues the main job.
+
+    Args:
+      config: the experiment.
+      workdir: where everything is written.
+      model: a module of your own, called with (images, train); None for the backbone that `config.model` names.
+      rebuild: makes your module from the channels per gate; not needed where it has an attribute `widths`.
 
     Returns:
       What `report.json` holds.
     """
-    job = prepare(config, workdir)
+    job = prepare(config, workdir, model, rebuild)
     if jax.process_index() == 0:
         print(job.topology.describe())
     variables = base(job)
@@ -129,7 +151,7 @@ def load_weights(path: str, model: nn.Module, image_shape: tuple[int, int, int])
     if not Path(path).exists():
         raise ValueError(f"base.weights={path!r} does not exist; give a PyTorch checkpoint, or '' to train.")
     if Path(path).is_dir():
-        return load_pruned(path)[1]
+        return load_pruned(path, model)[1]
     return torch_weights.load(path, model, image_shape)
 
 
@@ -155,7 +177,7 @@ def search(job: Run, variables: Any) -> Selection:
 
 def cut(job: Run, variables: Any, selection: Selection) -> tuple[nn.Module, Any]:
     """Removes the channels, proves that nothing else changed, and re-estimates batch statistics if asked to."""
-    small_model, small_variables = compact(job.model, variables, selection, job.topology)
+    small_model, small_variables = compact(job.model, variables, selection, job.topology, job.rebuild)
     pixels = job.config.data
     images = data.normalize(job.dataset.test_images[: job.config.eval_batch_size], pixels.mean, pixels.std)
     verification = verify(job.model, variables, small_model, small_variables, selection, job.topology, images)
@@ -202,7 +224,7 @@ def summarize(job: Run, selection: Selection) -> dict[str, Any]:
         "widths": list(selection.widths),
         "seconds": {stage: training.seconds(job.workdir / stage) for stage in stages},
         "epochs": {stage: config[stage].epochs for stage in stages},
-        "batch_norm": "synced" if config.parallel.sync_batch_norm else "per device",
+        "batch_norm": "synced" if _syncs(job, job.model) else "per device",
         "precision": config.precision,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "latency_ms": results["latency_ms"],
@@ -236,7 +258,11 @@ def _train(
 
 def _in_training(job: Run, model: nn.Module) -> nn.Module:
     """The model with batch statistics as the configuration wants them: of one device, or of all."""
-    return model.clone(bn_axis_name=parallel.AXIS if job.config.parallel.sync_batch_norm else None)
+    return model.clone(bn_axis_name=parallel.AXIS) if _syncs(job, model) else model
+
+
+def _syncs(job: Run, model: nn.Module) -> bool:
+    return job.config.parallel.sync_batch_norm and hasattr(model, "bn_axis_name")
 
 
 def _run_stage(

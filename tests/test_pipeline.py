@@ -4,6 +4,7 @@ import json
 import os
 import signal
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -157,6 +158,29 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(config, tmp_path):
     with pytest.raises(FloatingPointError, match=r"stage 'base' is (nan at|no longer finite after) step 2"):
         pipeline.run(config, tmp_path)
     assert (tmp_path / "base" / "1").is_dir()
+
+
+class Own(nn.Module):
+    """A user's network that knows nothing of this library."""
+
+    channels: tuple
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Conv(self.channels[0], (3, 3), strides=2, name="first")(x)
+        x = nn.relu(nn.BatchNorm(not train, name="norm")(x))
+        return nn.Dense(10, name="classes")(
+            nn.relu(nn.Conv(self.channels[1], (3, 3), strides=2, name="second")(x)).mean((1, 2))
+        )
+
+
+def test_own_model_is_pruned_through_rebuild(config, tmp_path):
+    config.budget.p = 0.6
+    config.search.method = "magnitude"
+    report = pipeline.run(config, tmp_path, model=Own((20, 12)), rebuild=Own)
+    assert report["gate_names"] == ["first", "second"]
+    assert report["batch_norm"] == "per device"
+    assert report["seconds"]["search"] == 0
 
 
 def refused(config, tmp_path, **fields):

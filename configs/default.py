@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.seed = 0  # of weights, splits, order, augmentation and search
     config.variant = "default"  # name of this form in reports
     config.precision = "float32"  # of the computation: 'float32' or 'bfloat16'; parameters stay float32
-    config.eval_batch_size = 500  # images per evaluation step, over all devices
+    config.eval_batch_size = 512  # images per evaluation step, over all devices
     config.notes = ()  # sentences that the report repeats
 
     config.model = ConfigDict()

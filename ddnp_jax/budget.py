@@ -77,19 +77,20 @@ class Budget:
         Args:
           k: fraction of channels per gate, in (0, 1].
         """
-        channels = np.asarray(self.topology.widths)
-        ideal = np.asarray(k, np.float64) * channels
-        low, high = 0.0, float(np.max(channels / ideal))
+        k = np.asarray(k, np.float64)
+        low, high = 0.0, float(np.max(1.0 / k))
         for _ in range(60):
             middle = (low + high) / 2
-            low, high = (middle, high) if self._meets(self._round(ideal * middle)) else (low, middle)
-        return self._fill(self._round(ideal * low), ideal * low)
+            low, high = (middle, high) if self._meets(self.round(k * middle)) else (low, middle)
+        return self._fill(np.asarray(self.round(k * low)), k * low * self.topology.widths)
 
-    def _round(self, ideal: np.ndarray) -> np.ndarray:
+    def round(self, k: Sequence[float]) -> tuple[int, ...]:
+        """Integer widths nearest to `k_l C_l`, whatever they cost: multiples, between the smallest and the whole."""
+        ideal = np.asarray(k, np.float64) * self.topology.widths
         rounded = np.floor(ideal / self.multiple + 0.5).astype(int) * self.multiple
-        return np.clip(rounded, self.smallest_widths, self.topology.widths)
+        return tuple(map(int, np.clip(rounded, self.smallest_widths, self.topology.widths)))
 
-    def _meets(self, widths: np.ndarray) -> bool:
+    def _meets(self, widths: Sequence[int]) -> bool:
         return self.cost(tuple(map(int, widths))) <= self.wanted
 
     def _fill(self, widths: np.ndarray, ideal: np.ndarray) -> tuple[int, ...]:

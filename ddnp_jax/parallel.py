@@ -98,6 +98,16 @@ def any_process(flag: bool) -> bool:
         return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
+def check_mode(mode: str) -> None:
+    """Refuses an unknown mode of `data_parallel`.
+
+    Raises:
+      ValueError: if `mode` is neither 'shard_map' nor 'pmap'.
+    """
+    if mode not in ("shard_map", "pmap"):
+        raise ValueError(f"mode={mode!r} is unknown; use 'shard_map' or 'pmap'.")
+
+
 def data_parallel(step: Step, *, mode: str = "shard_map", donate: bool = True) -> Step:
     """Maps a step over all devices of all processes.
 
@@ -119,10 +129,9 @@ def data_parallel(step: Step, *, mode: str = "shard_map", donate: bool = True) -
       ValueError: if `mode` is neither.
     """
     donated = (0,) if donate else ()
+    check_mode(mode)
     if mode == "pmap":
         return _pmapped(step, donated)
-    if mode != "shard_map":
-        raise ValueError(f"mode={mode!r} is unknown; use 'shard_map' or 'pmap'.")
     # With check_vma=True the gradient of a replicated value is already summed over the devices, and a pmean of it
     # would be n_devices times too large.
     mapped = jax.shard_map(

@@ -93,6 +93,10 @@ def prepare(
     for section in ("base", "search", "finetune"):
         parallel.check_batch(config[section].batch_size, f"{section}.batch_size")
     parallel.check_batch(config.eval_batch_size, "eval_batch_size")
+    methods.check(config.search)
+    for section in ("base", "finetune"):
+        training.schedule(config[section], steps_per_epoch=1)
+    parallel.check_mode(config.parallel.mode)
     dataset = data.load(config.data)
     if model is None:
         attributes = {**config.model.attributes, "dtype": dtype[config.precision]}
@@ -169,6 +173,7 @@ def search(job: Run, variables: Any) -> Selection:
             return test({"variables": variables, "masks": masks}, *job.held_out())
 
         state = _run_stage(job, "search", method.step, state, variables, evaluate)
+    _once(job, "proposed_p", lambda: methods.proposed_cost(method, state, job.budget) / job.budget.total)
     selection = methods.select(method, state, job.budget)
     if jax.process_index() == 0:
         selection.save(job.workdir / "selection.json")
@@ -229,13 +234,22 @@ def summarize(job: Run, selection: Selection) -> dict[str, Any]:
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "latency_ms": results["latency_ms"],
         "verification": results["verification"],
-        "notes": list(config.notes),
+        "notes": [*config.notes, *_fitted(job, results["proposed_p"])],
     }
+
+
+def _fitted(job: Run, proposed: float) -> list[str]:
+    """Says so where the search's own widths miss the budget by more than the rounding of one channel."""
+    channel = job.budget.total / sum(job.topology.widths)
+    if not (job.workdir / "search").exists() or abs(proposed - job.budget.p) * job.budget.total <= channel:
+        return []
+    return [f"The search ended at {proposed:.4f} of the prunable FLOPs; its widths were fitted to the budget."]
 
 
 def _initial_variables(job: Run) -> Any:
     images = np.zeros((1, *job.dataset.image_shape), np.float32)
-    return jax.jit(job.model.init)(jax.random.key(job.config.seed), images)
+    init = functools.partial(job.model.init, **dict(job.topology.call_kwargs))
+    return jax.jit(init)(jax.random.key(job.config.seed), images)
 
 
 def _train(

@@ -155,8 +155,8 @@ def reference_step(state, config, key, p):
     output = {"sigmoid": torch.sigmoid, "abs": torch.abs, "square": torch.square}[config.output]
     weight = config.energy_weight
     importance = [
-        (1 - weight) * output(s.detach()) + weight * torch.tensor(np.asarray(e))
-        for s, e in zip(scores, state.energy, strict=True)
+        (1 - weight) * gate.detach() + weight * torch.tensor(np.asarray(e)) if weight else output(s.detach())
+        for s, gate, e in zip(scores, gates, state.energy, strict=True)
     ]
     soft = [
         torch.tensor(reference_soft_top_k(k[i].item(), reference_ranks(s.tolist()), 0.05, 0.025), dtype=torch.float32)
@@ -414,25 +414,14 @@ def test_adamw_decays_importance_only_and_cosine_ends_at_zero():
 # The authors' importance
 
 
-def test_blend_literal():
-    found = ddnp.blend(jnp.array([0.2, 0.9]), jnp.array([1.0, 0.1]), 0.25)
-    np.testing.assert_allclose(found, [0.4, 0.7], rtol=1e-6)
-    np.testing.assert_allclose(ddnp.blend(jnp.array([0.2, 0.9]), jnp.array([1.0, 0.1]), 0.0), [0.2, 0.9])
-
-
-def test_blended_importance_is_detached():
-    gradient = jax.grad(lambda s: jnp.sum(ddnp.blend(s, jnp.ones(2), 0.5)))(jnp.ones(2))
-    np.testing.assert_array_equal(gradient, [0.0, 0.0])
-
-
 def test_ranking_average_literal():
     search = ddnp.build(make_problem(importance_average=0.75, energy_weight=0.5))
     state = make_state(search)
-    params = state.params | {"importance": {"s0": np.zeros(8, np.float32), "s1": np.zeros(24, np.float32)}}
+    params = state.params | {"importance": {"s0": np.full(8, 20, np.float32), "s1": np.full(24, 20, np.float32)}}
     ranking, energy = (tuple(np.full(c, value, np.float32) for c in WIDTHS) for value in (0.9, 0.1))
     _, after, _ = one_step(search, state.replace(params=params, ranking=ranking, energy=energy))
-    for gate in range(2):  # 0.75 * 0.9 + 0.25 * (0.5 * sigmoid(0) + 0.5 * 0.1)
-        np.testing.assert_allclose(after.ranking[gate], 0.75, rtol=1e-6)
+    for gate in range(2):  # 0.75 * 0.9 + 0.25 * (0.5 * an open gate + 0.5 * 0.1)
+        np.testing.assert_allclose(after.ranking[gate], 0.8125, rtol=1e-6)
         assert np.max(after.energy[gate]) == pytest.approx(1.0, abs=1e-6) and np.min(after.energy[gate]) >= 0
 
 
@@ -472,8 +461,8 @@ def test_unknown_names_are_refused():
     ):
         methods.build("dnp", make_problem())
     for field, choices in {
-        "importance": "'generator', 'scalar' or 'l1'",
-        "width": "'generator', 'scalar' or 'half'",
+        "importance": "one of generator, scalar, l1",
+        "width": "one of generator, scalar, half",
         "output": "one of sigmoid, abs, square",
         "resource_loss": "one of log_abs, log_max, abs, square",
     }.items():

@@ -1,11 +1,13 @@
 """Ways to arrive at a Selection, one module each; a module's name is the method's name in the configuration.
 
-A method module defines `build(problem: Problem) -> Search`. One-shot methods are searches of zero steps.
+A method module defines `build(problem: Problem) -> Search`, and `check(config)` where it has fields to refuse. One-shot
+methods are searches of zero steps.
 """
 
 import importlib
 import pkgutil
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -59,15 +61,33 @@ def names() -> list[str]:
     return [info.name for info in pkgutil.iter_modules(__path__)]
 
 
+def check(config: ml_collections.ConfigDict) -> None:
+    """Refuses what the method of the `search` section does not know; needs no network.
+
+    Raises:
+      ValueError: names the field and what it may be.
+    """
+    getattr(_module(config.method), "check", lambda _: None)(config)
+
+
 def build(method: str, problem: Problem) -> Search:
     """Builds the search of a method.
 
     Raises:
-      ValueError: the method is unknown.
+      ValueError: the method or a field of its configuration is unknown.
     """
+    return _module(method).build(problem)
+
+
+def _module(method: str) -> ModuleType:
     if method not in names():
         raise ValueError(f"search.method={method!r} is unknown; choose one of {', '.join(names())}.")
-    return importlib.import_module(f"{__name__}.{method}").build(problem)
+    return importlib.import_module(f"{__name__}.{method}")
+
+
+def proposed_cost(search: Search, state: Any, budget: Budget) -> float:
+    """T of the widths that a search proposes in `state`, rounded but not yet fitted to the budget."""
+    return budget.cost(budget.round(np.asarray(search.propose(state)[1])))
 
 
 def select(search: Search, state: Any, budget: Budget) -> Selection:

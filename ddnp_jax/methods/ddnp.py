@@ -21,6 +21,12 @@ from ddnp_jax.methods import Problem, Search
 from ddnp_jax.methods.magnitude import l1_norms
 
 OUTPUTS = {"sigmoid": jax.nn.sigmoid, "abs": jnp.abs, "square": jnp.square}
+CHOICES = {
+    "importance": ("generator", "scalar", "l1"),
+    "width": ("generator", "scalar", "half"),
+    "output": tuple(OUTPUTS),
+    "resource_loss": losses.RESOURCE,
+}
 
 
 class State(flax.struct.PyTreeNode):
@@ -54,11 +60,9 @@ def importance_learner(problem: Problem) -> Learner:
             return generators.learned(module)
         case "scalar":
             return generators.learned(generators.ScalarImportance(widths))
-        case "l1":
-            norms = l1_norms(problem.variables, problem.topology)
-            standardized = ((n - n.mean()) / (n.std() + 1e-12) for n in norms)
-            return generators.fixed(tuple(np.float32(z - masks.GATE_SHIFT) for z in standardized))
-    raise ValueError(f"search.importance={config.importance!r} is unknown; use 'generator', 'scalar' or 'l1'.")
+    norms = l1_norms(problem.variables, problem.topology)
+    standardized = ((n - n.mean()) / (n.std() + 1e-12) for n in norms)
+    return generators.fixed(tuple(np.float32(z - masks.GATE_SHIFT) for z in standardized))
 
 
 def width_learner(problem: Problem) -> Learner:
@@ -69,9 +73,7 @@ def width_learner(problem: Problem) -> Learner:
             return generators.learned(generators.WidthGenerator(gates, config.learned_inputs))
         case "scalar":
             return generators.learned(generators.ScalarWidth(gates))
-        case "half":
-            return generators.fixed(np.full(gates, 0.5, np.float32))
-    raise ValueError(f"search.width={config.width!r} is unknown; use 'generator', 'scalar' or 'half'.")
+    return generators.fixed(np.full(gates, 0.5, np.float32))
 
 
 def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
@@ -101,19 +103,19 @@ def soft_masks(
     )
 
 
-def blend(importance: jax.Array, energy: jax.Array, weight: float) -> jax.Array:
-    """The authors' importance: (1 - weight) of the learned one, `weight` of the feature energy; detached."""
-    return jax.lax.stop_gradient((1.0 - weight) * importance + weight * energy)
-
-
 def _feature_energy(activation: jax.Array) -> jax.Array:
     """Mean over images of the channel's summed squared activation: (N, ..., C) -> (C,)."""
     activation = activation.astype(jnp.float32)
     return jnp.sum(jnp.square(activation), range(activation.ndim - 1)) / activation.shape[0]
 
 
-def _check(config: ml_collections.ConfigDict) -> None:
-    for field, choices in {"output": OUTPUTS, "resource_loss": losses.RESOURCE}.items():
+def check(config: ml_collections.ConfigDict) -> None:
+    """Refuses unknown names in the `search` section.
+
+    Raises:
+      ValueError: names the field and what it may be.
+    """
+    for field, choices in CHOICES.items():
         if config[field] not in choices:
             raise ValueError(f"search.{field}={config[field]!r} is unknown; use one of {', '.join(choices)}.")
 
@@ -144,11 +146,17 @@ class _DDNP:
         )
         return scores, k
 
-    def importance(self, scores: tuple[jax.Array, ...], energy: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """What ranks the channels, detached. L1 norms are importances already: they keep their order."""
+    def importance(
+        self, scores: tuple[jax.Array, ...], gates: tuple[jax.Array, ...], energy: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, ...]:
+        """What ranks the channels, detached: the output function of s̄, or the authors' mean of gate and energy."""
         config = self.problem.config
-        output = OUTPUTS[config.output if self.learns_from_data else "sigmoid"]
-        return tuple(blend(output(s), e, config.energy_weight) for s, e in zip(scores, energy, strict=True))
+        if self.uses_energy:
+            weight = config.energy_weight
+            ranking = tuple((1.0 - weight) * gate + weight * e for gate, e in zip(gates, energy, strict=True))
+        else:  # L1 norms are importances already: they keep their order
+            ranking = tuple(map(OUTPUTS[config.output if self.learns_from_data else "sigmoid"], scores))
+        return jax.lax.stop_gradient(ranking)
 
     def remaining(self, gates: tuple[jax.Array, ...], k: jax.Array) -> jax.Array:
         """T at the mean of the two estimates of each width, the open gates and k_l C_l.
@@ -185,7 +193,7 @@ class _DDNP:
         *gate_rngs, tie_rng = jax.random.split(rng, len(state.energy) + 1)
         scores, k = self.learned_values(params, state.inputs)
         gates = tuple(map(masks.relaxed_bernoulli, scores, gate_rngs))
-        importance = self.importance(scores, state.energy)
+        importance = self.importance(scores, gates, state.energy)
         remaining = self.remaining(gates, k)
         metrics = {
             "remaining_flops": remaining / budget.total,
@@ -207,7 +215,8 @@ class _DDNP:
         params = {name: values.get("params", {}) for name, values in variables.items()}
         inputs = {name: {c: v for c, v in values.items() if c != "params"} for name, values in variables.items()}
         energy = tuple(jnp.zeros(channels) for channels in self.problem.topology.widths)
-        ranking = self.importance(self.learned_values(params, inputs)[0], energy)
+        scores, _ = self.learned_values(params, inputs)
+        ranking = self.importance(scores, tuple(masks.relaxed_bernoulli(s, None) for s in scores), energy)
         return State(jnp.int32(0), params, inputs, self.optimizer.init(params), energy, ranking)
 
     def step(self, state: State, variables: Any, batch: Any, rng: jax.Array) -> tuple[State, dict[str, jax.Array]]:
@@ -232,7 +241,7 @@ class _DDNP:
 
 def build(problem: Problem) -> Search:
     """The search of `problem.config`; `configs/default.py` describes every field."""
-    _check(problem.config)
+    check(problem.config)
     learners = {"importance": importance_learner(problem), "width": width_learner(problem)}
     search = _DDNP(problem, learners, make_optimizer(problem.config, problem.steps))
     return Search(problem.steps, search.init, search.step, search.propose)

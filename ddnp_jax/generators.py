@@ -33,7 +33,7 @@ class _GRU(nn.Module):
 
     @nn.compact
     def __call__(self, carry: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _weight_norm(nn.GRUCell(self.hidden))(carry, x)
+        return _weight_norm(nn.GRUCell(self.hidden, recurrent_kernel_init=nn.initializers.lecun_normal()))(carry, x)
 
 
 class ImportanceGenerator(nn.Module):
@@ -41,7 +41,7 @@ class ImportanceGenerator(nn.Module):
 
     Attributes:
       widths: C_l, channels per gate.
-      learned_inputs: whether the inputs x_s (L, 64), drawn orthogonal, are learned (Fig. A1 e).
+      learned_inputs: whether the inputs x_s (L, 64), random rows of about unit length, are learned (Fig. A1 e).
       bidirectional: a second GRU runs from the last gate to the first (the authors' code, not Table A2).
       layer_norm: layer normalization of the GRU's outputs (the authors' code, not Table A2).
     """
@@ -56,7 +56,9 @@ class ImportanceGenerator(nn.Module):
     @nn.compact
     def __call__(self) -> tuple[jax.Array, ...]:
         """Returns s̄_l, (C_l,) per gate."""
-        x = _inputs(self, nn.initializers.orthogonal(), (len(self.widths), self.features), self.learned_inputs)
+        x = _inputs(
+            self, nn.initializers.normal(self.features**-0.5), (len(self.widths), self.features), self.learned_inputs
+        )
         outputs = self._scan(x, reverse=False)
         if self.bidirectional:
             outputs = jnp.concatenate([outputs, self._scan(x, reverse=True)], axis=-1)

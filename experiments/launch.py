@@ -26,7 +26,7 @@ def cpu_flags(config: ConfigDict) -> str:
     devices = max(count for count in range(1, cores + 1) if math.gcd(*batches) % count == 0)
     added = [f"--xla_force_host_platform_device_count={devices}"]
     if jaxlib.__version__.startswith("0.10."):
-        added.append("--xla_cpu_experimental_ynn_fusion_type=individual_convolution,individual_dot,dot,reduce")
+        added.append("--xla_cpu_experimental_ynn_fusion_type=individual_convolution,individual_dot,dot,eltwise,reduce")
     given = os.environ.get("XLA_FLAGS", "")
     return " ".join([given, *(flag for flag in added if flag.split("=")[0] not in given)]).strip()
 

@@ -1,7 +1,9 @@
 """The command line that all experiments share."""
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator
 
 import jaxlib
 from absl import app, flags, logging
@@ -31,9 +33,25 @@ def cpu_flags(config: ConfigDict) -> str:
     return " ".join([given, *(flag for flag in added if flag.split("=")[0] not in given)]).strip()
 
 
+@contextlib.contextmanager
+def _known_fields() -> Iterator[None]:
+    """A misspelt --config.FIELD ends in a sentence; ml_collections raises when the flag is defined or parsed."""
+    try:
+        yield
+    except (AttributeError, KeyError) as error:
+        name = str(error.args[0]).strip("'\"")
+        raise SystemExit(f"error: --config has no field {name!r}; configs/default.py lists all fields.") from error
+
+
+def _parse(arguments: list[str]) -> list[str]:
+    with _known_fields():
+        return app.parse_flags_with_usage(arguments)
+
+
 def run(default_config: str) -> None:
     """Runs the main job with --config (by default `default_config`) in --workdir."""
-    config = config_flags.DEFINE_config_file("config", default_config, "Configuration file, path[:argument].")
+    with _known_fields():
+        config = config_flags.DEFINE_config_file("config", default_config, "Configuration file, path[:argument].")
     flags.mark_flag_as_required("workdir")
 
     def main(_: list[str]) -> None:
@@ -48,4 +66,4 @@ def run(default_config: str) -> None:
             raise SystemExit(f"error: {error}") from error
         print(f"{report['pruned_top1']:.2f} % (base {report['base_top1']:.2f} %); report: {_WORKDIR.value}/report.md")
 
-    app.run(main)
+    app.run(main, flags_parser=_parse)

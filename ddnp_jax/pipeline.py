@@ -290,20 +290,18 @@ def _run_stage(
     config = job.config[section]
     steps, per_epoch = job.stage_steps(section)
     stage = training.Stage(section, job.workdir / section, steps, per_epoch, config.chunk_steps, config.save_every)
-    chunk = parallel.data_parallel(
-        training.over_chunk(step, job.config.data, job.config.seed, config.augment), mode=job.config.parallel.mode
-    )
+    chunk = _over_devices(job, step, config.augment)
     return training.run(stage, chunk, state, job.on_device(constants), job.batches(section), evaluate, job.log)
+
+
+def _over_devices(job: Run, step: training.Step, augment: bool) -> Callable[..., Any]:
+    chunk = training.over_chunk(step, job.config.data, job.config.seed, augment)
+    return parallel.data_parallel(chunk, mode=job.config.parallel.mode)
 
 
 def _recalibrate(job: Run, model: nn.Module, variables: Any) -> Any:
     steps = job.config.finetune.recalibration_steps
-    chunk = parallel.data_parallel(
-        training.over_chunk(
-            training.recalibration_step(_in_training(job, model)), job.config.data, job.config.seed, augment=False
-        ),
-        mode=job.config.parallel.mode,
-    )
+    chunk = _over_devices(job, training.recalibration_step(_in_training(job, model)), augment=False)
     state = parallel.replicate(training.init_state(variables, optax.identity()))
     indices = parallel.shard_batches(data.chunk(job.batches("finetune"), 0, steps))
     return training.variables(parallel.fetch(chunk(state, job.on_device(None), indices)[0]))

@@ -100,7 +100,7 @@ def soft_masks(
     """Soft top-k by importance, times the relaxed Bernoulli gate: m_l (C_l,) per gate."""
     return tuple(
         masks.soft_top_k(k[gate], masks.ranks(scores), config.band, config.floor) * gates[gate]
-        for gate, scores in enumerate(jax.lax.stop_gradient(importance))
+        for gate, scores in enumerate(importance)
     )
 
 

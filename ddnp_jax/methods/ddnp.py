@@ -188,11 +188,13 @@ class _DDNP:
         """Whether the feature energy is part of the importance."""
         return self.problem.config.energy_weight > 0
 
-    def objective(self, params: Any, state: State, variables: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, Any]:
-        """Eq. (9); returns the loss and (metrics, feature energies, importance)."""
+    def objective(
+        self, values: tuple[tuple[jax.Array, ...], jax.Array], state: State, variables: Any, batch: Any, rng: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """Eq. (9) at the learned values (s̄, k); returns the loss and (metrics, feature energies, importance)."""
         config, budget = self.problem.config, self.problem.budget
         *gate_rngs, tie_rng = jax.random.split(rng, len(state.energy) + 1)
-        scores, k = self.learned_values(params, state.inputs)
+        scores, k = values
         gates = tuple(map(masks.relaxed_bernoulli, scores, gate_rngs))
         importance = self.importance(scores, gates, state.energy)
         remaining = self.remaining(gates, k)
@@ -222,11 +224,15 @@ class _DDNP:
 
     def step(self, state: State, variables: Any, batch: Any, rng: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         """One step of the search, from one device's view."""
+        values, generators_vjp = jax.vjp(lambda params: self.learned_values(params, state.inputs), state.params)
+        # On CPU the generators' small operations wait long behind the backbone's large ones, so the backbone starts
+        # after them, and their gradient is formed after the mean over devices, of one vector.
+        values, batch = jax.lax.optimization_barrier((values, batch))
         gradient = jax.grad(self.objective, has_aux=True)
-        gradients, (metrics, energy, importance) = gradient(state.params, state, variables, batch, rng)
-        # One vector: a mean of each of the generators' many small arrays takes longer than their computation.
+        gradients, (metrics, energy, importance) = gradient(values, state, variables, batch, rng)
         mine, unravel = ravel_pytree((gradients, metrics, energy))
         gradients, metrics, energy = unravel(jax.lax.pmean(mine, "data"))
+        (gradients,) = generators_vjp(gradients)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         decay = self.problem.config.importance_average
         return state.replace(

@@ -94,6 +94,9 @@ def get_config() -> ConfigDict:
     search.augment = False  # pad-crop-flip
     search.chunk_steps = 10  # steps per dispatch
     search.save_every = 10  # chunks between checkpoints and evaluations
+    search.test_curve = (
+        False  # also logs the test images' accuracy at every checkpoint, for figures; it decides nothing
+    )
     search.resource_loss = "log_abs"  # R: 'log_abs', 'log_max', 'abs' or 'square'
     search.resource_weight = 4.0  # λ
 

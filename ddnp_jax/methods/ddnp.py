@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from ddnp_jax import flops, generators, losses, masks
+from ddnp_jax import generators, losses, masks
 from ddnp_jax.generators import Learner
 from ddnp_jax.interception import apply_masked
 from ddnp_jax.methods import Problem, Search
@@ -164,12 +164,11 @@ class _DDNP:
 
         With k_l C_l alone nothing would close a gate, and the tie would keep every k at 1. Fixed gates have no say.
         """
-        topology, budget = self.problem.topology, self.problem.budget
-        widths = k * np.float32(topology.widths)
+        widths = k * np.float32(self.problem.topology.widths)
         if self.learns_from_data:
             open_gates = jnp.stack([jnp.sum(masks.straight_through(gate)) for gate in gates])
             widths = (widths + open_gates) / 2
-        return flops.prunable(topology, widths, budget.convention)
+        return self.problem.budget.cost(widths)
 
     def classification(
         self, soft: tuple[jax.Array, ...], variables: Any, batch: Any
@@ -197,7 +196,7 @@ class _DDNP:
         importance = self.importance(scores, gates, state.energy)
         remaining = self.remaining(gates, k)
         metrics = {
-            "remaining_flops": remaining / budget.total,
+            "remaining": remaining / budget.total,
             "resource_loss": losses.resource(config.resource_loss, remaining, budget.total, budget.p),
             "tie_loss": losses.tie(gates, k, tie_rng, config.tie_noise),
         }

@@ -274,9 +274,10 @@ def _predicted_and_measured(report: Mapping[str, Any]) -> str:
     )
     if measured is None:
         return f"{text}; the whole network was not measured."
+    before, after, batch = (measured[key] for key in ("before", "after", "batch"))
     return (
-        f"{text}; the whole network was measured at {measured['before']:,.3f} ms before and {measured['after']:,.3f} ms "
-        f"after ({_change(measured['before'], measured['after'])}, batch {measured['batch']})."
+        f"{text}; the whole network was measured at {before:,.3f} ms before and {after:,.3f} ms after "
+        f"({_change(before, after)}, batch {batch})."
     )
 
 

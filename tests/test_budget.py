@@ -161,9 +161,7 @@ def test_fit_needs_nothing_of_the_cost_but_its_value(problem, share, multiple, n
     assert cost(network, widths) <= budget.wanted
     for gate, (width, channels) in enumerate(zip(widths, network.widths, strict=True)):
         assert width in {*range(multiple, channels, multiple), channels}
-        wider = [
-            min(w + multiple * (i == gate), c) for i, (w, c) in enumerate(zip(widths, network.widths, strict=True))
-        ]
+        wider = [*widths[:gate], min(width + multiple, channels), *widths[gate + 1 :]]
         assert width == channels or cost(network, wider) > budget.wanted
 
 

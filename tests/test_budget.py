@@ -4,12 +4,13 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from ddnp_jax import flops
+from ddnp_jax import flops, losses
 from ddnp_jax.budget import Budget, Cost, make_budget
 from ddnp_jax.latency import LatencyTable, LayerTimes
 from ddnp_jax.topology import Gate, Layer, Slice, Topology
@@ -309,6 +310,28 @@ def test_the_table_is_asked_for_with_the_fields_of_the_configuration():
 def test_wrong_fields_are_refused_before_anything_is_measured(fields, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         make_budget(config(**fields), TWO, no_table)
+
+
+@pytest.mark.parametrize(("kind", "p"), [("flops", 0.3), ("params", 0.3), ("latency", 0.6)])
+def test_gradient_descent_on_the_resource_loss_reaches_the_budget(kind, p):
+    budget = make_budget(config(kind=kind, p=p), TWO, lambda points, multiple: TIMES)
+    optimizer = optax.adam(0.02)
+
+    def loss(logits):
+        return losses.resource("square", budget.cost(10 * jax.nn.sigmoid(logits)), budget.total, budget.p)
+
+    def step(_, carry):
+        logits, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(logits), state)
+        return optax.apply_updates(logits, updates), state
+
+    start = jnp.full(2, 3.0)
+    logits, _ = jax.jit(lambda carry: jax.lax.fori_loop(0, 500, step, carry))((start, optimizer.init(start)))
+    k = jax.nn.sigmoid(logits)
+    assert float(budget.cost(10 * k)) == pytest.approx(budget.wanted, rel=0.02)
+    widths = budget.fit(np.asarray(k))
+    assert budget.cost(widths) <= budget.wanted
+    np.testing.assert_allclose(widths, 10 * k, atol=1.01)
 
 
 @pytest.mark.parametrize("kind", ["flops", "params", "latency"])

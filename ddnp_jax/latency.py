@@ -207,7 +207,7 @@ def _arrays(table: LatencyTable, topology: Topology) -> tuple[np.ndarray, np.nda
 def _locate(xp: Any, knots: np.ndarray, widths: Any) -> tuple[Any, Any]:
     """Where widths (N,) are among knots (N, G): the knot below, and the fraction of the way to the next one."""
     rows = np.arange(len(knots))
-    widths = xp.maximum(widths, knots[:, 0])
+    widths = xp.where(widths > knots[:, 0], widths, knots[:, 0])
     below = xp.sum(xp.asarray(knots[:, 1:-1]) < widths[:, None], axis=1)  # at a knot: the slope of smaller widths
     first, second = xp.asarray(knots)[rows, below], xp.asarray(knots)[rows, below + 1]
     return below, (widths - first) / (second - first)

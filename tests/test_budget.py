@@ -218,7 +218,7 @@ def test_p_outside_its_range_is_refused(p):
 def test_a_budget_below_the_smallest_network_is_refused():
     message = (
         "budget.p=0.05 cannot be met: it wants 2 prunable FLOPs (macs), but the smallest network (widths 1 or whole) "
-        "has 4 and 4 parameters, the largest 40 and 40; use p of at least 0.1000."
+        "has 4 and 4 parameters, the largest 40 and 40 parameters; use p of at least 0.1000."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Budget(TWO, 0.05).check()

@@ -22,7 +22,7 @@ def cells(line):
 
 
 def test_resnet56_by_hand():
-    """A stage's nine blocks at 32, 16, 8 pixels have 18 convolutions of 9 C C each, the first of a stage 9 (C / 2) C."""
+    """Nine blocks at each of 32, 16 and 8 pixels: 18 convolutions of 9 C C, the first of a stage 9 (C / 2) C."""
     prunable = 9 * (1024 * 18 * 16 * 16 + 256 * (17 * 32 * 32 + 16 * 32) + 64 * (17 * 64 * 64 + 32 * 64))
     whole = prunable + 1024 * 27 * 16 + 640
     # one channel inside each block: a conv to it and one from it

@@ -210,7 +210,7 @@ def test_geometry_of_a_layer_and_its_place_in_the_table(timed):
     assert (depthwise.inputs, depthwise.outputs, depthwise.ms) == ((), (1, 8, 16), ((1001.0, 8008.0, 16016.0),))
     assert (project.inputs, project.outputs) == ((1, 8, 16), (1, 6, 10))
     assert project.ms == ((1001.0, 1006.0, 1010.0), (8001.0, 8006.0, 8010.0), (16001.0, 16006.0, 16010.0))
-    module, x = next(call for call in timed if call[0].name == "depthwise" and call[0].features == 8)
+    module, x = next(call for call in timed if getattr(call[0], "feature_group_count", 1) == 8)
     assert (module.strides, module.feature_group_count, x.shape) == (2, 8, (4, 8, 8, 8))
 
 
@@ -228,7 +228,7 @@ def test_the_same_layer_is_timed_once(timed):
     ("arguments", "widths"),
     [
         ((16, 5, 1), (1, 5, 8, 12, 16)),
-        ((64, 3, 8), (8, 40, 64)),
+        ((64, 3, 8), (8, 32, 64)),
         ((20, 3, 8), (8, 16, 20)),
         ((4, 5, 8), (4,)),
         ((3, 5, 1), (1, 2, 3)),

@@ -81,9 +81,11 @@ def get_config() -> ConfigDict:
     config.data.flip = True  # random horizontal flip
 
     config.budget = ConfigDict()
-    config.budget.p = 0.5  # FLOPs of the prunable layers that remain, in (0, 1]
+    config.budget.kind = "flops"  # of the prunable layers; 'params' or 'latency' (measured per layer): of the network
+    config.budget.p = 0.5  # the part of it that remains, in (0, 1]
     config.budget.convention = "macs"  # 'macs' of conv and dense, or 'authors' (3 more per output element)
     config.budget.multiple = 1  # widths are multiples of this (whole gates excepted)
+    config.budget.latency_points = 5  # for 'latency': widths per gate at which layers are timed
 
     config.base = trainer(weights="")  # weights: PyTorch checkpoint or save_pruned folder; '' trains from scratch
 

@@ -183,6 +183,34 @@ def test_own_model_is_pruned_through_rebuild(config, tmp_path):
     assert report["seconds"]["search"] == 0
 
 
+def test_budget_in_measured_latency_is_the_same_numbers_when_the_run_goes_on(config, tmp_path):
+    config.search.method = "magnitude"
+    config.budget.update(kind="latency", p=1.0, latency_points=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "finetune", lambda *_: kill())
+        with pytest.raises(Killed):
+            pipeline.run(config, tmp_path, model=Own((20, 12)), rebuild=Own)
+    file = tmp_path / "latency.json"
+    table = file.read_bytes()
+    report = pipeline.run(config, tmp_path, model=Own((20, 12)), rebuild=Own)
+    assert file.read_bytes() == table
+    content = json.loads(table)
+    whole = sum(layer["ms"][-1][-1] for layer in content["layers"])
+    assert [layer["name"] for layer in content["layers"]] == ["first", "second", "classes"]
+    assert report["budget"]["before"] == report["budget"]["after"] == pytest.approx(whole, rel=1e-12)
+    assert report["budget"]["kind"] == "latency"
+    assert report["widths"] == [20, 12]
+    assert report["budget"]["unit"] == f"ms (batch {config.eval_batch_size}, cpu)"
+    assert "the whole network was measured at" in (tmp_path / "report.md").read_text()
+
+
+def test_budget_in_parameters(config, tmp_path):
+    config.budget.update(kind="params", p=0.3)
+    budget = pipeline.prepare(config, tmp_path, model=Own((20, 12)), rebuild=Own).budget
+    assert budget.total == 27 * 20 + 20 + 40 + 9 * 20 * 12 + 12 + 12 * 10 + 10
+    assert budget.cost((3, 2)) == 27 * 3 + 3 + 6 + 9 * 3 * 2 + 2 + 2 * 10 + 10
+
+
 def refused(config, tmp_path, **fields):
     config.update_from_flattened_dict(fields)
     with pytest.raises((ValueError, OSError)) as error:

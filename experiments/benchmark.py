@@ -114,17 +114,18 @@ def ours(stage: str, variant: str, batch_size: int) -> Side:
 def _our_turn(stage: str, config: ConfigDict, batch_size: int, steps: int) -> Callable[[], Any]:
     import jax
 
-    from ddnp_jax import models, parallel, training
+    from ddnp_jax import data, models, parallel, training
 
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (steps * batch_size, *IMAGE_SHAPE), np.uint8)
-    labels = rng.integers(0, CLASSES, steps * batch_size, np.int32)
+    count = steps * batch_size
+    pixels = rng.integers(0, 256, (count, *IMAGE_SHAPE), np.uint8)
+    images = data.InMemory(pixels, rng.integers(0, CLASSES, count, np.int32), config.data)
     model = models.create(config.model.name, CLASSES, **config.model.attributes)
     variables = jax.jit(model.init)(jax.random.key(config.seed), np.zeros((1, *IMAGE_SHAPE), np.float32))
     if stage == "evaluation":
         mode = config.parallel.mode
-        evaluate = training.evaluator(lambda v, x: model.apply(v, x, train=False), config.data, batch_size, mode)
-        return lambda: evaluate(variables, images, labels)
+        evaluate = training.evaluator(lambda v, x: model.apply(v, x, train=False), images, batch_size, mode)
+        return lambda: evaluate(variables, np.arange(count))
 
     if stage == "search":
         step, state = _search(config, model, variables)
@@ -132,12 +133,10 @@ def _our_turn(stage: str, config: ConfigDict, batch_size: int, steps: int) -> Ca
     else:
         step, state = _training(config, model, variables)
         constants, augment = None, config.base.augment
-    chunk = parallel.data_parallel(
-        training.over_chunk(step, config.data, config.seed, augment), mode=config.parallel.mode
-    )
-    constants = parallel.replicate({"images": images, "labels": labels, "step": constants})
+    chunk = parallel.data_parallel(training.over_chunk(step, images, config.seed, augment), mode=config.parallel.mode)
+    constants = {"images": images.on_devices, "step": parallel.replicate(constants)}
     state = parallel.replicate(state)
-    indices = np.arange(steps * batch_size, dtype=np.int32).reshape(steps, batch_size)
+    indices = np.arange(count, dtype=np.int32).reshape(steps, batch_size)
 
     def turn() -> None:
         nonlocal state

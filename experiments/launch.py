@@ -40,7 +40,9 @@ def _known_fields() -> Iterator[None]:
         yield
     except (AttributeError, KeyError) as error:
         name = str(error.args[0]).strip("'\"")
-        raise SystemExit(f"error: --config has no field {name!r}; configs/default.py lists all fields.") from error
+        raise SystemExit(
+            f"error: --config has no field {name!r}; configs/default.py and the search method's module list all fields."
+        ) from error
 
 
 def _parse(arguments: list[str]) -> list[str]:

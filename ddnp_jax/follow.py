@@ -126,8 +126,9 @@ class Follower:
         name = eqn.primitive.name
         if name in CALLS:
             closed = next(eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params)
-            inner, consts = (closed.jaxpr, closed.consts) if isinstance(closed, core.ClosedJaxpr) else (closed, ())
-            return self.run(inner, [self.constant(c) for c in consts], values, where)
+            return self._enter(closed, values, where)
+        if name == "cond" and eqn.params.get("branches_platforms"):  # `platform_dependent`: all branches are the same
+            return self._enter(eqn.params["branches"][-1], values[1:], where)  # function; the last is the default
         if name in MOVES and (name != "pad" or values[1].zero):
             return [self._move(eqn, values[0], where)]
         if name in CONTRACTIONS and sum(not value.sources for value in values) == 1:
@@ -135,6 +136,10 @@ class Follower:
         for value in values:
             self.other_uses |= value.calls
         return OPERATIONS.get(name, Follower._unknown)(self, eqn, values, where)
+
+    def _enter(self, closed: Any, values: list[Value], where: str) -> list[Value]:
+        inner, consts = (closed.jaxpr, closed.consts) if isinstance(closed, core.ClosedJaxpr) else (closed, ())
+        return self.run(inner, [self.constant(c) for c in consts], values, where)
 
     def constant(self, array: Any) -> Value:
         """An array that is fixed in the network's code: its axes cannot shrink."""

@@ -222,10 +222,14 @@ class Selection:
 def trace(model: nn.Module, input_shape: tuple[int, ...], *, residual: bool = False, **call_kwargs: Any) -> Topology:
     """Finds what can be removed from a network, without computing anything.
 
+    Where the model has an attribute `widths` that holds whole numbers, it says by itself which channels can be fewer:
+    a group becomes a gate only if `widths` sizes it, so that every gate can be cut with `model.clone(widths=...)`.
+
     Args:
       model: any flax.linen module that maps one array (N, *input_shape) to outputs.
       input_shape: of one image, for example (32, 32, 3).
-      residual: whether groups whose activations from different layers are added may be gates too.
+      residual: whether groups whose activations from different layers are added may be gates too; then all that is
+        understood is a gate, sized by `widths` or not.
       **call_kwargs: of the evaluation-mode call; `train=False` is passed by itself where `__call__` takes `train`.
 
     Returns:
@@ -236,8 +240,7 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], *, residual: bool = Fa
     """
     kwargs = evaluation_kwargs(model, call_kwargs)
     images = jax.ShapeDtypeStruct((BATCH, *input_shape), jnp.float32)
-    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, **kwargs), images)
-    leaves = {tuple(path): leaf for path, leaf in flax.traverse_util.flatten_dict(variables).items()}
+    leaves = _leaves(model, images, kwargs)
     calls: list[tuple[ModulePath, tuple[int, ...]]] = []
 
     def tag_input(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
@@ -262,7 +265,8 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], *, residual: bool = Fa
         for axis in value.axes:
             groups.keep_whole(axis, "it is the network's output")
     leaf_axes = {path: value.axes for path, value in zip(leaves, parameters, strict=True)}
-    gates, layers, whole = _Assembly(follower, calls, leaf_axes).result()
+    sized = None if residual else _sized_axes(model, leaves, images, kwargs)
+    gates, layers, whole = _Assembly(follower, calls, leaf_axes, sized).result()
     shapes = tuple((path, leaf.shape) for path, leaf in leaves.items())
     return Topology(tuple(input_shape), tuple(sorted(kwargs.items())), gates, layers, whole, shapes)
 
@@ -273,13 +277,53 @@ def evaluation_kwargs(model: nn.Module, call_kwargs: dict[str, Any]) -> dict[str
     return ({"train": False} if takes_train else {}) | call_kwargs
 
 
+def _leaves(model: nn.Module, images: jax.ShapeDtypeStruct, kwargs: dict[str, Any]) -> dict[LeafPath, Any]:
+    """Path -> shape and data type of a model's variables."""
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, **kwargs), images)
+    return {tuple(path): leaf for path, leaf in flax.traverse_util.flatten_dict(variables).items()}
+
+
+def _sized_axes(
+    model: nn.Module, leaves: dict[LeafPath, Any], images: jax.ShapeDtypeStruct, kwargs: dict[str, Any]
+) -> set[tuple[LeafPath, int]] | None:
+    """The (path, axis) that the model's own `widths` size, or None where it has no such whole numbers."""
+    widths = getattr(model, "widths", None)
+    numbers = jax.tree.leaves(widths)
+    if not numbers or not all(type(number) is int for number in numbers):
+        return None
+    try:
+        doubled = _leaves(model.clone(widths=jax.tree.map(lambda width: 2 * width, widths)), images, kwargs)
+    except Exception as error:
+        error.add_note("`trace` doubled the model's `widths`, to see which channels they size.")
+        raise
+    return {
+        (path, axis)
+        for path, leaf in leaves.items()
+        for axis, (size, double) in enumerate(zip(leaf.shape, doubled[path].shape, strict=True))
+        if size != double
+    }
+
+
 class _Assembly:
     """Makes gates and layers of what the follower found."""
 
     def __init__(
-        self, follower: Follower, calls: list[tuple[ModulePath, tuple[int, ...]]], leaf_axes: dict[LeafPath, Any]
+        self,
+        follower: Follower,
+        calls: list[tuple[ModulePath, tuple[int, ...]]],
+        leaf_axes: dict[LeafPath, Any],
+        sized: set[tuple[LeafPath, int]] | None,
     ) -> None:
+        """Prepares.
+
+        Args:
+          follower: after its run.
+          calls: (module path, shape of the first argument) of each module call.
+          leaf_axes: of the variables.
+          sized: (path, axis) of the variables that may shrink; None for all.
+        """
         self.follower, self.groups, self.calls, self.leaf_axes = follower, follower.groups, calls, leaf_axes
+        self.sized = sized
         self.paths = list(leaf_axes)
 
     def result(self) -> tuple[tuple[Gate, ...], tuple[Layer, ...], tuple[tuple[str, str], ...]]:
@@ -293,6 +337,8 @@ class _Assembly:
         for factor in producers:
             if factor not in readers and self._live((factor,)):
                 self.groups.keep_whole((factor,), "no layer reads it")
+            if self._live((factor,)) and not self._sized(factor):
+                self.groups.keep_whole((factor,), "the model's `widths` do not size it")
         prunable = [factor for factor in producers if self._live((factor,))]
         gates = tuple(self._gate(factor, producers[factor], readers[factor]) for factor in prunable)
         layers = tuple(self._layer(layer, prunable) for layer in self.follower.layers)
@@ -310,6 +356,14 @@ class _Assembly:
             for factor in self.groups.factors(axis)
             if factor.group is not None and not self.groups.reasons(factor.group)
         ]
+
+    def _sized(self, factor: Factor) -> bool:
+        """Whether the model can be built with fewer of these channels."""
+        return self.sized is None or any(
+            (path, place[0]) in self.sized
+            for path, axes in self.leaf_axes.items()
+            for place in self._places(axes, factor)
+        )
 
     def _keep_divided_whole(self) -> None:
         """Keeps whole what a reshape has divided at its producer, and axes that hold two gates at once."""

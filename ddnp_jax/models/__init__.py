@@ -14,7 +14,7 @@ import flax.linen as nn
 def names() -> dict[str, Any]:
     """Constructors of all backbones by name."""
     modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
-    return {name: constructor for module in modules for name, constructor in module.MODELS.items()}
+    return {name: constructor for module in modules for name, constructor in getattr(module, "MODELS", {}).items()}
 
 
 def create(name: str, num_classes: int, **attributes: Any) -> nn.Module:
@@ -26,7 +26,7 @@ def create(name: str, num_classes: int, **attributes: Any) -> nn.Module:
       **attributes: further attributes of the module, for example `widths` or `shortcut`.
 
     Raises:
-      ValueError: the name is unknown.
+      ValueError: the name is unknown, or the number of `widths` is not that of the network.
     """
     constructors = names()
     if name not in constructors:

@@ -1,0 +1,145 @@
+"""What the backbones have in common: their attributes, convolution with batch norm, and depthwise convolution."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Backbone(nn.Module):
+    """A network whose inner channel counts are data.
+
+    Attributes:
+      num_classes: outputs of the classifier.
+      widths: channels inside the blocks, in the order of the forward pass; None is the whole network.
+      dtype: of the computation; parameters stay float32.
+      bn_axis_name: the mapped axis over which training-mode batch statistics are averaged, or None.
+    """
+
+    num_classes: int
+    widths: Sequence[int] | None = None
+    dtype: Any = jnp.float32
+    bn_axis_name: str | None = None
+
+    def __post_init__(self) -> None:
+        whole = self.whole_widths()
+        self.widths = whole if self.widths is None else tuple(self.widths)
+        if len(self.widths) != len(whole):
+            raise ValueError(f"widths has {len(self.widths)} entries; this network has {len(whole)}.")
+        super().__post_init__()
+
+    def whole_widths(self) -> tuple[int, ...]:
+        """`widths` of the whole network."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvNorm:
+    """A convolution without bias and its batch norm, as two modules of the caller under names that it gives.
+
+    Attributes:
+      train: whether batch norm uses the batch's statistics.
+      dtype: of the computation.
+      axis_name: the mapped axis over which batch statistics are averaged, or None.
+      momentum: share of the old running statistics in the new ones.
+      epsilon: added to the variance.
+    """
+
+    train: bool
+    dtype: Any
+    axis_name: str | None
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+
+    def __call__(
+        self,
+        x: jax.Array,
+        channels: int,
+        kernel: int,
+        stride: int = 1,
+        *,
+        names: tuple[str, str],
+        depthwise: bool = False,
+    ) -> jax.Array:
+        """Maps (N, H, W, C) to (N, ceil(H / stride), ceil(W / stride), channels), for odd kernels."""
+        grouped = {"feature_group_count": channels, "conv_general_dilated": depthwise_conv} if depthwise else {}
+        conv = nn.Conv(
+            channels,
+            (kernel, kernel),
+            stride,
+            padding=kernel // 2,
+            use_bias=False,
+            dtype=self.dtype,
+            name=names[0],
+            **grouped,
+        )
+        norm = nn.BatchNorm(
+            use_running_average=not self.train,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            dtype=self.dtype,
+            axis_name=self.axis_name,
+            name=names[1],
+        )
+        return norm(conv(x))
+
+
+def depthwise_conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    **arguments: Any,
+) -> jax.Array:
+    """`jax.lax.conv_general_dilated` of a depthwise convolution, in the form that suits the platform.
+
+    Made for `flax.linen.Conv(..., conv_general_dilated=depthwise_conv)`. XLA:CPU runs grouped convolutions dozens of
+    times slower than one multiply-add of the shifted image per kernel entry; elsewhere the native form is the fast one.
+
+    Args:
+      x: (N, H, W, C).
+      kernel: (h, w, 1, C).
+      window_strides: of H and W.
+      padding: pixels before and after, of H and W.
+      **arguments: the others of `conv_general_dilated`; dilations are not supported.
+
+    Returns:
+      (N, H', W', C).
+
+    Raises:
+      ValueError: the kernel is not depthwise, or dilated.
+    """
+    dilations = [*(arguments.get("lhs_dilation") or ()), *(arguments.get("rhs_dilation") or ())]
+    if kernel.ndim != 4 or kernel.shape[2:] != (1, x.shape[-1]) or any(d != 1 for d in dilations):
+        raise ValueError(
+            f"depthwise_conv needs an undilated kernel (h, w, 1, {x.shape[-1]}), got {kernel.shape} with dilations "
+            f"{dilations}."
+        )
+
+    def native(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated(x, kernel, window_strides, padding, **arguments)
+
+    def shifted(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return _shifted_sum(x, kernel, window_strides, padding)
+
+    return lax.platform_dependent(x, kernel, cpu=shifted, default=native)
+
+
+def _shifted_sum(
+    x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]
+) -> jax.Array:
+    dtype = x.dtype
+    x, kernel = (a.astype(jnp.promote_types(dtype, jnp.float32)) for a in (x, kernel))
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    height, width = ((x.shape[i + 1] - kernel.shape[i]) // strides[i] + 1 for i in (0, 1))
+    total = jnp.zeros((), x.dtype)
+    for i, j in itertools.product(*map(range, kernel.shape[:2])):
+        end = (i + (height - 1) * strides[0] + 1, j + (width - 1) * strides[1] + 1)
+        shifted = lax.slice(x, (0, i, j, 0), (x.shape[0], *end, x.shape[3]), (1, *strides, 1))
+        total += shifted * kernel[i, j].reshape(1, 1, 1, -1)
+    return total.astype(dtype)

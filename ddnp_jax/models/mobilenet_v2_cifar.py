@@ -1,0 +1,60 @@
+"""MobileNetV2 for 32x32 images in the DDNP and NPPM authors' form.
+
+Beside the strides it differs from the ImageNet network in its ReLUs (not cut at 6), in the first block, which has an
+expansion with as many channels as it reads, and in the shortcut: every block of stride 1 has one, with a convolution
+where the channels differ.
+"""
+
+import flax.linen as nn
+import jax
+
+from ddnp_jax.models.layers import Backbone, ConvNorm
+from ddnp_jax.models.mobilenet_v2 import HEAD, STEM, blocks
+
+
+class Block(nn.Module):
+    """Expansion to `width` channels, depthwise convolution, linear projection."""
+
+    width: int
+    channels: int
+    stride: int
+    layer: ConvNorm
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (N, H, W, C) to (N, H / stride, W / stride, channels)."""
+        y = nn.relu(self.layer(x, self.width, 1, names=("conv1", "bn1")))
+        y = nn.relu(self.layer(y, self.width, 3, self.stride, names=("conv2", "bn2"), depthwise=True))
+        y = self.layer(y, self.channels, 1, names=("conv3", "bn3"))
+        if self.stride != 1:
+            return y
+        same = x.shape[-1] == self.channels
+        return y + (x if same else self.layer(x, self.channels, 1, names=("shortcut_0", "shortcut_1")))
+
+
+class CifarMobileNetV2(Backbone, kw_only=True):
+    """MobileNetV2 for small images, NHWC; further attributes as of `Backbone`.
+
+    Attributes:
+      strides: of the seven stages. No weight depends on them, so a checkpoint of other strides loads without a word.
+      widths: expanded channels of each block.
+    """
+
+    strides: tuple[int, ...] = (1, 1, 2, 2, 1, 2, 1)
+
+    def whole_widths(self) -> tuple[int, ...]:
+        """`widths` of the whole network."""
+        return tuple(expanded for expanded, _, _ in blocks(self.strides))
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps normalized images (N, H, W, 3) to logits (N, num_classes)."""
+        layer = ConvNorm(train, self.dtype, self.bn_axis_name)
+        x = nn.relu(layer(x, STEM, 3, names=("conv1", "bn1")))
+        for i, (width, (_, channels, stride)) in enumerate(zip(self.widths, blocks(self.strides), strict=True)):
+            x = Block(width, channels, stride, layer, name=f"layers_{i}")(x)
+        x = nn.relu(layer(x, HEAD, 1, names=("conv2", "bn2"))).mean((1, 2))
+        return nn.Dense(self.num_classes, dtype=self.dtype, name="linear")(x)
+
+
+MODELS = {"mobilenet_v2_cifar": CifarMobileNetV2}

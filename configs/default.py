@@ -40,7 +40,8 @@ def trainer(**fields: object) -> ConfigDict:
     """A section of the trainer, used for base training and for fine-tuning."""
     config = ConfigDict()
     config.epochs = 200  # passes over the stage's training images
-    config.batch_size = 128  # images per step, over all devices
+    config.batch_size = 128  # images per update, over all devices
+    config.micro_batches = 1  # steps that share an update, each on its part of the batch: for small devices
     config.learning_rate = 0.1  # of SGD, for this batch size
     config.momentum = 0.9  # of SGD
     config.weight_decay = 1e-4  # added to the gradient of every parameter

@@ -48,9 +48,10 @@ class Run:
     log: training.MetricsLog
 
     def stage_steps(self, section: str) -> tuple[int, int]:
-        """(steps in all, steps per epoch) of a section of the configuration."""
+        """(steps in all, steps per epoch) of a section of the configuration; an update may take several."""
         config = self.config[section]
-        per_epoch = data.steps_per_epoch(len(self.indices(section)), config.batch_size)
+        updates = data.steps_per_epoch(len(self.indices(section)), config.batch_size)
+        per_epoch = updates * config.get("micro_batches", 1)
         return config.epochs * per_epoch, per_epoch
 
     def indices(self, section: str) -> np.ndarray:
@@ -63,13 +64,18 @@ class Run:
     def send(self, section: str, augment: bool, first: int, last: int) -> Any:
         """What is sent to the devices for the steps `first` to `last` - 1 of a stage, this process's part."""
         config, images = self.config[section], self.dataset.train
-        batches = data.batches(self.indices(section), config.batch_size, self.config.seed, process=parallel.process())
+        batches = data.batches(self.indices(section), step_batch(config), self.config.seed, process=parallel.process())
         read = functools.partial(images.read, seed=self.config.seed if augment else None)
         return data.read_ahead(batches[first:last], read, images.threads, config.chunk_steps)
 
     def constants(self, step_constants: Any) -> dict[str, Any]:
         """The constants of `training.over_chunk` on every device."""
         return {"images": self.dataset.train.on_devices, "step": parallel.replicate(step_constants)}
+
+
+def step_batch(section: ml_collections.ConfigDict) -> int:
+    """Images per step of a section of the configuration, over all devices."""
+    return section.batch_size // section.get("micro_batches", 1)
 
 
 def prepare(
@@ -87,11 +93,11 @@ def prepare(
     if config.precision not in dtype:
         raise ValueError(f"precision={config.precision!r} is unknown; use {' or '.join(map(repr, dtype))}.")
     for section in ("base", "search", "finetune"):
-        parallel.check_batch(config[section].batch_size, f"{section}.batch_size")
+        _check_batch(section, config[section])
     parallel.check_batch(config.eval_batch_size, "eval_batch_size")
     methods.check(config.search)
     for section in ("base", "finetune"):
-        training.schedule(config[section], steps_per_epoch=1)
+        training.schedule(config[section], updates_per_epoch=1)
     parallel.check_mode(config.parallel.mode)
     dataset = data.load(config.data)
     if model is None:
@@ -105,6 +111,13 @@ def prepare(
     return Run(
         config, workdir, dataset, model, rebuild, topology, budget, training.MetricsLog(workdir / "metrics.jsonl")
     )
+
+
+def _check_batch(name: str, section: ml_collections.ConfigDict) -> None:
+    parts = section.get("micro_batches", 1)
+    if parts < 1 or section.batch_size % parts:
+        raise ValueError(f"{name}.batch_size={section.batch_size} has no {name}.micro_batches={parts} equal parts.")
+    parallel.check_batch(step_batch(section), f"{name}.batch_size" + (f" / {name}.micro_batches" if parts > 1 else ""))
 
 
 def run(
@@ -285,7 +298,7 @@ def _run_stage(
     config = job.config[section]
     steps, per_epoch = job.stage_steps(section)
     stage = training.Stage(
-        section, job.workdir / section, steps, per_epoch, config.batch_size, config.chunk_steps, config.save_every
+        section, job.workdir / section, steps, per_epoch, step_batch(config), config.chunk_steps, config.save_every
     )
     chunk = _over_devices(job, step, config.augment)
     send = functools.partial(job.send, section, config.augment, last=steps)

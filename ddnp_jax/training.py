@@ -40,10 +40,10 @@ def variables(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "batch_stats": state.batch_stats}
 
 
-def schedule(config: ml_collections.ConfigDict, steps_per_epoch: int) -> optax.Schedule:
+def schedule(config: ml_collections.ConfigDict, updates_per_epoch: int) -> optax.Schedule:
     """Linear warm-up from 0, then step decay (x0.1 at the fractions `decay_at` of the whole run) or cosine to 0."""
-    steps = config.epochs * steps_per_epoch
-    warmup = round(config.warmup_epochs * steps_per_epoch)
+    steps = config.epochs * updates_per_epoch
+    warmup = round(config.warmup_epochs * updates_per_epoch)
     match config.schedule:
         case "step":
             boundaries = {round(fraction * steps) - warmup: 0.1 for fraction in config.decay_at}
@@ -56,11 +56,24 @@ def schedule(config: ml_collections.ConfigDict, steps_per_epoch: int) -> optax.S
 
 
 def make_optimizer(config: ml_collections.ConfigDict, steps_per_epoch: int) -> optax.GradientTransformation:
-    """SGD with momentum; weight decay is added to the gradient, for every parameter."""
-    return optax.chain(
+    """SGD with momentum; weight decay is added to the gradient, for every parameter.
+
+    With `micro_batches` the gradients of as many steps are averaged and the last of them updates the parameters, which
+    is the update of the whole batch. Batch statistics are those of a step: of its part of the batch alone, and averaged
+    once per step.
+
+    Args:
+      config: a section of the trainer.
+      steps_per_epoch: `micro_batches` for each update.
+    """
+    updates_per_epoch = steps_per_epoch // config.micro_batches
+    optimizer = optax.chain(
         optax.add_decayed_weights(config.weight_decay),
-        optax.sgd(schedule(config, steps_per_epoch), momentum=config.momentum),
+        optax.sgd(schedule(config, updates_per_epoch), momentum=config.momentum),
     )
+    if config.micro_batches == 1:
+        return optimizer
+    return optax.MultiSteps(optimizer, config.micro_batches).gradient_transformation()
 
 
 def init_state(model_variables: Any, optimizer: optax.GradientTransformation) -> TrainState:

@@ -129,7 +129,7 @@ def test_where_no_crop_fits_it_is_the_middle():
     assert photos.draw_crop(rng, 1000, 10) == (493, 0, 13, 10)
 
 
-@pytest.mark.parametrize("shape", [(300, 400), (90, 60), (1500, 1100)], ids=["usual", "small", "partly decoded"])
+@pytest.mark.parametrize("shape", [(150, 200), (90, 60), (1500, 1100)], ids=["usual", "small", "partly decoded"])
 def test_random_crop_shows_the_part_that_was_drawn(shape):
     encoded = encode(gradient(*shape), quality=95, subsampling=0)
     height, width = shape
@@ -148,7 +148,7 @@ def test_random_crop_shows_the_part_that_was_drawn(shape):
         np.testing.assert_allclose(out[..., 1], np.tile(y[:, None], (1, 64)), atol=pixel + 3)
         assert np.abs(out[..., 2] - 77.0).max() <= 3
     assert 10 < flips < 30
-    assert (reduced > 30) == (shape == (1500, 1100))
+    assert reduced > 30 if shape == (1500, 1100) else reduced < 10
 
 
 def test_without_flip_nothing_is_mirrored():

@@ -216,6 +216,13 @@ def test_batch_that_the_devices_cannot_share(config, tmp_path):
     assert "search.batch_size=250" in refused(config, tmp_path, **{"search.batch_size": 250})
 
 
+def test_batch_that_has_no_equal_parts(config, tmp_path):
+    message = refused(config, tmp_path, **{"base.micro_batches": 3})
+    assert message == "base.batch_size=128 has no base.micro_batches=3 equal parts."
+    message = refused(config, tmp_path, **{"base.micro_batches": 32})
+    assert message.startswith("base.batch_size / base.micro_batches=4 cannot be shared equally by 8 devices")
+
+
 def test_missing_weights(config, tmp_path):
     config.base.weights = str(tmp_path / "none.pth")
     with pytest.raises(ValueError, match=r"none\.pth' does not exist"):

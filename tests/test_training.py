@@ -27,6 +27,7 @@ def make_config(**fields):
     config = ConfigDict(
         {
             "epochs": 8,
+            "micro_batches": 1,
             "learning_rate": 0.1,
             "momentum": 0.9,
             "weight_decay": 1e-2,
@@ -192,6 +193,29 @@ def test_eight_devices_train_on_the_mean_gradient_of_the_batch():
     one, eight = (on_devices(step, n)(state, None, batch(0), jax.random.key(0)) for n in (1, 8))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_updates_of_micro_batches_are_those_of_whole_batches():
+    model, variables = WithoutBatchNorm(), random_variables(WithoutBatchNorm())
+    params = {}
+    for parts in (1, 4):
+        # Two updates, one per epoch, the second at a tenth of the rate.
+        config = make_config(epochs=2, decay_at=(0.5,), micro_batches=parts)
+        optimizer = training.make_optimizer(config, steps_per_epoch=parts)
+        step, state = (
+            on_devices(training.train_step(model, optimizer, config)),
+            training.init_state(variables, optimizer),
+        )
+        trace = [state.params]
+        for i in range(2 * parts):
+            state, _ = step(state, None, batch(i, size=16 // parts), jax.random.key(0))
+            trace.append(state.params)
+        params[parts] = trace
+    for i, j in ((1, 4), (2, 8)):
+        for a, b in zip(jax.tree.leaves(params[1][i]), jax.tree.leaves(params[4][j]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    for i in (1, 2, 3, 5, 6, 7):  # nothing moves between the updates
+        jax.tree.map(np.testing.assert_array_equal, params[4][i], params[4][i - 1])
 
 
 def test_recalibration_changes_batch_statistics_alone():

@@ -3,6 +3,7 @@
 import io
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -165,9 +166,7 @@ def _images(builder: tfds.core.DatasetBuilder, split: str, config: ml_collection
     return Streamed(records, config) if None in shape else InMemory(*_read_all(records, shape), config)
 
 
-def _read_all(
-    records: tfds.core.data_sources.base.BaseDataSource, shape: tuple[int, int, int]
-) -> tuple[np.ndarray, np.ndarray]:
+def _read_all(records: Any, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
     """All images, uint8 (N, *shape), and labels, int32 (N,), in record order."""
     images = np.empty((len(records), *shape), np.uint8)
     labels = np.empty(len(records), np.int32)

@@ -38,7 +38,10 @@ class Imagenet2012(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
-        folder = Path(dl_manager.manual_dir)
+        try:
+            folder = Path(dl_manager.manual_dir)
+        except AssertionError as error:  # TFDS's way to say that the folder is missing
+            raise FileNotFoundError(" ".join(str(error).split())) from error
         for name in (TRAIN_ARCHIVE, VALIDATION_ARCHIVE):
             if not (folder / name).exists():
                 raise FileNotFoundError(f"{folder / name} is missing; get it from {self.info.homepage}")

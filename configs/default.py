@@ -40,7 +40,8 @@ def trainer(**fields: object) -> ConfigDict:
     """A section of the trainer, used for base training and for fine-tuning."""
     config = ConfigDict()
     config.epochs = 200  # passes over the stage's training images
-    config.batch_size = 128  # images per step, over all devices
+    config.batch_size = 128  # images per update, over all devices
+    config.micro_batches = 1  # steps that share an update, each on its part of the batch: for small devices
     config.learning_rate = 0.1  # of SGD, for this batch size
     config.momentum = 0.9  # of SGD
     config.weight_decay = 1e-4  # added to the gradient of every parameter
@@ -48,7 +49,7 @@ def trainer(**fields: object) -> ConfigDict:
     config.schedule = "step"  # 'step' (x0.1 at decay_at) or 'cosine' (to 0)
     config.decay_at = (0.5, 0.75)  # fractions of the run, for 'step'
     config.label_smoothing = 0.0  # mass that the label gives to all classes
-    config.augment = True  # pad-crop-flip, as data.pad and data.flip say
+    config.augment = True  # random crops and flips, as `data` says
     config.chunk_steps = 50  # steps per dispatch; logging and stopping happen between chunks
     config.save_every = 8  # chunks between checkpoints and evaluations on held-out training images
     config.update(fields)
@@ -77,8 +78,11 @@ def get_config() -> ConfigDict:
     config.data.validation_fraction = 0.02  # of the training images: chooses the best checkpoint, never trained on
     config.data.mean = (0.4914, 0.4822, 0.4465)  # per channel, of images in [0, 1]
     config.data.std = (0.2023, 0.1994, 0.2010)
-    config.data.pad = 4  # zero pixels on each side before the random crop
+    config.data.pad = 4  # zero pixels on each side before the random crop of small images
     config.data.flip = True  # random horizontal flip
+    config.data.crop_size = 224  # side of the crops that are made of photographs
+    config.data.resize_size = 256  # shorter side of a photograph before the center crop of evaluation
+    config.data.threads = 0  # that decode photographs, in each process; 0 is one per core
 
     config.budget = ConfigDict()
     config.budget.kind = "flops"  # of the prunable layers; 'params' or 'latency' (measured per layer): of the network
@@ -93,12 +97,10 @@ def get_config() -> ConfigDict:
     search.method = "ddnp"  # a module of ddnp_jax.methods, which has its further fields
     search.epochs = 200  # passes over the search images
     search.batch_size = 256  # images per step, over all devices
-    search.augment = False  # pad-crop-flip
+    search.augment = False  # random crops and flips, as `data` says
     search.chunk_steps = 10  # steps per dispatch
     search.save_every = 10  # chunks between checkpoints and evaluations
-    search.test_curve = (
-        False  # also logs the test images' accuracy at every checkpoint, for figures; it decides nothing
-    )
+    search.test_curve = False  # also logs test accuracy at every checkpoint, for figures; it decides nothing
     search.resource_loss = "log_abs"  # R: 'log_abs', 'log_max', 'abs' or 'square'
     search.resource_weight = 4.0  # λ
 

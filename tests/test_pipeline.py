@@ -67,20 +67,18 @@ def assert_same_network(workdir, other):
 
 
 def interrupt_at(monkeypatch, section, step, action):
-    """Calls `action` when the stage asks for the batches of `step`."""
-    chunk, run, current = data.chunk, training.run, []
+    """Calls `action` before the stage takes `step`."""
+    run = training.run
 
-    def chunk_with_end(batches, start, length):
-        if (current[-1], start) == (section, step):
-            action()
-        return chunk(batches, start, length)
+    def run_with_end(stage, chunk, *args):
+        def chunk_with_end(state, *batches):
+            if (stage.name, int(state.step)) == (section, step):
+                action()
+            return chunk(state, *batches)
 
-    def named_run(stage, *args):
-        current.append(stage.name)
-        return run(stage, *args)
+        return run(stage, chunk_with_end, *args)
 
-    monkeypatch.setattr(data, "chunk", chunk_with_end)
-    monkeypatch.setattr(training, "run", named_run)
+    monkeypatch.setattr(training, "run", run_with_end)
 
 
 class Killed(BaseException):
@@ -96,8 +94,8 @@ def test_report_says_what_the_pruned_network_does(finished, config):
     assert report == json.loads((workdir / "report.json").read_text())
     model, variables = load_pruned(workdir / "pruned")
     dataset = data.load(config.data)
-    images = data.normalize(dataset.test_images, config.data.mean, config.data.std)
-    top1 = 100 * np.mean(np.argmax(model.apply(variables, images, train=False), -1) == dataset.test_labels)
+    images = data.normalize(dataset.test.images, config.data.mean, config.data.std)
+    top1 = 100 * np.mean(np.argmax(model.apply(variables, images, train=False), -1) == dataset.test.labels)
     assert report["pruned_top1"] == pytest.approx(top1)
     assert report["test_images"] == 355
     assert report["delta_top1"] == pytest.approx(report["pruned_top1"] - report["base_top1"])
@@ -244,6 +242,13 @@ def test_missing_data_folder(tmp_path):
 
 def test_batch_that_the_devices_cannot_share(config, tmp_path):
     assert "search.batch_size=250" in refused(config, tmp_path, **{"search.batch_size": 250})
+
+
+def test_batch_that_has_no_equal_parts(config, tmp_path):
+    message = refused(config, tmp_path, **{"base.micro_batches": 3})
+    assert message == "base.batch_size=128 has no base.micro_batches=3 equal parts."
+    message = refused(config, tmp_path, **{"base.micro_batches": 32})
+    assert message.startswith("base.batch_size / base.micro_batches=4 cannot be shared equally by 8 devices")
 
 
 def test_missing_weights(config, tmp_path):

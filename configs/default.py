@@ -1,6 +1,39 @@
-"""Every field of an experiment, with the values that most experiments share. Configurations start from this one."""
+"""Every field of an experiment, with the values that most experiments share. Configurations start from this one.
+
+The fields of a search method stand in its module, `ddnp_jax/methods/METHOD.py`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
+
+# The searches that every configuration offers by its argument: method, and the fields that differ from its defaults.
+SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddnp": ("ddnp", {}),
+    "authors": (
+        "ddnp",
+        {
+            "search.bidirectional": True,
+            "search.layer_norm": True,
+            "search.energy_weight": 0.5,
+            "search.importance_average": 0.99,
+        },
+    ),
+    "scalar": (
+        "ddnp",
+        {
+            "search.importance": "scalar",
+            "search.width": "scalar",
+            "search.importance_optimizer.learning_rate": 5e-2,
+            "search.width_optimizer.learning_rate": 5e-2,
+        },
+    ),
+    "nppm": ("nppm", {"data.search_fraction": 0.1}),
+    "dg": ("nppm", {"data.search_fraction": 0.1, "search.predictor": "none"}),
+    "uniform": ("uniform", {}),
+    "magnitude": ("magnitude", {}),
+}
 
 
 def trainer(**fields: object) -> ConfigDict:
@@ -23,7 +56,7 @@ def trainer(**fields: object) -> ConfigDict:
 
 
 def get_config() -> ConfigDict:
-    """The common configuration; `data` and `model` are for the experiment to fill."""
+    """The common configuration; an experiment fills `data` and `model` and ends with `choose`."""
     config = ConfigDict()
     config.seed = 0  # of weights, splits, order, augmentation and search
     config.variant = "default"  # name of this form in reports
@@ -57,28 +90,17 @@ def get_config() -> ConfigDict:
     config.base = trainer(weights="")  # weights: PyTorch checkpoint or save_pruned folder; '' trains from scratch
 
     config.search = search = ConfigDict()
-    search.method = "ddnp"  # a module of ddnp_jax.methods
+    search.method = "ddnp"  # a module of ddnp_jax.methods, which has its further fields
     search.epochs = 200  # passes over the search images
     search.batch_size = 256  # images per step, over all devices
     search.augment = False  # pad-crop-flip
     search.chunk_steps = 10  # steps per dispatch
     search.save_every = 10  # chunks between checkpoints and evaluations
-    search.importance = "generator"  # s: 'generator' (g_s), 'scalar' per channel, or 'l1' (norms, fixed)
-    search.width = "generator"  # k: 'generator' (g_k), 'scalar' per gate, or 'half' (0.5, fixed)
-    search.output = "sigmoid"  # importance from s̄: 'sigmoid', 'abs' or 'square'
-    search.learned_inputs = False  # whether x_s and x_k are learned
-    search.bidirectional = False  # authors' form: g_s also runs backward over the gates
-    search.layer_norm = False  # authors' form: layer norm of the GRU's outputs
-    search.energy_weight = 0.0  # authors' form 0.5: share of feature energy in the importance
-    search.importance_average = 0.0  # authors' form 0.99: decay of the average that ranks channels for evaluation
+    search.test_curve = (
+        False  # also logs the test images' accuracy at every checkpoint, for figures; it decides nothing
+    )
     search.resource_loss = "log_abs"  # R: 'log_abs', 'log_max', 'abs' or 'square'
     search.resource_weight = 4.0  # λ
-    search.tie_weight = 1.0  # ρ; 0 disentangles importance and width completely
-    search.tie_noise = 0.02  # half the range of u
-    search.band = 0.05  # half-width of the soft top-k's edge, as a fraction of the channels
-    search.floor = 0.025  # smallest mask during the search
-    search.importance_optimizer = ConfigDict({"learning_rate": 1e-3, "weight_decay": 1e-4})  # AdamW; scalars need ~5e-2
-    search.width_optimizer = ConfigDict({"learning_rate": 1e-3, "weight_decay": 0.0})  # AdamW, cosine to 0
 
     config.finetune = trainer(warmup_epochs=5.0)
     config.finetune.distillation_weight = 0.0  # share of the loss from the unpruned network's outputs
@@ -91,3 +113,36 @@ def get_config() -> ConfigDict:
         True  # batch statistics of the whole batch; models without bn_axis_name: per device
     )
     return config
+
+
+def choose(
+    config: ConfigDict, argument: str, p: Mapping[str, float], forms: Mapping[str, Mapping[str, Any]]
+) -> ConfigDict:
+    """Ends a configuration with what its argument asks for, and locks it.
+
+    Args:
+      config: with everything else filled in.
+      argument: names joined by commas: at most one of `SEARCHES`, and any of `forms`; "" is DDNP.
+      p: budget of each method; methods without one take DDNP's.
+      forms: further forms of this experiment, the fields of each by name.
+
+    Raises:
+      ValueError: a name is unknown, or two searches are named.
+    """
+    from ddnp_jax import methods  # here, because a process that only reads configurations does without JAX
+
+    words = list(filter(None, argument.split(",")))
+    if unknown := [word for word in words if word not in (*SEARCHES, *forms)]:
+        known = ", ".join((*SEARCHES, *forms))
+        raise ValueError(f"the configuration's argument {unknown[0]!r} is unknown; use {known}.")
+    searches = [word for word in words if word in SEARCHES] or ["ddnp"]
+    if len(searches) > 1:
+        raise ValueError(f"the configuration's argument names two searches, {' and '.join(searches)}; name one.")
+    method, fields = SEARCHES[searches[0]]
+    config.search.method = method
+    config.search.update(methods.default_config(method))
+    config.budget.p = p.get(method, p["ddnp"])
+    for chosen in (fields, *(forms[word] for word in words if word in forms)):
+        config.update_from_flattened_dict(chosen)
+    config.variant = argument or "default"
+    return config.lock()

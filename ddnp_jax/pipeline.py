@@ -172,7 +172,11 @@ def search(job: Run, variables: Any) -> Selection:
 
         def evaluate(state: Any) -> dict[str, float]:
             masks = methods.select(method, state, job.budget).masks(job.topology)
-            return test({"variables": variables, "masks": masks}, *job.held_out())
+            constants = {"variables": variables, "masks": masks}
+            found = _named("validation", test(constants, *job.held_out()))
+            if job.config.search.test_curve:
+                found |= _named("test", test(constants, job.dataset.test_images, job.dataset.test_labels))
+            return found
 
         state = _run_stage(job, "search", method.step, state, variables, evaluate)
     _once(job, "proposed_p", lambda: methods.proposed_cost(method, state, job.budget) / job.budget.total)
@@ -275,7 +279,7 @@ def _train(
         training.train_step(_in_training(job, model), optimizer, config, teacher),
         training.init_state(variables, optimizer),
         constants,
-        lambda state: test(training.variables(state), *job.held_out()),
+        lambda state: _named("validation", test(training.variables(state), *job.held_out())),
     )
     return training.variables(state)
 
@@ -329,6 +333,10 @@ def _masked_evaluator(job: Run) -> Callable[..., dict[str, float]]:
         return apply_masked(job.model, constants["variables"], images, constants["masks"], job.topology)
 
     return training.evaluator(forward, job.config.data, job.config.eval_batch_size, job.config.parallel.mode)
+
+
+def _named(images: str, metrics: dict[str, float]) -> dict[str, float]:
+    return {f"{images}_{name}": value for name, value in metrics.items()}
 
 
 def _test(job: Run, model: nn.Module, variables: Any) -> dict[str, float]:

@@ -38,7 +38,9 @@ _COMPARED = (
 )
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-_BLUE, _LIGHT_BLUE, _VERMILION = "#0072B2", "#C3DDEE", "#D55E00"
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_BLUE, _VERMILION, *_ = COLORS
+_LIGHT_BLUE = "#C3DDEE"
 
 
 def write(workdir: str | Path, results: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,7 +105,7 @@ def compare(reports: Sequence[Mapping[str, Any]]) -> str:
         for (method, model, dataset, p, convention, epochs), runs in groups.items()
     ]
     foot = "Several seeds: mean ± sample standard deviation. Accuracies: test set, last epoch. Seconds: all stages."
-    return f"{markdown_table(header, rows, text_columns=3)}\n\n{foot}\n"
+    return f"{table(header, rows, text_columns=3)}\n\n{foot}\n"
 
 
 def _compared_figures(runs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -231,7 +233,7 @@ def _result_table(report: Mapping[str, Any]) -> str:
         row("pruned, after fine-tuning", "pruned", "after"),
         ["change, base to fine-tuned", *difference],
     ]
-    return markdown_table(["network", "top-1 (%)", "top-5 (%)", "FLOPs", "parameters", "latency (ms)"], rows)
+    return table(["network", "top-1 (%)", "top-5 (%)", "FLOPs", "parameters", "latency (ms)"], rows)
 
 
 def _latency_sentence(report: Mapping[str, Any]) -> str:
@@ -310,7 +312,7 @@ def _time_table(report: Mapping[str, Any]) -> str:
         seconds = report["seconds"][stage]
         rows.append([name, _epochs(report, stage), f"{seconds:,.0f}" if seconds else "not run"])
     rows.append(["all", "", f"{sum(report['seconds'].values()):,.0f}"])
-    return markdown_table(["stage", "epochs", "seconds"], rows)
+    return table(["stage", "epochs", "seconds"], rows)
 
 
 def _width_table(report: Mapping[str, Any]) -> str:
@@ -318,14 +320,14 @@ def _width_table(report: Mapping[str, Any]) -> str:
     rows = [[f"`{name}`", str(before), str(after), f"{100 * after / before:.1f}"] for name, before, after in gates]
     before, after = sum(report["widths_before"]), sum(report["widths"])
     rows.append(["all", str(before), str(after), f"{100 * after / before:.1f}"])
-    return markdown_table(["gate", "before", "after", "kept (%)"], rows)
+    return table(["gate", "before", "after", "kept (%)"], rows)
 
 
 def _bullets(sentences: Iterable[str]) -> str:
     return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
     """A markdown table whose source is aligned too; the columns after the first `text_columns` are figures."""
     lengths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     sides = ["<"] * text_columns + [">"] * (len(header) - text_columns)
@@ -341,7 +343,7 @@ def _widths_figure(report: Mapping[str, Any]) -> Figure:
     before, after = report["widths_before"], report["widths"]
     places = range(len(before))
     figure = Figure(figsize=(max(6.0, 1.2 + 0.27 * len(before)), 4.5), layout="constrained")
-    axes = _plain_axes(figure)
+    axes = plain_axes(figure)
     axes.bar(places, before, width=0.8, color=_LIGHT_BLUE, label="before")
     axes.bar(places, after, width=0.8, color=_BLUE, label="after")
     for place, width in zip(places, after, strict=True):
@@ -360,7 +362,7 @@ def _search_figure(report: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]
         return [step for step, _ in points], [value for _, value in points]
 
     figure = Figure(figsize=(8.0, 4.5), layout="constrained")
-    axes = _plain_axes(figure)
+    axes = plain_axes(figure)
     axes.plot(*curve("top1"), color=_BLUE, alpha=0.35, linewidth=1, label="top-1, search images (soft masks)")
     axes.plot(
         *curve("validation_top1"), color=_BLUE, marker="o", markersize=4, label="top-1, held-out images (cut to p)"
@@ -378,8 +380,9 @@ def _search_figure(report: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]
     return figure
 
 
-def _plain_axes(figure: Figure) -> Axes:
-    axes = figure.subplots()
+def plain_axes(figure: Figure, rows: int = 1, columns: int = 1, place: int = 0) -> Axes:
+    """Axes without box at one of rows * columns places, counted along the rows from 0."""
+    axes = figure.add_subplot(rows, columns, place + 1)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
     axes.grid(axis="y", color="#E5E5E5")

@@ -255,7 +255,7 @@ def test_missing_weights(config, tmp_path):
 def test_configurations_are_locked_and_name_their_variants():
     with pytest.raises(AttributeError):
         cifar10_r56.get_config().search.temprature = 1.0
-    with pytest.raises(ValueError, match=r"cifar10_r56\.py:nppn is unknown; use one of authors"):
+    with pytest.raises(ValueError, match=r"argument 'nppn' is unknown; use ddnp, authors"):
         cifar10_r56.get_config("nppn")
 
 

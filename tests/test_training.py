@@ -304,7 +304,7 @@ def run_stage(folder, chunk=None, evaluate=None):
         recording_state(),
         run_constants(),
         data.batches(np.arange(40), 16, seed=0),
-        evaluate or (lambda state: {"top1": float(state.step)}),
+        evaluate or (lambda state: {"validation_top1": float(state.step)}),
         training.MetricsLog(folder / "metrics.jsonl"),
     )
 

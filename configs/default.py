@@ -1,13 +1,47 @@
-"""Every field of an experiment, with the values that most experiments share. Configurations start from this one."""
+"""Every field of an experiment, with the values that most experiments share. Configurations start from this one.
+
+The fields of a search method stand in its module, `ddnp_jax/methods/METHOD.py`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
+
+# The searches that every configuration offers by its argument: method, and the fields that differ from its defaults.
+SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddnp": ("ddnp", {}),
+    "authors": (
+        "ddnp",
+        {
+            "search.bidirectional": True,
+            "search.layer_norm": True,
+            "search.energy_weight": 0.5,
+            "search.importance_average": 0.99,
+        },
+    ),
+    "scalar": (
+        "ddnp",
+        {
+            "search.importance": "scalar",
+            "search.width": "scalar",
+            "search.importance_optimizer.learning_rate": 5e-2,
+            "search.width_optimizer.learning_rate": 5e-2,
+        },
+    ),
+    "nppm": ("nppm", {"data.search_fraction": 0.1}),
+    "dg": ("nppm", {"data.search_fraction": 0.1, "search.predictor": "none"}),
+    "uniform": ("uniform", {}),
+    "magnitude": ("magnitude", {}),
+}
 
 
 def trainer(**fields: object) -> ConfigDict:
     """A section of the trainer, used for base training and for fine-tuning."""
     config = ConfigDict()
     config.epochs = 200  # passes over the stage's training images
-    config.batch_size = 128  # images per step, over all devices
+    config.batch_size = 128  # images per update, over all devices
+    config.micro_batches = 1  # steps that share an update, each on its part of the batch: for small devices
     config.learning_rate = 0.1  # of SGD, for this batch size
     config.momentum = 0.9  # of SGD
     config.weight_decay = 1e-4  # added to the gradient of every parameter
@@ -15,7 +49,7 @@ def trainer(**fields: object) -> ConfigDict:
     config.schedule = "step"  # 'step' (x0.1 at decay_at) or 'cosine' (to 0)
     config.decay_at = (0.5, 0.75)  # fractions of the run, for 'step'
     config.label_smoothing = 0.0  # mass that the label gives to all classes
-    config.augment = True  # pad-crop-flip, as data.pad and data.flip say
+    config.augment = True  # random crops and flips, as `data` says
     config.chunk_steps = 50  # steps per dispatch; logging and stopping happen between chunks
     config.save_every = 8  # chunks between checkpoints and evaluations on held-out training images
     config.update(fields)
@@ -23,7 +57,7 @@ def trainer(**fields: object) -> ConfigDict:
 
 
 def get_config() -> ConfigDict:
-    """The common configuration; `data` and `model` are for the experiment to fill."""
+    """The common configuration; an experiment fills `data` and `model` and ends with `choose`."""
     config = ConfigDict()
     config.seed = 0  # of weights, splits, order, augmentation and search
     config.variant = "default"  # name of this form in reports
@@ -44,39 +78,31 @@ def get_config() -> ConfigDict:
     config.data.validation_fraction = 0.02  # of the training images: chooses the best checkpoint, never trained on
     config.data.mean = (0.4914, 0.4822, 0.4465)  # per channel, of images in [0, 1]
     config.data.std = (0.2023, 0.1994, 0.2010)
-    config.data.pad = 4  # zero pixels on each side before the random crop
+    config.data.pad = 4  # zero pixels on each side before the random crop of small images
     config.data.flip = True  # random horizontal flip
+    config.data.crop_size = 224  # side of the crops that are made of photographs
+    config.data.resize_size = 256  # shorter side of a photograph before the center crop of evaluation
+    config.data.threads = 0  # that decode photographs, in each process; 0 is one per core
 
     config.budget = ConfigDict()
-    config.budget.p = 0.5  # FLOPs of the prunable layers that remain, in (0, 1]
+    config.budget.kind = "flops"  # of the prunable layers; 'params' or 'latency' (measured per layer): of the network
+    config.budget.p = 0.5  # the part of it that remains, in (0, 1]
     config.budget.convention = "macs"  # 'macs' of conv and dense, or 'authors' (3 more per output element)
     config.budget.multiple = 1  # widths are multiples of this (whole gates excepted)
+    config.budget.latency_points = 5  # for 'latency': widths per gate at which layers are timed
 
     config.base = trainer(weights="")  # weights: PyTorch checkpoint or save_pruned folder; '' trains from scratch
 
     config.search = search = ConfigDict()
-    search.method = "ddnp"  # a module of ddnp_jax.methods
+    search.method = "ddnp"  # a module of ddnp_jax.methods, which has its further fields
     search.epochs = 200  # passes over the search images
     search.batch_size = 256  # images per step, over all devices
-    search.augment = False  # pad-crop-flip
+    search.augment = False  # random crops and flips, as `data` says
     search.chunk_steps = 10  # steps per dispatch
     search.save_every = 10  # chunks between checkpoints and evaluations
-    search.importance = "generator"  # s: 'generator' (g_s), 'scalar' per channel, or 'l1' (norms, fixed)
-    search.width = "generator"  # k: 'generator' (g_k), 'scalar' per gate, or 'half' (0.5, fixed)
-    search.output = "sigmoid"  # importance from s̄: 'sigmoid', 'abs' or 'square'
-    search.learned_inputs = False  # whether x_s and x_k are learned
-    search.bidirectional = False  # authors' form: g_s also runs backward over the gates
-    search.layer_norm = False  # authors' form: layer norm of the GRU's outputs
-    search.energy_weight = 0.0  # authors' form 0.5: share of feature energy in the importance
-    search.importance_average = 0.0  # authors' form 0.99: decay of the average that ranks channels for evaluation
+    search.test_curve = False  # also logs test accuracy at every checkpoint, for figures; it decides nothing
     search.resource_loss = "log_abs"  # R: 'log_abs', 'log_max', 'abs' or 'square'
     search.resource_weight = 4.0  # λ
-    search.tie_weight = 1.0  # ρ; 0 disentangles importance and width completely
-    search.tie_noise = 0.02  # half the range of u
-    search.band = 0.05  # half-width of the soft top-k's edge, as a fraction of the channels
-    search.floor = 0.025  # smallest mask during the search
-    search.importance_optimizer = ConfigDict({"learning_rate": 1e-3, "weight_decay": 1e-4})  # AdamW; scalars need ~5e-2
-    search.width_optimizer = ConfigDict({"learning_rate": 1e-3, "weight_decay": 0.0})  # AdamW, cosine to 0
 
     config.finetune = trainer(warmup_epochs=5.0)
     config.finetune.distillation_weight = 0.0  # share of the loss from the unpruned network's outputs
@@ -89,3 +115,36 @@ def get_config() -> ConfigDict:
         True  # batch statistics of the whole batch; models without bn_axis_name: per device
     )
     return config
+
+
+def choose(
+    config: ConfigDict, argument: str, p: Mapping[str, float], forms: Mapping[str, Mapping[str, Any]]
+) -> ConfigDict:
+    """Ends a configuration with what its argument asks for, and locks it.
+
+    Args:
+      config: with everything else filled in.
+      argument: names joined by commas: at most one of `SEARCHES`, and any of `forms`; "" is DDNP.
+      p: budget of each method; methods without one take DDNP's.
+      forms: further forms of this experiment, the fields of each by name.
+
+    Raises:
+      ValueError: a name is unknown, or two searches are named.
+    """
+    from ddnp_jax import methods  # here, because a process that only reads configurations does without JAX
+
+    words = list(filter(None, argument.split(",")))
+    if unknown := [word for word in words if word not in (*SEARCHES, *forms)]:
+        known = ", ".join((*SEARCHES, *forms))
+        raise ValueError(f"the configuration's argument {unknown[0]!r} is unknown; use {known}.")
+    searches = [word for word in words if word in SEARCHES] or ["ddnp"]
+    if len(searches) > 1:
+        raise ValueError(f"the configuration's argument names two searches, {' and '.join(searches)}; name one.")
+    method, fields = SEARCHES[searches[0]]
+    config.search.method = method
+    config.search.update(methods.default_config(method))
+    config.budget.p = p.get(method, p["ddnp"])
+    for chosen in (fields, *(forms[word] for word in words if word in forms)):
+        config.update_from_flattened_dict(chosen)
+    config.variant = argument or "default"
+    return config.lock()

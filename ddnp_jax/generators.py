@@ -14,7 +14,7 @@ import jax.numpy as jnp
 WIDTH_SHIFT = 3.0  # b of DDNP eq. (2): the search starts from an almost whole network
 
 
-def _weight_norm(layer: nn.Module, name: str | None = None) -> nn.WeightNorm:
+def weight_norm(layer: nn.Module, name: str | None = None) -> nn.WeightNorm:
     """`w = g v / ||v||` for every column of the kernels of `layer`."""
     return nn.WeightNorm(layer, variable_filter={"kernel"}, name=name)
 
@@ -26,6 +26,11 @@ def _inputs(module: nn.Module, init: nn.initializers.Initializer, shape: tuple[i
     return module.variable("inputs", "x", lambda: init(module.make_rng("params"), shape, jnp.float32)).value
 
 
+def gru_cell(features: int, name: str | None = None) -> nn.GRUCell:
+    """A GRU whose recurrent kernels start normal: the fusions on CPU cannot compile flax's orthogonal ones."""
+    return nn.GRUCell(features, recurrent_kernel_init=nn.initializers.lecun_normal(), name=name)
+
+
 class _GRU(nn.Module):
     """One step of a weight-normalized GRU."""
 
@@ -33,7 +38,7 @@ class _GRU(nn.Module):
 
     @nn.compact
     def __call__(self, carry: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _weight_norm(nn.GRUCell(self.hidden, recurrent_kernel_init=nn.initializers.lecun_normal()))(carry, x)
+        return weight_norm(gru_cell(self.hidden))(carry, x)
 
 
 class ImportanceGenerator(nn.Module):
@@ -66,7 +71,7 @@ class ImportanceGenerator(nn.Module):
             outputs = nn.LayerNorm()(outputs)
         outputs = nn.relu(outputs)
         return tuple(
-            _weight_norm(nn.Dense(channels), name=f"fc{gate}")(outputs[gate])
+            weight_norm(nn.Dense(channels), name=f"fc{gate}")(outputs[gate])
             for gate, channels in enumerate(self.widths)
         )
 
@@ -105,8 +110,8 @@ class WidthGenerator(nn.Module):
     def __call__(self) -> jax.Array:
         """Returns k, (L,) in (0, 1)."""
         x = _inputs(self, nn.initializers.normal(1.0), (self.features,), self.learned_inputs)
-        x = nn.relu(_weight_norm(nn.Dense(self.hidden), name="fc1")(x))
-        return nn.sigmoid(_weight_norm(nn.Dense(self.gates), name="fc2")(x) + WIDTH_SHIFT)
+        x = nn.relu(weight_norm(nn.Dense(self.hidden), name="fc1")(x))
+        return nn.sigmoid(weight_norm(nn.Dense(self.gates), name="fc2")(x) + WIDTH_SHIFT)
 
 
 class ScalarWidth(nn.Module):

@@ -1,9 +1,11 @@
 """From importance and width to masks: ranking, soft top-k, relaxed Bernoulli gates, straight-through rounding."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 GATE_SHIFT = 3.0  # keeps every gate open at the start of a search
 GATE_TEMPERATURE = 0.4
@@ -81,3 +83,8 @@ def straight_through(gates: jax.Array) -> jax.Array:
     """Rounds gates at 1/2 to zeros and ones; the gradient passes as if nothing was rounded."""
     hard = (gates >= 0.5).astype(gates.dtype)
     return gates + jax.lax.stop_gradient(hard - gates)
+
+
+def split_gates(values: jax.Array, widths: Sequence[int]) -> tuple[jax.Array, ...]:
+    """Divides the last axis (..., Σ C_l) into one array (..., C_l) per gate."""
+    return tuple(jnp.split(values, np.cumsum(widths)[:-1], axis=-1))

@@ -90,6 +90,11 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(lambda x: np.array(jax.device_get(x)), tree)
 
 
+def process() -> tuple[int, int]:
+    """Index of this process and number of processes."""
+    return jax.process_index(), jax.process_count()
+
+
 def any_process(flag: bool) -> bool:
     """Whether `flag` is true in any process; every process must ask, and all get the same answer."""
     if jax.process_count() == 1:

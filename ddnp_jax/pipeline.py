@@ -14,8 +14,8 @@ import ml_collections
 import numpy as np
 import optax
 
-from ddnp_jax import checkpoint, data, flops, methods, models, parallel, report, torch_weights, training
-from ddnp_jax.budget import Budget
+from ddnp_jax import checkpoint, data, flops, latency, methods, models, parallel, report, torch_weights, training
+from ddnp_jax.budget import Budget, make_budget
 from ddnp_jax.compact import compact, load_pruned, save_pruned, verify
 from ddnp_jax.interception import apply_masked
 from ddnp_jax.topology import Selection, Topology, trace
@@ -30,7 +30,7 @@ class Run:
     Attributes:
       config: the whole configuration.
       workdir: where everything is written.
-      dataset: images on the host.
+      dataset: images and their splits.
       model: the unpruned network.
       rebuild: makes the smaller module from the channels per gate; None where the model has `widths`.
       topology: of the model.
@@ -48,9 +48,10 @@ class Run:
     log: training.MetricsLog
 
     def stage_steps(self, section: str) -> tuple[int, int]:
-        """(steps in all, steps per epoch) of a section of the configuration."""
+        """(steps in all, steps per epoch) of a section of the configuration; an update may take several."""
         config = self.config[section]
-        per_epoch = data.steps_per_epoch(len(self.indices(section)), config.batch_size)
+        updates = data.steps_per_epoch(len(self.indices(section)), config.batch_size)
+        per_epoch = updates * config.get("micro_batches", 1)
         return config.epochs * per_epoch, per_epoch
 
     def indices(self, section: str) -> np.ndarray:
@@ -60,20 +61,21 @@ class Run:
             return splits["search"]
         return splits["train"] if section == "base" else np.sort(np.concatenate([splits["train"], splits["search"]]))
 
-    def batches(self, section: str) -> Any:
-        """Batches of indices of a stage, this process's part."""
-        process = (jax.process_index(), jax.process_count())
-        return data.batches(self.indices(section), self.config[section].batch_size, self.config.seed, process=process)
+    def send(self, section: str, augment: bool, first: int, last: int) -> Any:
+        """What is sent to the devices for the steps `first` to `last` - 1 of a stage, this process's part."""
+        config, images = self.config[section], self.dataset.train
+        batches = data.batches(self.indices(section), step_batch(config), self.config.seed, process=parallel.process())
+        read = functools.partial(images.read, seed=self.config.seed if augment else None)
+        return data.read_ahead(batches[first:last], read, images.threads, config.chunk_steps)
 
-    def held_out(self) -> tuple[np.ndarray, np.ndarray]:
-        """Images and labels by which the best checkpoint is chosen."""
-        index = self.dataset.splits["validation"]
-        return self.dataset.train_images[index], self.dataset.train_labels[index]
-
-    def on_device(self, step_constants: Any) -> dict[str, Any]:
+    def constants(self, step_constants: Any) -> dict[str, Any]:
         """The constants of `training.over_chunk` on every device."""
-        images, labels = self.dataset.train_images, self.dataset.train_labels
-        return parallel.replicate({"images": images, "labels": labels, "step": step_constants})
+        return {"images": self.dataset.train.on_devices, "step": parallel.replicate(step_constants)}
+
+
+def step_batch(section: ml_collections.ConfigDict) -> int:
+    """Images per step of a section of the configuration, over all devices."""
+    return section.batch_size // section.get("micro_batches", 1)
 
 
 def prepare(
@@ -91,24 +93,33 @@ def prepare(
     if config.precision not in dtype:
         raise ValueError(f"precision={config.precision!r} is unknown; use {' or '.join(map(repr, dtype))}.")
     for section in ("base", "search", "finetune"):
-        parallel.check_batch(config[section].batch_size, f"{section}.batch_size")
+        _check_batch(section, config[section])
     parallel.check_batch(config.eval_batch_size, "eval_batch_size")
     methods.check(config.search)
     for section in ("base", "finetune"):
-        training.schedule(config[section], steps_per_epoch=1)
+        training.schedule(config[section], updates_per_epoch=1)
     parallel.check_mode(config.parallel.mode)
     dataset = data.load(config.data)
     if model is None:
         attributes = {**config.model.attributes, "dtype": dtype[config.precision]}
         model = models.create(config.model.name, dataset.num_classes, **attributes)
     topology = trace(model, dataset.image_shape)
-    budget = Budget(topology, config.budget.p, config.budget.convention, config.budget.multiple)
-    budget.check()
     workdir = Path(workdir)
-    checkpoint.claim_workdir(workdir, config.to_dict())
+    measured = functools.partial(
+        latency.measured_once, workdir / "latency.json", model, topology, config.eval_batch_size
+    )
+    budget = make_budget(config.budget, topology, measured)
+    checkpoint.claim_workdir(workdir, config.to_dict(), ignore=("data.threads",))
     return Run(
         config, workdir, dataset, model, rebuild, topology, budget, training.MetricsLog(workdir / "metrics.jsonl")
     )
+
+
+def _check_batch(name: str, section: ml_collections.ConfigDict) -> None:
+    parts = section.get("micro_batches", 1)
+    if parts < 1 or section.batch_size % parts:
+        raise ValueError(f"{name}.batch_size={section.batch_size} has no {name}.micro_batches={parts} equal parts.")
+    parallel.check_batch(step_batch(section), f"{name}.batch_size" + (f" / {name}.micro_batches" if parts > 1 else ""))
 
 
 def run(
@@ -166,11 +177,16 @@ def search(job: Run, variables: Any) -> Selection:
     method = methods.build(job.config.search.method, problem)
     state = method.init(jax.random.key(job.config.seed))
     if method.steps:
-        test = _masked_evaluator(job)
+        held_out = _masked_evaluator(job, job.dataset.train)
+        test = _masked_evaluator(job, job.dataset.test)
 
         def evaluate(state: Any) -> dict[str, float]:
             masks = methods.select(method, state, job.budget).masks(job.topology)
-            return test({"variables": variables, "masks": masks}, *job.held_out())
+            constants = {"variables": variables, "masks": masks}
+            found = _named("validation", held_out(constants, job.dataset.splits["validation"]))
+            if job.config.search.test_curve:
+                found |= _named("test", test(constants, np.arange(len(job.dataset.test))))
+            return found
 
         state = _run_stage(job, "search", method.step, state, variables, evaluate)
     _once(job, "proposed_p", lambda: methods.proposed_cost(method, state, job.budget) / job.budget.total)
@@ -183,8 +199,7 @@ def search(job: Run, variables: Any) -> Selection:
 def cut(job: Run, variables: Any, selection: Selection) -> tuple[nn.Module, Any]:
     """Removes the channels, proves that nothing else changed, and re-estimates batch statistics if asked to."""
     small_model, small_variables = compact(job.model, variables, selection, job.topology, job.rebuild)
-    pixels = job.config.data
-    images = data.normalize(job.dataset.test_images[: job.config.eval_batch_size], pixels.mean, pixels.std)
+    images = job.dataset.test.first(_local_batch(job))
     verification = verify(job.model, variables, small_model, small_variables, selection, job.topology, images)
     _once(job, "verification", verification._asdict)
     if job.config.finetune.recalibration_steps:
@@ -206,22 +221,28 @@ def summarize(job: Run, selection: Selection) -> dict[str, Any]:
     """Everything that the report says, as one flat dictionary."""
     config, topology, results = job.config, job.topology, _results(job)
     stages = ("base", "search", "finetune")
-    convention = job.budget.convention
+    convention, budget = config.budget.convention, job.budget
     return {
         "method": config.search.method,
         "variant": config.variant,
         "model": config.model.name,
         "dataset": config.data.label,
         "seed": config.seed,
-        "p": job.budget.p,
+        "p": budget.p,
+        "budget": {
+            "kind": config.budget.kind,
+            "unit": budget.counted.unit,
+            "before": budget.total,
+            "after": budget.cost(selection.widths),
+        },
         "flops_convention": convention,
         **{f"{stage}_{k}": results[stage][k] for stage in ("base", "unfinetuned", "pruned") for k in ("top1", "top5")},
         "best_pruned_validation_top1": job.log.best("finetune"),
-        "test_images": len(job.dataset.test_labels),
+        "test_images": len(job.dataset.test),
         "flops_total_before": flops.total(topology, None, convention),
         "flops_total_after": flops.total(topology, selection.widths, convention),
-        "flops_prunable_before": job.budget.total,
-        "flops_prunable_after": job.budget.cost(selection.widths),
+        "flops_prunable_before": flops.prunable(topology, None, convention),
+        "flops_prunable_after": flops.prunable(topology, selection.widths, convention),
         "params_before": flops.parameters(topology),
         "params_after": flops.parameters(topology, selection.widths),
         "gate_names": [gate.name for gate in topology.gates],
@@ -243,7 +264,9 @@ def _fitted(job: Run, proposed: float) -> list[str]:
     channel = job.budget.total / sum(job.topology.widths)
     if not (job.workdir / "search").exists() or abs(proposed - job.budget.p) * job.budget.total <= channel:
         return []
-    return [f"The search ended at {proposed:.4f} of the prunable FLOPs; its widths were fitted to the budget."]
+    return [
+        f"The search ended at {proposed:.4f} of the {job.budget.counted.unit}; its widths were fitted to the budget."
+    ]
 
 
 def _initial_variables(job: Run) -> Any:
@@ -257,7 +280,7 @@ def _train(
 ) -> Any:
     """One run of the trainer; returns the variables after the last step."""
     config = job.config[section]
-    test = _evaluator(job, model)
+    test = _evaluator(job, model, job.dataset.train)
     optimizer = training.make_optimizer(config, job.stage_steps(section)[1])
     state = _run_stage(
         job,
@@ -265,7 +288,7 @@ def _train(
         training.train_step(_in_training(job, model), optimizer, config, teacher),
         training.init_state(variables, optimizer),
         constants,
-        lambda state: test(training.variables(state), *job.held_out()),
+        lambda state: _named("validation", test(training.variables(state), job.dataset.splits["validation"])),
     )
     return training.variables(state)
 
@@ -289,45 +312,59 @@ def _run_stage(
 ) -> Any:
     config = job.config[section]
     steps, per_epoch = job.stage_steps(section)
-    stage = training.Stage(section, job.workdir / section, steps, per_epoch, config.chunk_steps, config.save_every)
+    stage = training.Stage(
+        section, job.workdir / section, steps, per_epoch, step_batch(config), config.chunk_steps, config.save_every
+    )
     chunk = _over_devices(job, step, config.augment)
-    return training.run(stage, chunk, state, job.on_device(constants), job.batches(section), evaluate, job.log)
+    send = functools.partial(job.send, section, config.augment, last=steps)
+    return training.run(stage, chunk, state, job.constants(constants), send, evaluate, job.log)
 
 
 def _over_devices(job: Run, step: training.Step, augment: bool) -> Callable[..., Any]:
-    chunk = training.over_chunk(step, job.config.data, job.config.seed, augment)
+    chunk = training.over_chunk(step, job.dataset.train, job.config.seed, augment)
     return parallel.data_parallel(chunk, mode=job.config.parallel.mode)
 
 
 def _recalibrate(job: Run, model: nn.Module, variables: Any) -> Any:
-    steps = job.config.finetune.recalibration_steps
     chunk = _over_devices(job, training.recalibration_step(_in_training(job, model)), augment=False)
     state = parallel.replicate(training.init_state(variables, optax.identity()))
-    indices = parallel.shard_batches(data.chunk(job.batches("finetune"), 0, steps))
-    return training.variables(parallel.fetch(chunk(state, job.on_device(None), indices)[0]))
+    with job.send("finetune", False, 0, job.config.finetune.recalibration_steps) as chunks:
+        for sent in chunks:
+            state, _ = chunk(state, job.constants(None), parallel.shard_batches(sent))
+    return training.variables(parallel.fetch(state))
 
 
-def _evaluator(job: Run, model: nn.Module) -> Callable[..., dict[str, float]]:
-    def forward(variables: Any, images: jax.Array) -> jax.Array:
-        return model.apply(variables, images, train=False)
+def _evaluator(job: Run, model: nn.Module, images: data.Images) -> Callable[..., dict[str, float]]:
+    def forward(variables: Any, pixels: jax.Array) -> jax.Array:
+        return model.apply(variables, pixels, train=False)
 
-    return training.evaluator(forward, job.config.data, job.config.eval_batch_size, job.config.parallel.mode)
+    return training.evaluator(forward, images, job.config.eval_batch_size, job.config.parallel.mode)
 
 
-def _masked_evaluator(job: Run) -> Callable[..., dict[str, float]]:
-    def forward(constants: Any, images: jax.Array) -> jax.Array:
-        return apply_masked(job.model, constants["variables"], images, constants["masks"], job.topology)
+def _masked_evaluator(job: Run, images: data.Images) -> Callable[..., dict[str, float]]:
+    def forward(constants: Any, pixels: jax.Array) -> jax.Array:
+        return apply_masked(job.model, constants["variables"], pixels, constants["masks"], job.topology)
 
-    return training.evaluator(forward, job.config.data, job.config.eval_batch_size, job.config.parallel.mode)
+    return training.evaluator(forward, images, job.config.eval_batch_size, job.config.parallel.mode)
+
+
+def _named(images: str, metrics: dict[str, float]) -> dict[str, float]:
+    return {f"{images}_{name}": value for name, value in metrics.items()}
 
 
 def _test(job: Run, model: nn.Module, variables: Any) -> dict[str, float]:
-    return _evaluator(job, model)(variables, job.dataset.test_images, job.dataset.test_labels)
+    test = job.dataset.test
+    return _evaluator(job, model, test)(variables, np.arange(len(test)))
+
+
+def _local_batch(job: Run) -> int:
+    """Images of an evaluation batch that one device takes."""
+    return job.config.eval_batch_size // jax.device_count()
 
 
 def _latency(job: Run, networks: list[tuple[nn.Module, Any]]) -> dict[str, float]:
-    """Median milliseconds of one evaluation batch on one device, whole and pruned network in turn."""
-    batch = job.config.eval_batch_size
+    """Median milliseconds of a device's share of an evaluation batch, whole and pruned network in turn."""
+    batch = _local_batch(job)
     images = jax.device_put(np.zeros((batch, *job.dataset.image_shape), np.float32))
     calls = [
         functools.partial(jax.jit(functools.partial(m.apply, train=False)), jax.device_put(v)) for m, v in networks

@@ -1,9 +1,10 @@
 """Steps, schedules and the loop of every stage: base training, search and fine-tuning run through `run`."""
 
+import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,10 @@ def variables(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "batch_stats": state.batch_stats}
 
 
-def schedule(config: ml_collections.ConfigDict, steps_per_epoch: int) -> optax.Schedule:
+def schedule(config: ml_collections.ConfigDict, updates_per_epoch: int) -> optax.Schedule:
     """Linear warm-up from 0, then step decay (x0.1 at the fractions `decay_at` of the whole run) or cosine to 0."""
-    steps = config.epochs * steps_per_epoch
-    warmup = round(config.warmup_epochs * steps_per_epoch)
+    steps = config.epochs * updates_per_epoch
+    warmup = round(config.warmup_epochs * updates_per_epoch)
     match config.schedule:
         case "step":
             boundaries = {round(fraction * steps) - warmup: 0.1 for fraction in config.decay_at}
@@ -55,11 +56,24 @@ def schedule(config: ml_collections.ConfigDict, steps_per_epoch: int) -> optax.S
 
 
 def make_optimizer(config: ml_collections.ConfigDict, steps_per_epoch: int) -> optax.GradientTransformation:
-    """SGD with momentum; weight decay is added to the gradient, for every parameter."""
-    return optax.chain(
+    """SGD with momentum; weight decay is added to the gradient, for every parameter.
+
+    With `micro_batches` the gradients of as many steps are averaged and the last of them updates the parameters, which
+    is the update of the whole batch. Batch statistics are those of a step: of its part of the batch alone, and averaged
+    once per step.
+
+    Args:
+      config: a section of the trainer.
+      steps_per_epoch: `micro_batches` for each update.
+    """
+    updates_per_epoch = steps_per_epoch // config.micro_batches
+    optimizer = optax.chain(
         optax.add_decayed_weights(config.weight_decay),
-        optax.sgd(schedule(config, steps_per_epoch), momentum=config.momentum),
+        optax.sgd(schedule(config, updates_per_epoch), momentum=config.momentum),
     )
+    if config.micro_batches == 1:
+        return optimizer
+    return optax.MultiSteps(optimizer, config.micro_batches).gradient_transformation()
 
 
 def init_state(model_variables: Any, optimizer: optax.GradientTransformation) -> TrainState:
@@ -119,73 +133,70 @@ def recalibration_step(model: nn.Module) -> Step:
     return step
 
 
-def over_chunk(step: Step, pixels: ml_collections.ConfigDict, seed: int, augment: bool) -> Callable[..., Any]:
-    """A step on index batches as one scan: (state, constants, (length, batch) indices) -> (state, metrics (length,)).
+def over_chunk(step: Step, images: data.Images, seed: int, augment: bool) -> Callable[..., Any]:
+    """A step on batches of images as one scan: (state, constants, sent) -> (state, metrics (length,)).
 
-    `pixels` is the `data` section: mean, std, pad and flip.
-    `constants` are {"images", "labels", "step"}: the data set on the device and the step's own constants. Random
-    numbers depend on (seed, state.step) alone, those of the augmentation on the device too.
+    `constants` are {"images", "step"}: `images.on_devices` and the step's own constants; `sent` is what `images.read`
+    made of `length` batches. Random numbers depend on (seed, state.step) alone, those of an augmentation on the device
+    on the device too.
     """
 
-    def body(state: Any, constants: Any, indices: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+    def body(state: Any, constants: Any, sent: Any) -> tuple[Any, dict[str, jax.Array]]:
         rng, augment_rng = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
-        images = constants["images"][indices]
-        if augment:
-            augment_rng = jax.random.fold_in(augment_rng, jax.lax.axis_index("data"))
-            images = data.augment(augment_rng, images, pixels.pad, pixels.flip)
-        batch = data.normalize(images, pixels.mean, pixels.std), constants["labels"][indices]
-        return step(state, constants["step"], batch, rng)
+        augment_rng = jax.random.fold_in(augment_rng, jax.lax.axis_index("data")) if augment else None
+        return step(state, constants["step"], images.batch(constants["images"], sent, augment_rng), rng)
 
-    def run(state: Any, constants: Any, indices: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
-        if len(indices) > 1:
-            return jax.lax.scan(lambda carry, index: body(carry, constants, index), state, indices)
-        state, metrics = body(state, constants, indices[0])  # a scan of one step is still a loop to XLA
+    def run(state: Any, constants: Any, sent: Any) -> tuple[Any, dict[str, jax.Array]]:
+        if len(jax.tree.leaves(sent)[0]) > 1:
+            return jax.lax.scan(lambda carry, one: body(carry, constants, one), state, sent)
+        state, metrics = body(state, constants, _without_leading_axis(sent))  # a scan of one step is a loop to XLA too
         return state, jax.tree.map(lambda value: value[None], metrics)
 
     return run
 
 
+def _without_leading_axis(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x[0], tree)
+
+
 def evaluator(
-    forward: Callable[[Any, jax.Array], jax.Array], pixels: ml_collections.ConfigDict, batch_size: int, mode: str
-) -> Callable[[Any, np.ndarray, np.ndarray], dict[str, float]]:
-    """Exact evaluation over every image.
+    forward: Callable[[Any, jax.Array], jax.Array], images: data.Images, batch_size: int, mode: str
+) -> Callable[[Any, np.ndarray], dict[str, float]]:
+    """Exact evaluation, every image counted once.
 
     Args:
       forward: (variables, normalized images) -> logits (N, K).
-      pixels: the `data` section: mean and std.
+      images: what to evaluate on.
       batch_size: over all devices; the last batch is padded and the padding not counted.
       mode: of `parallel.data_parallel`.
 
     Returns:
-      (variables, uint8 images, labels) -> {"top1", "top5"} in percent and the mean cross-entropy "loss".
+      (variables, indices of images) -> {"top1", "top5"} in percent and the mean cross-entropy "loss".
     """
 
-    def totals(sums: Any, constants: Any, batches: Any) -> tuple[Any, dict]:
-        def body(sums: Any, batch: Any) -> tuple[Any, None]:
-            indices, valid = batch
-            images = data.normalize(constants["images"][indices], pixels.mean, pixels.std)
-            logits = forward(constants["variables"], images).astype(jnp.float32)
-            labels = constants["labels"][indices]
-            top = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == labels[:, None]
-            counted = {
-                "top1": 100.0 * top[:, 0],
-                "top5": 100.0 * jnp.any(top, axis=-1),
-                "loss": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
-            }
-            added = jax.tree.map(lambda x: jax.lax.psum(jnp.sum(jnp.where(valid, x, 0.0)), "data"), counted)
-            return jax.tree.map(jnp.add, sums, added), None
+    def totals(sums: Any, constants: Any, sent: Any) -> tuple[Any, dict]:
+        sent, valid = _without_leading_axis(sent)
+        pixels, labels = images.batch(constants["images"], sent, None)
+        logits = forward(constants["variables"], pixels).astype(jnp.float32)
+        top = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == labels[:, None]
+        counted = {
+            "top1": 100.0 * top[:, 0],
+            "top5": 100.0 * jnp.any(top, axis=-1),
+            "loss": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
+        }
+        added = jax.tree.map(lambda x: jax.lax.psum(jnp.sum(jnp.where(valid, x, 0.0)), "data"), counted)
+        return jax.tree.map(jnp.add, sums, added), {}
 
-        return jax.lax.scan(body, sums, batches)[0], {}
+    add_batch = parallel.data_parallel(totals, mode=mode)
 
-    run_all = parallel.data_parallel(totals, mode=mode)
-
-    def evaluate(model_variables: Any, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        rank, count = jax.process_index(), jax.process_count()
-        indices, valid = (np.split(a, count, axis=1)[rank] for a in data.evaluation_batches(len(labels), batch_size))
-        constants = parallel.replicate({"variables": model_variables, "images": images, "labels": labels})
-        zeros = parallel.replicate({"top1": np.float32(0), "top5": np.float32(0), "loss": np.float32(0)})
-        sums, _ = run_all(zeros, constants, parallel.shard_batches((indices, valid)))
-        return {name: float(value) / len(labels) for name, value in parallel.fetch(sums).items()}
+    def evaluate(variables: Any, indices: np.ndarray) -> dict[str, float]:
+        batches = data.evaluation_batches(indices, batch_size, process=parallel.process())
+        constants = {"images": images.on_devices, "variables": parallel.replicate(variables)}
+        sums = parallel.replicate({"top1": np.float32(0), "top5": np.float32(0), "loss": np.float32(0)})
+        with data.read_ahead(batches, lambda b: (images.read(b[0], None), b[1]), images.threads, 1) as sent:
+            for one in sent:
+                sums, _ = add_batch(sums, constants, parallel.shard_batches(one))
+        return {name: float(value) / len(indices) for name, value in parallel.fetch(sums).items()}
 
     return evaluate
 
@@ -202,7 +213,8 @@ class Stage:
       name: "base", "search" or "finetune".
       folder: of its checkpoints.
       steps: in all.
-      steps_per_epoch: for the progress bar and the log.
+      steps_per_epoch: for the log.
+      batch_size: images per step over all devices, for the log.
       chunk_steps: steps per dispatch.
       save_every: chunks between checkpoints and evaluations.
     """
@@ -211,6 +223,7 @@ class Stage:
     folder: Path
     steps: int
     steps_per_epoch: int
+    batch_size: int
     chunk_steps: int
     save_every: int
 
@@ -279,7 +292,7 @@ def run(
     chunk: Callable[..., Any],
     state: Any,
     constants: Any,
-    batches: Sequence[np.ndarray],
+    send: Callable[[int], contextlib.AbstractContextManager[Iterator[Any]]],
     evaluate: Callable[[Any], dict[str, float]],
     log: MetricsLog,
 ) -> Any:
@@ -290,8 +303,9 @@ def run(
       chunk: `over_chunk` mapped over devices by `parallel.data_parallel`.
       state: before the first step, on the host.
       constants: of `chunk`, replicated.
-      batches: of `data.batches`.
-      evaluate: state -> metrics on held-out training images with "top1", by which the best checkpoint is chosen.
+      send: step -> what is sent for the chunks from there to the end of the stage, of `data.read_ahead`.
+      evaluate: state -> what is logged with a checkpoint; by "validation_top1", of held-out training images, the best
+        one is chosen.
       log: of the run.
 
     Returns:
@@ -301,7 +315,10 @@ def run(
       FloatingPointError: the loss or the state became NaN or infinite.
       Preempted: SIGTERM came; the state is saved.
     """
-    with Checkpoints(stage.folder) as checkpoints, PreemptionGuard() as guard, _progress(stage) as bar:
+    with contextlib.ExitStack() as stack:
+        checkpoints, guard, bar = map(
+            stack.enter_context, (Checkpoints(stage.folder), PreemptionGuard(), _progress(stage))
+        )
         step, state = checkpoints.restore(state) or (0, state)
         bar.initial = bar.n = step  # what was done before does not count for the rate
         if step == stage.steps:
@@ -309,17 +326,21 @@ def run(
         log.rewind(stage.name, step)
         clock = _Clock(stage.folder / "seconds.json")
         state = parallel.replicate(state)
+        chunks = stack.enter_context(send(step))
+        ready = _to_devices(next(chunks))
         while step < stage.steps:
             started = time.monotonic()
-            indices = data.chunk(batches, step, min(stage.chunk_steps, stage.steps - step))
-            state, metrics = _dispatch(chunk, state, constants, indices)
-            rate = indices.size * jax.process_count() / (time.monotonic() - started)
+            state, measured = _dispatch(chunk, state, constants, ready)
+            ready = _to_devices(next(chunks, None))  # while the devices compute
+            metrics = jax.tree.map(lambda *parts: np.concatenate(parts), *parallel.fetch(measured))
             check_finite(stage.name, step, metrics)
-            step += len(indices)
+            length = len(metrics["loss"])
+            step += length
+            rate = length * stage.batch_size / (time.monotonic() - started)
             means = {name: float(np.mean(values)) for name, values in metrics.items()}
             log.write(stage.name, step, epoch=step / stage.steps_per_epoch, images_per_s=round(rate, 1), **means)
             bar.set_postfix_str(f"loss {means['loss']:.3f}, {rate:.0f} images/s", refresh=False)
-            bar.update(len(indices))
+            bar.update(length)
             due = step == stage.steps or (step // stage.chunk_steps) % stage.save_every == 0
             stop = guard.stop_requested() and step < stage.steps
             if due or stop:
@@ -327,8 +348,8 @@ def run(
                 check_state(stage.name, step, on_host)
                 held_out = evaluate(on_host) if due else {}
                 if due:
-                    log.write(stage.name, step, **{f"validation_{name}": value for name, value in held_out.items()})
-                checkpoints.save(step, on_host, metric=held_out.get("top1"))
+                    log.write(stage.name, step, **held_out)
+                checkpoints.save(step, on_host, metric=held_out.get("validation_top1"))
                 clock.save()
             if stop:
                 raise Preempted(f"stage {stage.name!r} is saved at step {step}; the same command goes on.")
@@ -339,20 +360,27 @@ def _progress(stage: Stage) -> tqdm:
     return tqdm(total=stage.steps, desc=stage.name, unit="step", disable=jax.process_index() > 0)
 
 
-def _dispatch(
-    chunk: Callable[..., Any], state: Any, constants: Any, indices: np.ndarray
-) -> tuple[Any, dict[str, np.ndarray]]:
-    """Runs a chunk; returns the state on the devices and the metrics (length,) on the host.
+def _to_devices(sent: Any) -> list[Any]:
+    """What is sent for a chunk, as one part per dispatch, on its way to the devices; nothing for None.
 
     XLA:CPU runs the gradient of a convolution some twenty times slower in the body of a loop, so there every step is a
     dispatch of its own; elsewhere the chunk is one.
     """
-    dispatches = len(indices) if jax.default_backend() == "cpu" else 1
-    metrics = []
-    for part in np.split(indices, dispatches):
-        state, measured = chunk(state, constants, parallel.shard_batches(part))
-        metrics.append(measured)
-    return state, jax.tree.map(lambda *parts: np.concatenate(parts), *parallel.fetch(metrics))
+    if sent is None:
+        return []
+    if jax.default_backend() != "cpu":
+        return [parallel.shard_batches(sent)]
+    steps = len(jax.tree.leaves(sent)[0])
+    return [parallel.shard_batches(jax.tree.map(lambda x: x[i : i + 1], sent)) for i in range(steps)]  # noqa: B023
+
+
+def _dispatch(chunk: Callable[..., Any], state: Any, constants: Any, parts: list[Any]) -> tuple[Any, list[Any]]:
+    """Starts a chunk; returns the state and the metrics of each part, on the devices."""
+    measured = []
+    for part in parts:
+        state, metrics = chunk(state, constants, part)
+        measured.append(metrics)
+    return state, measured
 
 
 class _Clock:

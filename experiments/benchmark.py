@@ -1,6 +1,9 @@
-"""Speed and memory of the steps beside the same steps in PyTorch: ResNet-56 on synthetic images of CIFAR's size.
+"""Speed and memory of the steps beside the same steps in PyTorch, and of loading photographs beside plain loops.
 
-    python -m experiments.benchmark [--only=search,training,evaluation] [--batch_size=128] [--rounds=10] [--json=PATH]
+    python -m experiments.benchmark [--only=search,training,evaluation,data] [--batch_size=128] [--rounds=10] \
+        [--data_dir=DIR] [--json=PATH]
+
+The steps are those of ResNet-56 on synthetic images of CIFAR's size; what is loaded, `experiments.loading` says.
 
 Everything measured is a process of its own, started with the flags that `experiments.launch` gives a run. The processes
 take turns, A B A B ..., so that each has the whole machine while the others wait and a slow minute meets all of them. A
@@ -35,7 +38,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from configs import cifar10_r56
-from experiments import launch
+from experiments import launch, loading
 
 # JAX and PyTorch are imported in the measured processes only: the maximum resident set of a process starts from that of
 # its parent.
@@ -46,6 +49,8 @@ OURS = {
     "training": {"training step": ""},
     "evaluation": {"evaluation": ""},
 }
+DATA = "data"
+STAGES = (*OURS, DATA)
 BATCH_SIZE = {"search": "search.batch_size", "training": "base.batch_size", "evaluation": "eval_batch_size"}
 PYTORCH = "PyTorch"
 IMAGE_SHAPE = (32, 32, 3)
@@ -114,17 +119,18 @@ def ours(stage: str, variant: str, batch_size: int) -> Side:
 def _our_turn(stage: str, config: ConfigDict, batch_size: int, steps: int) -> Callable[[], Any]:
     import jax
 
-    from ddnp_jax import models, parallel, training
+    from ddnp_jax import data, models, parallel, training
 
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (steps * batch_size, *IMAGE_SHAPE), np.uint8)
-    labels = rng.integers(0, CLASSES, steps * batch_size, np.int32)
+    count = steps * batch_size
+    pixels = rng.integers(0, 256, (count, *IMAGE_SHAPE), np.uint8)
+    images = data.InMemory(pixels, rng.integers(0, CLASSES, count, np.int32), config.data)
     model = models.create(config.model.name, CLASSES, **config.model.attributes)
     variables = jax.jit(model.init)(jax.random.key(config.seed), np.zeros((1, *IMAGE_SHAPE), np.float32))
     if stage == "evaluation":
         mode = config.parallel.mode
-        evaluate = training.evaluator(lambda v, x: model.apply(v, x, train=False), config.data, batch_size, mode)
-        return lambda: evaluate(variables, images, labels)
+        evaluate = training.evaluator(lambda v, x: model.apply(v, x, train=False), images, batch_size, mode)
+        return lambda: evaluate(variables, np.arange(count))
 
     if stage == "search":
         step, state = _search(config, model, variables)
@@ -132,12 +138,10 @@ def _our_turn(stage: str, config: ConfigDict, batch_size: int, steps: int) -> Ca
     else:
         step, state = _training(config, model, variables)
         constants, augment = None, config.base.augment
-    chunk = parallel.data_parallel(
-        training.over_chunk(step, config.data, config.seed, augment), mode=config.parallel.mode
-    )
-    constants = parallel.replicate({"images": images, "labels": labels, "step": constants})
+    chunk = parallel.data_parallel(training.over_chunk(step, images, config.seed, augment), mode=config.parallel.mode)
+    constants = {"images": images.on_devices, "step": parallel.replicate(constants)}
     state = parallel.replicate(state)
-    indices = np.arange(steps * batch_size, dtype=np.int32).reshape(steps, batch_size)
+    indices = np.arange(count, dtype=np.int32).reshape(steps, batch_size)
 
     def turn() -> None:
         nonlocal state
@@ -154,7 +158,7 @@ def _search(config: ConfigDict, model: Any, variables: Any) -> tuple[Callable[..
     from ddnp_jax.budget import Budget
 
     topology = trace(model, IMAGE_SHAPE)
-    budget = Budget(topology, config.budget.p, config.budget.convention, config.budget.multiple)
+    budget = Budget(topology, config.budget.p)
     problem = methods.Problem(model, variables, topology, budget, config.search, steps=1000)
     search = methods.build(config.search.method, problem)
     return search.step, search.init(jax.random.key(config.seed))
@@ -234,6 +238,18 @@ def _pytorch_step(stage: str, batch_size: int, device: Any) -> Callable[[], Any]
     return train
 
 
+def photographs(name: str, data_dir: str, batch_size: int) -> Side:
+    """A side of the loading of photographs.
+
+    Args:
+      name: `loading.OURS` or a key of `loading.LOOPS`.
+      data_dir: of prepared imagenet2012, or "".
+      batch_size: photographs per step.
+    """
+    about = {"platform": "cpu", "device": "1 core", "version": loading.VERSION}
+    return Side(loading.make_turn(name, data_dir, batch_size, steps=2), 2, _resident_bytes, about)
+
+
 def _resident_bytes() -> int:
     """The maximum resident set of this process so far."""
     import resource
@@ -291,23 +307,26 @@ def _serve(pipe: Connection, side: Callable[..., Side], *arguments: Any) -> None
 
 
 def measure(
-    stage: str, batch_size: int, rounds: int, with_pytorch: bool
+    stage: str, flags: argparse.Namespace, with_pytorch: bool
 ) -> tuple[dict[str, Measurement], dict[str, dict[str, str]]]:
     """Measures a stage.
 
     Returns:
-      Per name of `OURS[stage]`, and per `PYTORCH` if it takes part: the measurement, and what the process says of
+      Per name of the stage's sides, and per `PYTORCH` if it takes part: the measurement, and what the process says of
       itself.
     """
+    batch_size = flags.batch_size
+    if stage == DATA:
+        sides = {n: (photographs, n, flags.data_dir, batch_size) for n in (loading.OURS, *loading.LOOPS)}
+    else:
+        sides = {name: (ours, stage, variant, batch_size) for name, variant in OURS[stage].items()}
     with ExitStack() as stack:
-        workers = {
-            name: stack.enter_context(Worker(ours, stage, variant, batch_size)) for name, variant in OURS[stage].items()
-        }
+        workers = {name: stack.enter_context(Worker(*side)) for name, side in sides.items()}
         platform = next(iter(workers.values())).about["platform"]
-        if with_pytorch and platform in ("cpu", "gpu"):
+        if with_pytorch and stage != DATA and platform in ("cpu", "gpu"):
             workers[PYTORCH] = stack.enter_context(Worker(pytorch, stage, batch_size, platform))
         turns: dict[str, list[tuple[float, int]]] = {name: [] for name in workers}
-        for _ in tqdm(range(rounds), desc=stage, unit="round"):
+        for _ in tqdm(range(flags.rounds), desc=stage, unit="round"):
             for name, worker in workers.items():
                 turns[name].append(worker.turn())
         measured = {name: Measurement([s for s, _ in taken], taken[-1][1]) for name, taken in turns.items()}
@@ -332,7 +351,21 @@ def summarize(measured: Mapping[str, Measurement], batch_size: int) -> dict[str,
 
 
 def table(stages: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """The figures (stage -> `summarize`) as a Markdown table, and a sentence for what it does not hold."""
+    """The figures (stage -> `summarize`) as Markdown tables, and a sentence for what they do not hold."""
+    steps = {stage: figures for stage, figures in stages.items() if stage != DATA}
+    parts = [_steps_table(steps)] if steps else []
+    if DATA in stages:
+        parts.append(_data_table(stages[DATA]))
+    if "search" in stages:
+        generators, scalars = OURS["search"]
+        over = stages["search"][generators]["time_over"][scalars]
+        parts.append(f"A search step with generators takes {over:.3f} of the time of one with scalars.")
+    if not all(PYTORCH in figures for figures in steps.values()):
+        parts.append("PyTorch is not installed or cannot use this device, so there is nothing to compare with.")
+    return "\n\n".join(parts)
+
+
+def _steps_table(stages: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     lines = [
         "| step | images/s | peak MiB | PyTorch images/s | PyTorch peak MiB | time / PyTorch's |",
         "|---|--:|--:|--:|--:|--:|",
@@ -344,12 +377,15 @@ def table(stages: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
                 over = f"{own['time_over'][PYTORCH]:.2f}" if other else "-"
                 cells = [name, *_speed_and_memory(own), *_speed_and_memory(other), over]
                 lines.append(f"| {' | '.join(cells)} |")
-    if "search" in stages:
-        generators, scalars = OURS["search"]
-        over = stages["search"][generators]["time_over"][scalars]
-        lines += ["", f"A search step with generators takes {over:.3f} of the time of one with scalars."]
-    if not all(PYTORCH in figures for figures in stages.values()):
-        lines += ["", "PyTorch is not installed or cannot use this device, so there is nothing to compare with."]
+    return "\n".join(lines)
+
+
+def _data_table(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = [f"| photographs | images/s per core | peak MiB | speed / {loading.REFERENCE}'s |", "|---|--:|--:|--:|"]
+    reference = figures[loading.REFERENCE]["time_over"]
+    for name, own in figures.items():
+        speed = f"{reference[name]:.2f}" if name != loading.REFERENCE else "1.00"
+        lines.append(f"| {' | '.join([name, *_speed_and_memory(own), speed])} |")
     return "\n".join(lines)
 
 
@@ -364,15 +400,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
       ValueError: names the flag.
     """
     parser = argparse.ArgumentParser(prog="python -m experiments.benchmark", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default=",".join(OURS), help="stages to measure, separated by commas")
+    parser.add_argument("--only", default=",".join(STAGES), help="stages to measure, separated by commas")
     parser.add_argument("--batch_size", type=int, default=128, help="images per step")
     parser.add_argument("--rounds", type=int, default=10, help="turns of each process")
+    parser.add_argument("--data_dir", default="", help="prepared imagenet2012; without it photographs are synthetic")
     parser.add_argument("--json", type=Path, help="also write every figure, and the seconds of each round, there")
     flags = parser.parse_args(arguments)
     flags.only = flags.only.split(",")
     for stage in flags.only:
-        if stage not in OURS:
-            raise ValueError(f"--only={stage!r} is unknown; use {', '.join(OURS)}, separated by commas.")
+        if stage not in STAGES:
+            raise ValueError(f"--only={stage!r} is unknown; use {', '.join(STAGES)}, separated by commas.")
     for name in ("batch_size", "rounds"):
         if getattr(flags, name) < 1:
             raise ValueError(f"--{name}={getattr(flags, name)} must be at least 1.")
@@ -390,13 +427,13 @@ def main() -> None:
     with_pytorch = importlib.util.find_spec("torch") is not None
     stages, details = {}, {}
     for stage in flags.only:
-        measured, about = measure(stage, flags.batch_size, flags.rounds, with_pytorch)
+        measured, about = measure(stage, flags, with_pytorch)
         stages[stage] = summarize(measured, flags.batch_size)
         details[stage] = {
             name: {**stages[stage][name], "seconds": measured[name].seconds, **about[name]} for name in measured
         }
     sides = {f"{side['version']} on {side['device']}": None for stage in details.values() for side in stage.values()}
-    print(f"ResNet-56, batch {flags.batch_size}, {flags.rounds} rounds; {'; '.join(sides)}.\n\n{table(stages)}")
+    print(f"Batch {flags.batch_size}, {flags.rounds} rounds; {'; '.join(sides)}.\n\n{table(stages)}")
     if flags.json:
         content = {"batch_size": flags.batch_size, "rounds": flags.rounds, "stages": details}
         flags.json.write_text(json.dumps(content, indent=2) + "\n")

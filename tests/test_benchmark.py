@@ -8,11 +8,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 
 import ddnp_jax
 from ddnp_jax import losses, models, torch_weights
-from experiments import benchmark
+from experiments import benchmark, loading
 from experiments.benchmark import Measurement
 from experiments.pytorch_resnet import CifarResNet, mask_gradients, randomize
 
@@ -83,6 +84,34 @@ def test_table_without_pytorch_says_so():
     )
 
 
+def test_table_of_photographs():
+    seconds = {"this project": [2.0, 2.0], "simplejpeg + cv2": [1.0, 2.0], "cv2": [4.0, 4.0], "Pillow": [8.0, 8.0]}
+    stages = {"data": benchmark.summarize({n: Measurement(s, 2**20) for n, s in seconds.items()}, batch_size=128)}
+    assert benchmark.table(stages) == (
+        "| photographs | images/s per core | peak MiB | speed / simplejpeg + cv2's |\n"
+        "|---|--:|--:|--:|\n"
+        "| this project | 64 | 1 | 0.75 |\n"
+        "| simplejpeg + cv2 | 85 | 1 | 1.00 |\n"
+        "| cv2 | 32 | 1 | 0.38 |\n"
+        "| Pillow | 16 | 1 | 0.19 |"
+    )
+
+
+@pytest.mark.parametrize("name", list(loading.LOOPS))
+def test_loops_cut_and_mirror_what_was_drawn(name):
+    rows, columns = np.mgrid[:100, :120]
+    image = np.stack([2 * columns, 2 * rows, np.full((100, 120), 77)], -1).astype(np.uint8)
+    encoded = simplejpeg.encode_jpeg(image, quality=98, colorsubsampling="444")
+    for mirrored in (False, True):
+        out = loading.LOOPS[name](encoded, lambda height, width: (height // 5, width // 4, 50, 60), mirrored)
+        assert out.shape == (224, 224, 3)
+        shown = out[:, ::-1] if mirrored else out
+        x, y = 30 + (np.arange(224) + 0.5) / 224 * 60 - 0.5, 20 + (np.arange(224) + 0.5) / 224 * 50 - 0.5
+        inner = slice(8, -8)  # Pillow does not look beyond the crop's edge, cv2 neither
+        np.testing.assert_allclose(shown[:, inner, 0], np.tile(2 * x[inner], (224, 1)), atol=4)
+        np.testing.assert_allclose(shown[inner, :, 1], np.tile(2 * y[inner, None], (1, 224)), atol=4)
+
+
 def test_evaluation_from_the_command_line(tmp_path):
     """Two processes, in turn; everything in between is the real thing."""
     path = tmp_path / "figures.json"
@@ -102,7 +131,10 @@ def test_evaluation_from_the_command_line(tmp_path):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--only=search,speed", "--only='speed' is unknown; use search, training, evaluation, separated by commas."),
+        (
+            "--only=search,speed",
+            "--only='speed' is unknown; use search, training, evaluation, data, separated by commas.",
+        ),
         ("--rounds=0", "--rounds=0 must be at least 1."),
         ("--json=nowhere/a.json", "--json=nowhere/a.json: there is no folder nowhere; make it first."),
     ],

@@ -22,14 +22,14 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from ddnp_jax import data
-from ddnp_jax.cifar10 import Cifar10
+from ddnp_jax.data.cifar10 import Cifar10
 
 REPOSITORY = Path(__file__).parents[1]
 
 
 def make_config(**fields):
     defaults = dict(name="digits", data_dir="", seed=0, search_fraction=0.05, validation_fraction=0.1)
-    pixels = dict(mean=(0.305,), std=(0.376,), pad=2, flip=False)
+    pixels = dict(mean=(0.305,), std=(0.376,), pad=2, flip=False, crop_size=224, resize_size=256, threads=0)
     return ml_collections.ConfigDict(defaults | pixels | fields)
 
 
@@ -60,8 +60,8 @@ def test_digits_are_the_scans_of_scikit_learn(digits):
         is_test[i] = seen[label] % 5 == 0
     gray = {0: 0, 1: 16, 4: 64, 8: 128, 15: 239, 16: 255}  # level of the scan -> byte
     for images, labels, rows in (
-        (digits.train_images, digits.train_labels, ~is_test),
-        (digits.test_images, digits.test_labels, is_test),
+        (digits.train.images, digits.train.labels, ~is_test),
+        (digits.test.images, digits.test.labels, is_test),
     ):
         assert images.dtype == np.uint8 and labels.dtype == np.int32
         np.testing.assert_array_equal(labels, scans.target[rows])
@@ -70,17 +70,18 @@ def test_digits_are_the_scans_of_scikit_learn(digits):
             np.testing.assert_allclose(pixels / 255 * 16, scans.images[rows], atol=0.5 * 16 / 255 + 1e-9)
             for level, byte in gray.items():
                 np.testing.assert_array_equal(pixels[scans.images[rows] == level], byte)
-    assert digits.train_images.shape == (1442, 16, 16, 1)
-    assert digits.test_images.shape == (355, 16, 16, 1)
+    assert digits.train.images.shape == (1442, 16, 16, 1)
+    assert digits.test.images.shape == (355, 16, 16, 1)
     assert (digits.name, digits.num_classes, digits.image_shape) == ("digits", 10, (16, 16, 1))
-    assert np.bincount(digits.test_labels).tolist() == [35, 36, 35, 36, 36, 36, 36, 35, 34, 36]
+    assert np.bincount(digits.test.labels).tolist() == [35, 36, 35, 36, 36, 36, 36, 35, 34, 36]
 
 
 def test_two_processes_prepare_digits_at_once(tmp_path):
     code = (
         "import sys, ml_collections; from ddnp_jax import data; sys.stdin.readline();"
         "config = ml_collections.ConfigDict(dict(name='digits', data_dir=sys.argv[1], seed=0, search_fraction=0.1,"
-        "validation_fraction=0.1, mean=(0.3,), std=(0.4,), pad=0)); print(data.load(config).train_images.sum())"
+        "validation_fraction=0.1, mean=(0.3,), std=(0.4,), pad=0, flip=False, crop_size=224,"
+        "resize_size=256, threads=0)); print(data.load(config).train.images.sum())"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
@@ -100,15 +101,15 @@ def test_a_preparation_that_another_process_finished_first_is_used(tmp_path, dig
         raise OSError("Directory not empty")
 
     monkeypatch.setattr(data.BUILDERS["digits"], "download_and_prepare", lose_the_race)
-    assert len(data.load(make_config(data_dir=str(tmp_path))).train_images) == 1442
+    assert len(data.load(make_config(data_dir=str(tmp_path))).train.images) == 1442
 
 
 def test_cifar10_jpeg_has_50000_and_8000_images(shared):
     dataset = data.load(make_config(**CIFAR10, data_dir=str(shared / "tfds")))
-    assert dataset.train_images.shape == (50000, 32, 32, 3) and dataset.train_images.dtype == np.uint8
-    assert np.bincount(dataset.train_labels).tolist() == [5000] * 10
-    assert dataset.test_images.shape == (8000, 32, 32, 3)
-    assert np.bincount(dataset.test_labels).tolist() == [800] * 10
+    assert dataset.train.images.shape == (50000, 32, 32, 3) and dataset.train.images.dtype == np.uint8
+    assert np.bincount(dataset.train.labels).tolist() == [5000] * 10
+    assert dataset.test.images.shape == (8000, 32, 32, 3)
+    assert np.bincount(dataset.test.labels).tolist() == [800] * 10
     assert {name: len(part) for name, part in dataset.splits.items()} == {
         "train": 42500,
         "search": 2500,
@@ -117,8 +118,8 @@ def test_cifar10_jpeg_has_50000_and_8000_images(shared):
     source = tfds.builder("cifar10", data_dir=shared / "tfds").as_data_source("train")
     for i in (0, 999, 1000, 49999):  # TFDS's own decoder, at the borders of the blocks that are read
         record = source[i]
-        np.testing.assert_array_equal(dataset.train_images[i], record["image"])
-        assert dataset.train_labels[i] == record["label"]
+        np.testing.assert_array_equal(dataset.train.images[i], record["image"])
+        assert dataset.train.labels[i] == record["label"]
 
 
 @pytest.fixture
@@ -167,13 +168,13 @@ def test_cifar10_is_downloaded_and_prepared_without_tensorflow(cifar_archive, tm
     config = make_config(**CIFAR10, data_dir=str(tmp_path / "tfds"), search_fraction=0.2)
     dataset = data.load(config)
     assert "tensorflow" not in sys.modules
-    assert dataset.train_images.shape == (10, 32, 32, 3) and dataset.test_images.shape == (2, 32, 32, 3)
+    assert dataset.train.images.shape == (10, 32, 32, 3) and dataset.test.images.shape == (2, 32, 32, 3)
     # TFDS shuffles the records as it writes them; the ids tell which is which.
     public = tfds.builder("cifar10", data_dir=tmp_path / "tfds")
     assert public.info.features["label"].names[:2] == ["airplane", "automobile"]
     for split, first, read_images, read_labels in (
-        ("train", 0, dataset.train_images, dataset.train_labels),
-        ("test", 10, dataset.test_images, dataset.test_labels),
+        ("train", 0, dataset.train.images, dataset.train.labels),
+        ("test", 10, dataset.test.images, dataset.test.labels),
     ):
         ids = [record["id"].decode() for record in public.as_data_source(split)]
         assert sorted(ids) == [f"{split}_{i:05d}" for i in range(len(ids))]
@@ -193,7 +194,11 @@ def test_cifar10_keeps_the_published_checksum():
 @pytest.mark.parametrize(
     ("fields", "error", "sentence"),
     [
-        ({"name": "cifar11"}, ValueError, "data.name='cifar11' is unknown; known data sets: cifar10, digits."),
+        (
+            {"name": "cifar11"},
+            ValueError,
+            "data.name='cifar11' is unknown; known data sets: cifar10, digits, imagenet2012.",
+        ),
         (
             {"search_fraction": 1.5},
             ValueError,
@@ -209,6 +214,8 @@ def test_cifar10_keeps_the_published_checksum():
         ({"seed": -1}, ValueError, "data.seed=-1 must be a whole number, 0 or more."),
         ({"std": (0.0,)}, ValueError, "data.std=(0.0,) must be positive in every channel."),
         ({"pad": -1}, ValueError, "data.pad=-1 must be a number of pixels, 0 or more."),
+        ({"crop_size": 257}, ValueError, "data.crop_size=257 must be from 1 to data.resize_size=256 pixels."),
+        ({"threads": -1}, ValueError, "data.threads=-1 must be a number of threads, or 0 for one per core."),
     ],
 )
 def test_impossible_fields_are_named(digits_dir, fields, error, sentence):
@@ -312,25 +319,32 @@ def orders(draw):
     return count, batch_size, draw(st.integers(0, 2**32)), processes
 
 
+def draw(steps, *args, **kwargs):
+    """Indices and epochs, (steps, batch), of `data.batches`."""
+    batches = data.batches(*args, **kwargs)
+    return tuple(map(np.stack, zip(*(batches[step] for step in steps), strict=True)))
+
+
 @given(orders(), st.booleans())
 @settings(deadline=None)
 def test_every_epoch_uses_every_image_once_over_all_processes(order, shuffle):
     count, batch_size, seed, processes = order
     indices = np.random.default_rng(0).choice(1000, count, replace=False)
-    steps = -(-3 * count // batch_size)
+    steps = range(-(-3 * count // batch_size))
     parts = [
-        data.chunk(data.batches(indices, batch_size, seed, shuffle=shuffle, process=(rank, processes)), 0, steps)
-        for rank in range(processes)
+        draw(steps, indices, batch_size, seed, shuffle=shuffle, process=(rank, processes)) for rank in range(processes)
     ]
-    assert all(part.shape == (steps, batch_size // processes) and part.dtype == np.int32 for part in parts)
-    stream = np.concatenate(parts, axis=1).reshape(-1)  # process 0's part first
+    shape = (len(steps), batch_size // processes)
+    assert all(x.shape == shape and x.dtype == np.int32 for part in parts for x in part)
+    stream, epochs = (np.concatenate(x, axis=1).reshape(-1) for x in zip(*parts, strict=True))  # process 0's part first
+    np.testing.assert_array_equal(epochs, np.arange(len(stream)) // count)
     for epoch in range(3):
         seen = stream[epoch * count : (epoch + 1) * count]
         np.testing.assert_array_equal(np.sort(seen), np.sort(indices))
         if not shuffle:
             np.testing.assert_array_equal(seen, indices)
     # As many processes as one likes: the global batches are those of a single process.
-    alone = data.chunk(data.batches(indices, batch_size, seed, shuffle=shuffle), 0, steps)
+    alone, _ = draw(steps, indices, batch_size, seed, shuffle=shuffle)
     np.testing.assert_array_equal(stream, alone.reshape(-1))
 
 
@@ -340,18 +354,20 @@ def test_a_batch_depends_on_seed_and_step_alone(order, step, shuffle):
     count, batch_size, seed, processes = order
     process = (processes - 1, processes)
     used, fresh = (data.batches(np.arange(count), batch_size, seed, shuffle=shuffle, process=process) for _ in "ab")
-    before = data.chunk(used, 0, 3)
+    first = used[0].index.copy()
     np.testing.assert_array_equal(used[step], fresh[step])
-    np.testing.assert_array_equal(data.chunk(used, 0, 3), before)
-    expected = fresh[step].copy()
-    used[step][:] = -1  # an element is the caller's own
-    np.testing.assert_array_equal(used[step], expected)
+    np.testing.assert_array_equal(used[0].index, first)
+    expected = fresh[step].index.copy()
+    used[step].index[:] = -1  # an element is the caller's own
+    np.testing.assert_array_equal(used[step].index, expected)
 
 
 def test_shuffles_are_global_and_differ_by_epoch_and_seed():
     count = 2000
     epochs = {
-        (seed, epoch): data.batches(np.arange(count), count, seed)[epoch] for seed in (0, 1) for epoch in (0, 1, 2)
+        (seed, epoch): data.batches(np.arange(count), count, seed)[epoch].index
+        for seed in (0, 1)
+        for epoch in (0, 1, 2)
     }
     for order in epochs.values():
         assert 500 < np.abs(order - np.arange(count)).mean() < 850  # two independent ranks differ by count / 3
@@ -365,19 +381,28 @@ def test_steps_per_epoch():
     assert data.steps_per_epoch(257, 128) == 3
 
 
+def evaluated(indices, batch_size, **kwargs):
+    """Indices and validity, (batches, batch), of `data.evaluation_batches`."""
+    elements = list(data.evaluation_batches(indices, batch_size, **kwargs))
+    return np.stack([draws.index for draws, _ in elements]), np.stack([valid for _, valid in elements])
+
+
 def test_evaluation_batches_pad_the_last_batch():
-    indices, valid = data.evaluation_batches(5, 3)
-    assert indices.tolist() == [[0, 1, 2], [3, 4, 0]] and indices.dtype == np.int32
+    indices, valid = evaluated(np.array([7, 1, 2, 5, 4]), 3)
+    assert indices.tolist() == [[7, 1, 2], [5, 4, 7]] and indices.dtype == np.int32
     assert valid.tolist() == [[True, True, True], [True, True, False]]
 
 
-@given(st.integers(1, 300), st.integers(1, 70))
+@given(orders())
 @settings(deadline=None)
-def test_evaluation_is_exact(count, batch_size):
-    indices, valid = data.evaluation_batches(count, batch_size)
-    assert indices.shape == valid.shape == (-(-count // batch_size), batch_size)
-    np.testing.assert_array_equal(indices[valid], np.arange(count))
-    assert (indices >= 0).all() and (indices < count).all()
+def test_evaluation_is_exact_over_all_processes(order):
+    count, batch_size, seed, processes = order
+    indices = np.random.default_rng(seed).choice(1000, count, replace=False)
+    parts = [evaluated(indices, batch_size, process=(rank, processes)) for rank in range(processes)]
+    found, valid = (np.concatenate(x, axis=1) for x in zip(*parts, strict=True))
+    assert found.shape == valid.shape == (-(-count // batch_size), batch_size)
+    np.testing.assert_array_equal(found[valid], indices)
+    assert np.isin(found, indices).all()
 
 
 # --- pixels --------------------------------------------------------------------------------------------------------

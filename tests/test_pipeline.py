@@ -67,20 +67,18 @@ def assert_same_network(workdir, other):
 
 
 def interrupt_at(monkeypatch, section, step, action):
-    """Calls `action` when the stage asks for the batches of `step`."""
-    chunk, run, current = data.chunk, training.run, []
+    """Calls `action` before the stage takes `step`."""
+    run = training.run
 
-    def chunk_with_end(batches, start, length):
-        if (current[-1], start) == (section, step):
-            action()
-        return chunk(batches, start, length)
+    def run_with_end(stage, chunk, *args):
+        def chunk_with_end(state, *batches):
+            if (stage.name, int(state.step)) == (section, step):
+                action()
+            return chunk(state, *batches)
 
-    def named_run(stage, *args):
-        current.append(stage.name)
-        return run(stage, *args)
+        return run(stage, chunk_with_end, *args)
 
-    monkeypatch.setattr(data, "chunk", chunk_with_end)
-    monkeypatch.setattr(training, "run", named_run)
+    monkeypatch.setattr(training, "run", run_with_end)
 
 
 class Killed(BaseException):
@@ -96,8 +94,8 @@ def test_report_says_what_the_pruned_network_does(finished, config):
     assert report == json.loads((workdir / "report.json").read_text())
     model, variables = load_pruned(workdir / "pruned")
     dataset = data.load(config.data)
-    images = data.normalize(dataset.test_images, config.data.mean, config.data.std)
-    top1 = 100 * np.mean(np.argmax(model.apply(variables, images, train=False), -1) == dataset.test_labels)
+    images = data.normalize(dataset.test.images, config.data.mean, config.data.std)
+    top1 = 100 * np.mean(np.argmax(model.apply(variables, images, train=False), -1) == dataset.test.labels)
     assert report["pruned_top1"] == pytest.approx(top1)
     assert report["test_images"] == 355
     assert report["delta_top1"] == pytest.approx(report["pruned_top1"] - report["base_top1"])
@@ -183,6 +181,34 @@ def test_own_model_is_pruned_through_rebuild(config, tmp_path):
     assert report["seconds"]["search"] == 0
 
 
+def test_budget_in_measured_latency_is_the_same_numbers_when_the_run_goes_on(config, tmp_path):
+    config.search.method = "magnitude"
+    config.budget.update(kind="latency", p=1.0, latency_points=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "finetune", lambda *_: kill())
+        with pytest.raises(Killed):
+            pipeline.run(config, tmp_path, model=Own((20, 12)), rebuild=Own)
+    file = tmp_path / "latency.json"
+    table = file.read_bytes()
+    report = pipeline.run(config, tmp_path, model=Own((20, 12)), rebuild=Own)
+    assert file.read_bytes() == table
+    content = json.loads(table)
+    whole = sum(layer["ms"][-1][-1] for layer in content["layers"])
+    assert [layer["name"] for layer in content["layers"]] == ["first", "second", "classes"]
+    assert report["budget"]["before"] == report["budget"]["after"] == pytest.approx(whole, rel=1e-12)
+    assert report["budget"]["kind"] == "latency"
+    assert report["widths"] == [20, 12]
+    assert report["budget"]["unit"] == f"ms (batch {config.eval_batch_size}, cpu)"
+    assert "the whole network was measured at" in (tmp_path / "report.md").read_text()
+
+
+def test_budget_in_parameters(config, tmp_path):
+    config.budget.update(kind="params", p=0.3)
+    budget = pipeline.prepare(config, tmp_path, model=Own((20, 12)), rebuild=Own).budget
+    assert budget.total == 27 * 20 + 20 + 40 + 9 * 20 * 12 + 12 + 12 * 10 + 10
+    assert budget.cost((3, 2)) == 27 * 3 + 3 + 6 + 9 * 3 * 2 + 2 + 2 * 10 + 10
+
+
 def refused(config, tmp_path, **fields):
     config.update_from_flattened_dict(fields)
     with pytest.raises((ValueError, OSError)) as error:
@@ -218,6 +244,13 @@ def test_batch_that_the_devices_cannot_share(config, tmp_path):
     assert "search.batch_size=250" in refused(config, tmp_path, **{"search.batch_size": 250})
 
 
+def test_batch_that_has_no_equal_parts(config, tmp_path):
+    message = refused(config, tmp_path, **{"base.micro_batches": 3})
+    assert message == "base.batch_size=128 has no base.micro_batches=3 equal parts."
+    message = refused(config, tmp_path, **{"base.micro_batches": 32})
+    assert message.startswith("base.batch_size / base.micro_batches=4 cannot be shared equally by 8 devices")
+
+
 def test_missing_weights(config, tmp_path):
     config.base.weights = str(tmp_path / "none.pth")
     with pytest.raises(ValueError, match=r"none\.pth' does not exist"):
@@ -227,7 +260,7 @@ def test_missing_weights(config, tmp_path):
 def test_configurations_are_locked_and_name_their_variants():
     with pytest.raises(AttributeError):
         cifar10_r56.get_config().search.temprature = 1.0
-    with pytest.raises(ValueError, match=r"cifar10_r56\.py:nppn is unknown; use one of authors"):
+    with pytest.raises(ValueError, match=r"argument 'nppn' is unknown; use ddnp, authors"):
         cifar10_r56.get_config("nppn")
 
 

@@ -20,12 +20,14 @@ PIXELS = ConfigDict({"mean": (0.5, 0.25, 0.4), "std": (0.2, 0.5, 0.25), "pad": 1
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (40, 4, 4, 3), dtype=np.uint8)
 LABELS = np.int32(RNG.integers(0, 10, 40))
+DATA = data.InMemory(IMAGES, LABELS, PIXELS)
 
 
 def make_config(**fields):
     config = ConfigDict(
         {
             "epochs": 8,
+            "micro_batches": 1,
             "learning_rate": 0.1,
             "momentum": 0.9,
             "weight_decay": 1e-2,
@@ -193,6 +195,29 @@ def test_eight_devices_train_on_the_mean_gradient_of_the_batch():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_updates_of_micro_batches_are_those_of_whole_batches():
+    model, variables = WithoutBatchNorm(), random_variables(WithoutBatchNorm())
+    params = {}
+    for parts in (1, 4):
+        # Two updates, one per epoch, the second at a tenth of the rate.
+        config = make_config(epochs=2, decay_at=(0.5,), micro_batches=parts)
+        optimizer = training.make_optimizer(config, steps_per_epoch=parts)
+        step, state = (
+            on_devices(training.train_step(model, optimizer, config)),
+            training.init_state(variables, optimizer),
+        )
+        trace = [state.params]
+        for i in range(2 * parts):
+            state, _ = step(state, None, batch(i, size=16 // parts), jax.random.key(0))
+            trace.append(state.params)
+        params[parts] = trace
+    for i, j in ((1, 4), (2, 8)):
+        for a, b in zip(jax.tree.leaves(params[1][i]), jax.tree.leaves(params[4][j]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    for i in (1, 2, 3, 5, 6, 7):  # nothing moves between the updates
+        jax.tree.map(np.testing.assert_array_equal, params[4][i], params[4][i - 1])
+
+
 def test_recalibration_changes_batch_statistics_alone():
     model = Net()
     optimizer = training.make_optimizer(make_config(), steps_per_epoch=1)
@@ -224,18 +249,24 @@ def recording_state():
 
 
 def recording_chunk(seed=5, augment=False, step=recording_step):
-    return parallel.data_parallel(training.over_chunk(step, PIXELS, seed, augment))
+    return parallel.data_parallel(training.over_chunk(step, DATA, seed, augment))
 
 
 def run_constants():
-    return parallel.replicate({"images": IMAGES, "labels": LABELS, "step": np.float32(0.1)})
+    return {"images": DATA.on_devices, "step": parallel.replicate(np.float32(0.1))}
+
+
+def indices(steps):
+    """What the run of 40 images in batches of 16 draws in these steps."""
+    batches = data.batches(np.arange(40), 16, seed=0)
+    return np.stack([batches[step].index for step in steps])
 
 
 def in_chunks(lengths, **options):
     chunk, state, constants = recording_chunk(**options), parallel.replicate(recording_state()), run_constants()
-    batches, metrics, step = data.batches(np.arange(40), 16, seed=0), [], 0
+    metrics, step = [], 0
     for length in lengths:
-        state, measured = chunk(state, constants, parallel.shard_batches(data.chunk(batches, step, length)))
+        state, measured = chunk(state, constants, parallel.shard_batches(indices(range(step, step + length))))
         metrics.append(parallel.fetch(measured))
         step += length
     return parallel.fetch(state), jax.tree.map(lambda *parts: np.concatenate(parts), *metrics)
@@ -250,10 +281,9 @@ def test_chunks_of_any_length_take_the_same_steps():
             np.testing.assert_allclose(other_metrics[name], metrics[name], rtol=1e-6)
     assert len(set(metrics["draw"])) == 6
     assert not set(metrics["draw"]) & set(in_chunks([6], seed=6)[1]["draw"])
-    index = data.batches(np.arange(40), 16, seed=0)
-    reds = [np.mean((IMAGES[index[i]][..., 0] / 255 - 0.5) / 0.2) for i in range(6)]
+    reds = [np.mean((IMAGES[index][..., 0] / 255 - 0.5) / 0.2) for index in indices(range(6))]
     np.testing.assert_allclose(metrics["red"], reds, atol=1e-5)
-    np.testing.assert_allclose(metrics["label"], [np.mean(LABELS[index[i]]) for i in range(6)], rtol=1e-6)
+    np.testing.assert_allclose(metrics["label"], [np.mean(LABELS[i]) for i in indices(range(6))], rtol=1e-6)
 
 
 def test_augmentation_happens_only_when_asked_for():
@@ -273,13 +303,15 @@ def test_evaluation_counts_every_image_once(batch_size, count):
     def forward(variables, images):
         return images.reshape(images.shape[0], -1) @ variables["w"]
 
-    evaluate = training.evaluator(forward, PIXELS, batch_size, "shard_map")
-    found = evaluate({"w": weights}, IMAGES[:count], LABELS[:count])
+    chosen = np.random.default_rng(1).choice(40, count, replace=False)
+    evaluate = training.evaluator(forward, DATA, batch_size, "shard_map")
+    found = evaluate({"w": weights}, chosen)
 
-    x = (IMAGES[:count] / 255 - np.array(PIXELS.mean)) / np.array(PIXELS.std)
+    images, labels = IMAGES[chosen], LABELS[chosen]
+    x = (images / 255 - np.array(PIXELS.mean)) / np.array(PIXELS.std)
     logits = x.reshape(count, -1) @ np.float64(weights)
-    rank = np.sum(logits > logits[np.arange(count), LABELS[:count], None], axis=1)
-    own = logits[np.arange(count), LABELS[:count]]
+    own = logits[np.arange(count), labels]
+    rank = np.sum(logits > own[:, None], axis=1)
     loss = np.mean(np.log(np.sum(np.exp(logits - own[:, None]), axis=1)))
     assert 0 < np.mean(rank < 1) < np.mean(rank < 5) < 1
     np.testing.assert_allclose(found["top1"], 100 * np.mean(rank < 1), rtol=1e-6)
@@ -288,8 +320,9 @@ def test_evaluation_counts_every_image_once(batch_size, count):
 
 
 def test_top5_of_fewer_than_five_classes_is_everything():
-    evaluate = training.evaluator(lambda variables, images: images.mean((1, 2)), PIXELS, 8, "shard_map")
-    assert evaluate({}, IMAGES[:10], np.zeros(10, np.int32))["top5"] == 100.0
+    images = data.InMemory(IMAGES, np.zeros(40, np.int32), PIXELS)
+    evaluate = training.evaluator(lambda variables, images: images.mean((1, 2)), images, 8, "shard_map")
+    assert evaluate({}, np.arange(10))["top5"] == 100.0
 
 
 # The loop of a stage
@@ -297,14 +330,15 @@ def test_top5_of_fewer_than_five_classes_is_everything():
 
 def run_stage(folder, chunk=None, evaluate=None):
     """Ten steps in chunks of three, with a checkpoint every second chunk."""
-    stage = training.Stage("search", folder / "search", 10, 3, chunk_steps=3, save_every=2)
+    stage = training.Stage("search", folder / "search", 10, 3, batch_size=16, chunk_steps=3, save_every=2)
+    batches = data.batches(np.arange(40), 16, seed=0)
     return training.run(
         stage,
         chunk or recording_chunk(),
         recording_state(),
         run_constants(),
-        data.batches(np.arange(40), 16, seed=0),
-        evaluate or (lambda state: {"top1": float(state.step)}),
+        lambda step: data.read_ahead(batches[step:10], lambda draws: DATA.read(draws, None), 0, 3),
+        evaluate or (lambda state: {"validation_top1": float(state.step)}),
         training.MetricsLog(folder / "metrics.jsonl"),
     )
 

@@ -1,21 +1,25 @@
 """Ways to arrive at a Selection, one module each; a module's name is the method's name in the configuration.
 
-A method module defines `build(problem: Problem) -> Search`, and `check(config)` where it has fields to refuse. One-shot
-methods are searches of zero steps.
+A method module defines `build(problem: Problem) -> Search`. Where it has fields of its own it also defines
+`default_config()`, which gives them (and its own defaults of the common ones), and `check(config)`, which refuses what
+it does not know. One-shot methods are searches of zero steps.
 """
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from ddnp_jax import losses
 from ddnp_jax.budget import Budget
+from ddnp_jax.interception import Observe, apply_masked
 from ddnp_jax.topology import Selection, Topology
 
 
@@ -37,6 +41,25 @@ class Problem(NamedTuple):
     budget: Budget
     config: ml_collections.ConfigDict
     steps: int
+
+    def classification(
+        self, masks: Sequence[jax.Array], variables: Any, batch: Any, observe: Observe | None = None
+    ) -> dict[str, jax.Array]:
+        """The frozen network's "cross_entropy" and "top1" in percent on a batch of (images, labels), masked."""
+        images, labels = batch
+        logits = apply_masked(self.model, variables, images, masks, self.topology, observe=observe)
+        return {
+            "cross_entropy": losses.cross_entropy(logits.astype(jnp.float32), labels),
+            "top1": 100.0 * jnp.mean(jnp.argmax(logits, -1) == labels),
+        }
+
+    def resource(self, widths: jax.Array) -> dict[str, jax.Array]:
+        """The "resource_loss" R of widths (L,), in channels, and the share of the budgeted cost that is "remaining"."""
+        remaining, total = self.budget.cost(widths), self.budget.total
+        return {
+            "remaining": remaining / total,
+            "resource_loss": losses.resource(self.config.resource_loss, remaining, total, self.budget.p),
+        }
 
 
 class Search(NamedTuple):
@@ -61,13 +84,39 @@ def names() -> list[str]:
     return [info.name for info in pkgutil.iter_modules(__path__)]
 
 
+def default_config(method: str) -> ml_collections.ConfigDict:
+    """The fields that a method adds to the `search` section, and its own defaults of the common ones.
+
+    Raises:
+      ValueError: the method is unknown.
+    """
+    return getattr(_module(method), "default_config", ml_collections.ConfigDict)()
+
+
 def check(config: ml_collections.ConfigDict) -> None:
     """Refuses what the method of the `search` section does not know; needs no network.
 
     Raises:
       ValueError: names the field and what it may be.
     """
+    missing = [field for field in default_config(config.method) if field not in config]
+    if missing:
+        raise ValueError(
+            f"search.method={config.method!r} needs search.{missing[0]}, which this configuration lacks; choose the "
+            f"method by the configuration's argument, --config=FILE.py:{config.method}."
+        )
     getattr(_module(config.method), "check", lambda _: None)(config)
+
+
+def refuse_unknown(config: ml_collections.ConfigDict, choices: Mapping[str, Sequence[str]]) -> None:
+    """Refuses values of the `search` section that are not among the choices of their field.
+
+    Raises:
+      ValueError: names the field and what it may be.
+    """
+    for field, known in choices.items():
+        if config[field] not in known:
+            raise ValueError(f"search.{field}={config[field]!r} is unknown; use one of {', '.join(known)}.")
 
 
 def build(method: str, problem: Problem) -> Search:

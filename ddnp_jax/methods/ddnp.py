@@ -15,10 +15,9 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from ddnp_jax import flops, generators, losses, masks
+from ddnp_jax import generators, losses, masks
 from ddnp_jax.generators import Learner
-from ddnp_jax.interception import apply_masked
-from ddnp_jax.methods import Problem, Search
+from ddnp_jax.methods import Problem, Search, refuse_unknown
 from ddnp_jax.methods.magnitude import l1_norms
 
 OUTPUTS = {"sigmoid": jax.nn.sigmoid, "abs": jnp.abs, "square": jnp.square}
@@ -28,6 +27,28 @@ CHOICES = {
     "output": tuple(OUTPUTS),
     "resource_loss": losses.RESOURCE,
 }
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The fields of DDNP, in the form of Tables A2 and A3."""
+    config = ml_collections.ConfigDict()
+    config.importance = "generator"  # s: 'generator' (g_s), 'scalar' per channel, or 'l1' (norms, fixed)
+    config.width = "generator"  # k: 'generator' (g_k), 'scalar' per gate, or 'half' (0.5, fixed)
+    config.output = "sigmoid"  # importance from s̄: 'sigmoid', 'abs' or 'square'
+    config.learned_inputs = False  # whether x_s and x_k are learned
+    config.bidirectional = False  # authors' form: g_s also runs backward over the gates
+    config.layer_norm = False  # authors' form: layer norm of the GRU's outputs
+    config.energy_weight = 0.0  # authors' form 0.5: share of feature energy in the importance
+    config.importance_average = 0.0  # authors' form 0.99: decay of the average that ranks channels for evaluation
+    config.tie_weight = 1.0  # ρ; 0 disentangles importance and width completely
+    config.tie_noise = 0.02  # half the range of u
+    config.band = 0.05  # half-width of the soft top-k's edge, as a fraction of the channels
+    config.floor = 0.025  # smallest mask during the search
+    # AdamW; scalars need a rate of about 5e-2.
+    config.importance_optimizer = ml_collections.ConfigDict({"learning_rate": 1e-3, "weight_decay": 1e-4})
+    # AdamW, the rate with cosine decay to 0.
+    config.width_optimizer = ml_collections.ConfigDict({"learning_rate": 1e-3, "weight_decay": 0.0})
+    return config
 
 
 class State(flax.struct.PyTreeNode):
@@ -116,9 +137,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     Raises:
       ValueError: names the field and what it may be.
     """
-    for field, choices in CHOICES.items():
-        if config[field] not in choices:
-            raise ValueError(f"search.{field}={config[field]!r} is unknown; use one of {', '.join(choices)}.")
+    refuse_unknown(config, CHOICES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,48 +178,41 @@ class _DDNP:
             ranking = tuple(map(OUTPUTS[config.output if self.learns_from_data else "sigmoid"], scores))
         return jax.lax.stop_gradient(ranking)
 
-    def remaining(self, gates: tuple[jax.Array, ...], k: jax.Array) -> jax.Array:
-        """T at the mean of the two estimates of each width, the open gates and k_l C_l.
+    def widths(self, gates: tuple[jax.Array, ...], k: jax.Array) -> jax.Array:
+        """The mean of the two estimates of each width, the open gates and k_l C_l, in channels (L,).
 
         With k_l C_l alone nothing would close a gate, and the tie would keep every k at 1. Fixed gates have no say.
         """
-        topology, budget = self.problem.topology, self.problem.budget
-        widths = k * np.float32(topology.widths)
-        if self.learns_from_data:
-            open_gates = jnp.stack([jnp.sum(masks.straight_through(gate)) for gate in gates])
-            widths = (widths + open_gates) / 2
-        return flops.prunable(topology, widths, budget.convention)
+        widths = k * np.float32(self.problem.topology.widths)
+        if not self.learns_from_data:
+            return widths
+        return (widths + jnp.stack([jnp.sum(masks.straight_through(gate)) for gate in gates])) / 2
 
     def classification(
         self, soft: tuple[jax.Array, ...], variables: Any, batch: Any
     ) -> tuple[dict[str, jax.Array], tuple[jax.Array, ...]]:
         """First term of eq. (9), with the accuracy, and the feature energies where they are used."""
-        images, labels = batch
         energy: dict[int, jax.Array] = {}
         observe = (lambda gate, x: energy.update({gate: _feature_energy(x)})) if self.uses_energy else None
-        logits = apply_masked(self.problem.model, variables, images, soft, self.problem.topology, observe=observe)
-        cross_entropy = losses.cross_entropy(logits.astype(jnp.float32), labels)
-        top1 = 100.0 * jnp.mean(jnp.argmax(logits, -1) == labels)
-        return {"cross_entropy": cross_entropy, "top1": top1}, tuple(energy[gate] for gate in sorted(energy))
+        metrics = self.problem.classification(soft, variables, batch, observe)
+        return metrics, tuple(energy[gate] for gate in sorted(energy))
 
     @property
     def uses_energy(self) -> bool:
         """Whether the feature energy is part of the importance."""
         return self.problem.config.energy_weight > 0
 
-    def objective(self, params: Any, state: State, variables: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, Any]:
-        """Eq. (9); returns the loss and (metrics, feature energies, importance)."""
-        config, budget = self.problem.config, self.problem.budget
+    def objective(
+        self, values: tuple[tuple[jax.Array, ...], jax.Array], state: State, variables: Any, batch: Any, rng: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """Eq. (9) at the learned values (s̄, k); returns the loss and (metrics, feature energies, importance)."""
+        config = self.problem.config
         *gate_rngs, tie_rng = jax.random.split(rng, len(state.energy) + 1)
-        scores, k = self.learned_values(params, state.inputs)
+        scores, k = values
         gates = tuple(map(masks.relaxed_bernoulli, scores, gate_rngs))
         importance = self.importance(scores, gates, state.energy)
-        remaining = self.remaining(gates, k)
-        metrics = {
-            "remaining_flops": remaining / budget.total,
-            "resource_loss": losses.resource(config.resource_loss, remaining, budget.total, budget.p),
-            "tie_loss": losses.tie(gates, k, tie_rng, config.tie_noise),
-        }
+        metrics = self.problem.resource(self.widths(gates, k))
+        metrics["tie_loss"] = losses.tie(gates, k, tie_rng, config.tie_noise)
         loss = config.resource_weight * metrics["resource_loss"] + config.tie_weight * metrics["tie_loss"]
         energy = ()
         if self.learns_from_data:
@@ -222,11 +234,15 @@ class _DDNP:
 
     def step(self, state: State, variables: Any, batch: Any, rng: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         """One step of the search, from one device's view."""
+        values, generators_vjp = jax.vjp(lambda params: self.learned_values(params, state.inputs), state.params)
+        # On CPU the generators' small operations wait long behind the backbone's large ones, so the backbone starts
+        # after them, and their gradient is formed after the mean over devices, of one vector.
+        values, batch = jax.lax.optimization_barrier((values, batch))
         gradient = jax.grad(self.objective, has_aux=True)
-        gradients, (metrics, energy, importance) = gradient(state.params, state, variables, batch, rng)
-        # One vector: a mean of each of the generators' many small arrays takes longer than their computation.
+        gradients, (metrics, energy, importance) = gradient(values, state, variables, batch, rng)
         mine, unravel = ravel_pytree((gradients, metrics, energy))
         gradients, metrics, energy = unravel(jax.lax.pmean(mine, "data"))
+        (gradients,) = generators_vjp(gradients)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         decay = self.problem.config.importance_average
         return state.replace(

@@ -1,0 +1,25 @@
+"""MobileNetV2 on CIFAR-10 (DDNP Table A1: p = 0.56; NPPM Table 1: 0.55), trained from scratch or from a checkpoint.
+
+    python -m experiments.cifar10_mbv2 --config=configs/cifar10_mbv2.py --workdir=runs/cifar10_mbv2
+
+The network is the authors' (`mobilenet_v2_cifar`), and so are the budgets and all of the trainer and the search, as far
+as configs/cifar10_r56.py has them from their ResNet-56; what they changed for MobileNetV2 is not known. No accuracy of
+the papers is among our sources. One GPU: hours; it was not run at full length here.
+
+Arguments: those of configs/cifar10_r56.py; `tiny` runs the whole job with one epoch of each stage.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+P = {"ddnp": 0.56, "nppm": 0.55}
+FORMS = {"tiny": {"base.epochs": 1, "search.epochs": 2, "finetune.epochs": 1}}
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    """The experiment in the form that `argument` names."""
+    config = default.get_config()
+    config.model.name = "mobilenet_v2_cifar"
+    config.model.attributes = ConfigDict()
+    return default.choose(config, argument, P, FORMS)

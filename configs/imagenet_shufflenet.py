@@ -1,0 +1,26 @@
+"""ShuffleNetV2+ (small) on ImageNet.
+
+    python -m experiments.imagenet_shufflenet --config=configs/imagenet_shufflenet.py \
+        --workdir=runs/imagenet_shufflenet --config.data.data_dir=... --config.base.weights=ShuffleNetV2+.Small.pth.tar
+
+Budget: p = 0.70 (NPPM Table 1); DDNP has no ShuffleNetV2+ and takes the same here. The table does not say which size;
+the other two are `--config.model.name=shufflenet_v2_plus_medium` and `_large`.
+
+No accuracy of the papers is among our sources; Megvii's small one has 74.1 % top-1.
+
+Hardware and time: the input decides: every step needs 1,024 decoded images, and little computation.
+
+Arguments, joined by commas: a search as in configs/cifar10_r56.py; `tiny` runs the whole job at 64 pixels on
+a few hundred images, in minutes on a CPU. What is the authors' and what is ours, and why: configs/imagenet.py.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import imagenet
+
+P = {"ddnp": 0.70, "nppm": 0.70}
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    """The experiment in the form that `argument` names."""
+    return imagenet.get_config("shufflenet_v2_plus_small", imagenet.MOBILE, P, argument)

@@ -1,0 +1,234 @@
+"""NPPM: Network Pruning via Performance Maximization (Gao et al., CVPR 2021).
+
+One parameter per channel opens or closes it ("differentiable gates", DG). Beside the classification loss, the gates
+follow a network PN that predicts the accuracy of sub-networks and learns from an episodic memory of the search itself.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from ddnp_jax import losses, masks
+from ddnp_jax import memory as episodic
+from ddnp_jax.memory import Memory
+from ddnp_jax.methods import Problem, Search, refuse_unknown
+from ddnp_jax.predictor import PREDICTORS
+
+CHOICES = {
+    "predictor": ("none", *PREDICTORS),
+    "predictor_loss": ("absolute", "squared"),
+    "resource_loss": losses.RESOURCE,
+}
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The fields of NPPM; values are the authors' for CIFAR-10."""
+    config = ml_collections.ConfigDict()
+    config.augment = True
+    config.resource_loss = "log_max"
+    # AdamW of the gates, the rate x0.1 at `decay_at`.
+    config.optimizer = ml_collections.ConfigDict({"learning_rate": 5e-2, "weight_decay": 1e-2})
+    config.decay_at = 0.8  # fraction of the search
+    config.predictor = "gru"  # PN: 'gru' (Table 2), 'authors' (their code), 'linear' (LR), or 'none' (DG)
+    config.predictor_loss = "absolute"  # or 'squared'
+    config.predictor_batch_size = 64  # pairs per step of PN; PN takes part once the memory has more
+    config.predictor_optimizer = ml_collections.ConfigDict({"learning_rate": 1e-3, "weight_decay": 1e-3})  # AdamW
+    config.predictor_noise = 15.0  # σ, the noise on the gates that PN judges
+    config.projection = True  # whether PN's gradient is made orthogonal to the classification loss'
+    config.memory_size = 500  # K, pairs in the episodic memory
+    config.memory_steps = 2  # consecutive search steps that make a pair
+    config.memory_balanced = True  # whether rare accuracies are drawn as often as common ones
+    return config
+
+
+class State(flax.struct.PyTreeNode):
+    """The search's state; D = Σ C_l.
+
+    Attributes:
+      step: number of steps taken, int32.
+      gates: (D,), θ of all channels.
+      opt_state: of the gates' AdamW.
+      predictor: variables of PN, {} without one.
+      predictor_opt_state: of PN's AdamW.
+      memory: sub-networks and their accuracies, None without PN.
+    """
+
+    step: jax.Array
+    gates: jax.Array
+    opt_state: Any
+    predictor: Any
+    predictor_opt_state: Any
+    memory: Memory | None
+
+
+def project(gradient: jax.Array, onto: jax.Array, widths: tuple[int, ...]) -> jax.Array:
+    """Removes from a gradient (D,), gate by gate, what is parallel to another: NPPM suppl. C eq. (1).
+
+    `ĝ_p = g_p - (g_Lᵀ g_p / ||g_L||²) g_L`; a gate where `g_L` is zero keeps its gradient.
+    """
+
+    def one(g: jax.Array, base: jax.Array) -> jax.Array:
+        square = base @ base
+        return g - jnp.where(square > 0, (base @ g) / jnp.where(square > 0, square, 1.0), 0.0) * base
+
+    pairs = zip(masks.split_gates(gradient, widths), masks.split_gates(onto, widths), strict=True)
+    return jnp.concatenate([one(g, base) for g, base in pairs])
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Refuses what NPPM cannot do.
+
+    Raises:
+      ValueError: names the field and what it may be.
+    """
+    refuse_unknown(config, CHOICES)
+    if config.memory_steps < 1:
+        raise ValueError(f"search.memory_steps={config.memory_steps} must be at least 1.")
+    if config.memory_size <= config.predictor_batch_size:
+        raise ValueError(
+            f"search.memory_size={config.memory_size} must be above search.predictor_batch_size="
+            f"{config.predictor_batch_size}, or PN never learns."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _NPPM:
+    """The pure functions of one search.
+
+    Attributes:
+      problem: what is to be pruned, and how.
+      predictor: PN, or None for DG.
+      optimizer: of the gates.
+      predictor_optimizer: of PN.
+    """
+
+    problem: Problem
+    predictor: nn.Module | None
+    optimizer: optax.GradientTransformation
+    predictor_optimizer: optax.GradientTransformation
+
+    def networks(self, gates: jax.Array, rng: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The relaxed gates a (D,), and the sub-network of their rounding with a's gradient."""
+        relaxed = masks.relaxed_bernoulli(gates, rng)
+        return relaxed, masks.straight_through(relaxed)
+
+    def classification(
+        self, gates: jax.Array, variables: Any, batch: Any, rng: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Cross-entropy of the sub-network, so that the accuracy in the memory is that of the stored gates."""
+        hard = masks.split_gates(self.networks(gates, rng)[1], self.problem.topology.widths)
+        metrics = self.problem.classification(hard, variables, batch)
+        return metrics["cross_entropy"], metrics
+
+    def resource(self, gates: jax.Array, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """λ R(T, p T_total) with T of the sub-network."""
+        hard = masks.split_gates(self.networks(gates, rng)[1], self.problem.topology.widths)
+        metrics = self.problem.resource(jnp.stack([jnp.sum(gate) for gate in hard]))
+        return self.problem.config.resource_weight * metrics["resource_loss"], metrics
+
+    def performance(self, gates: jax.Array, predictor: Any, rng: jax.Array, noise_rng: jax.Array) -> jax.Array:
+        """log(1 / PN(a')), a' = clip(a + σ n, 0, 1)."""
+        relaxed, _ = self.networks(gates, rng)
+        noise = self.problem.config.predictor_noise * jax.random.normal(noise_rng, relaxed.shape)
+        accuracy = self.predictor.apply(predictor, jnp.clip(relaxed + noise, 0.0, 1.0)[None])[0]
+        return -jnp.log(accuracy)
+
+    def init(self, rng: jax.Array) -> State:
+        """The state before the first step: every gate open, the memory empty."""
+        gate_rng, predictor_rng = jax.random.split(rng)
+        size = sum(self.problem.topology.widths)
+        gates = 0.01 * jax.random.normal(gate_rng, (size,))  # no two channels start equal
+        state = State(jnp.int32(0), gates, self.optimizer.init(gates), {}, {}, None)
+        if self.predictor is None:
+            return state
+        predictor = self.predictor.init(predictor_rng, jnp.zeros((1, size)))
+        return state.replace(
+            predictor=predictor,
+            predictor_opt_state=self.predictor_optimizer.init(predictor["params"]),
+            memory=episodic.empty(self.problem.config.memory_size, size),
+        )
+
+    def step(self, state: State, variables: Any, batch: Any, rng: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        """One step of the search, from one device's view; after the first mean all devices do the same."""
+        gate_rng, noise_rng, sample_rng = jax.random.split(rng, 3)
+        classified = jax.grad(self.classification, has_aux=True)(state.gates, variables, batch, gate_rng)
+        # On CPU small operations wait long behind large ones: the rest starts after the backbone.
+        state, (gradient, metrics) = jax.lax.optimization_barrier((state, jax.lax.pmean(classified, "data")))
+        resource_gradient, resource = jax.grad(self.resource, has_aux=True)(state.gates, gate_rng)
+        metrics |= resource
+        loss = metrics["cross_entropy"] + self.problem.config.resource_weight * metrics["resource_loss"]
+        update = gradient + resource_gradient
+        if self.predictor is not None:
+            ready = state.memory.count > self.problem.config.predictor_batch_size
+            performance, own = jax.value_and_grad(self.performance)(state.gates, state.predictor, gate_rng, noise_rng)
+            if self.problem.config.projection:
+                own = project(own, gradient, self.problem.topology.widths)
+            update = update + jnp.where(ready, own, 0.0)
+            loss = loss + jnp.where(ready, performance, 0.0)
+            state, predictor_loss = self.learn(state, gate_rng, sample_rng, metrics["top1"] / 100)
+            metrics |= {"predictor_loss": predictor_loss, "predicted_top1": 100 * jnp.exp(-performance)}
+        updates, opt_state = self.optimizer.update(update, state.opt_state, state.gates)
+        gates = optax.apply_updates(state.gates, updates)
+        return state.replace(step=state.step + 1, gates=gates, opt_state=opt_state), metrics | {"loss": loss}
+
+    def learn(
+        self, state: State, gate_rng: jax.Array, sample_rng: jax.Array, accuracy: jax.Array
+    ) -> tuple[State, jax.Array]:
+        """Adds the step's sub-network to the memory and, once it has enough, takes one step of PN.
+
+        Returns:
+          The state, and PN's loss on its batch, 0 before it learns.
+        """
+        config = self.problem.config
+        hard = self.networks(state.gates, gate_rng)[1]
+        memory = episodic.add(state.memory, hard, accuracy, config.memory_steps)
+        ready = memory.count > config.predictor_batch_size
+        pairs = episodic.sample(memory, sample_rng, config.predictor_batch_size, config.memory_balanced)
+        gradient = jax.value_and_grad(self.predictor_objective, has_aux=True)
+        (loss, statistics), gradients = gradient(state.predictor["params"], state.predictor, *pairs)
+        updates, opt_state = self.predictor_optimizer.update(
+            gradients, state.predictor_opt_state, state.predictor["params"]
+        )
+        learned = {**statistics, "params": optax.apply_updates(state.predictor["params"], updates)}, opt_state
+        predictor, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(ready, new, old), learned, (state.predictor, state.predictor_opt_state)
+        )
+        state = state.replace(memory=memory, predictor=predictor, predictor_opt_state=opt_state)
+        return state, jnp.where(ready, loss, 0.0)
+
+    def predictor_objective(
+        self, params: Any, variables: Any, gates: jax.Array, accuracy: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """Mean absolute or squared error of PN; returns it with PN's new batch statistics."""
+        predicted, statistics = self.predictor.apply(
+            {**variables, "params": params}, gates, train=True, mutable=["batch_stats"]
+        )
+        error = {"absolute": jnp.abs, "squared": jnp.square}[self.problem.config.predictor_loss]
+        return jnp.mean(error(predicted - accuracy)), statistics
+
+    def propose(self, state: State) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+        """Importance θ, and the fraction of gates that are open without noise."""
+        importance = tuple(map(np.asarray, masks.split_gates(state.gates, self.problem.topology.widths)))
+        is_open = (np.maximum(np.sum(theta >= -masks.GATE_SHIFT), 1) / theta.size for theta in importance)
+        return importance, np.array([*is_open])
+
+
+def build(problem: Problem) -> Search:
+    """The search of `problem.config`, whose fields `default_config` describes."""
+    config, steps = problem.config, problem.steps
+    check(config)
+    rate = optax.piecewise_constant_schedule(config.optimizer.learning_rate, {round(config.decay_at * steps): 0.1})
+    search = _NPPM(
+        problem,
+        None if config.predictor == "none" else PREDICTORS[config.predictor](problem.topology.widths),
+        optax.adamw(rate, weight_decay=config.optimizer.weight_decay),
+        optax.adamw(config.predictor_optimizer.learning_rate, weight_decay=config.predictor_optimizer.weight_decay),
+    )
+    return Search(steps, search.init, search.step, search.propose)

@@ -1,0 +1,125 @@
+"""What the benchmark compares when it measures the loading of photographs, every side on one core.
+
+Ours is what a run does: records, threads, decoding, crops, batches. The others are plain loops over encoded images that
+lie in memory, one random crop of 224 pixels and a flip each.
+"""
+
+import io
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import PIL
+import simplejpeg
+from ml_collections import ConfigDict
+from PIL import Image
+
+SIZE = 224
+COUNT = 256  # photographs made where none are given
+
+Crop = tuple[int, int, int, int]  # top, left, height, width
+
+
+def ours(records: Sequence[dict[str, Any]], config: ConfigDict, batch_size: int, steps: int) -> Callable[[], None]:
+    """Streams `steps` batches in chunks of one, as a run on one core would."""
+    from ddnp_jax import data
+
+    images = data.Streamed(records, config)
+    order = data.batches(np.arange(len(images)), batch_size, seed=0)
+    first = 0
+
+    def turn() -> None:
+        nonlocal first
+        with data.read_ahead(order[first : first + steps], lambda draws: images.read(draws, 0), 1, 1) as chunks:
+            for _ in chunks:
+                first += 1
+
+    return turn
+
+
+def loop(
+    load: Callable[[bytes, Callable[[int, int], Crop], bool], np.ndarray],
+    records: Sequence[dict[str, Any]],
+    batch_size: int,
+    steps: int,
+) -> Callable[[], None]:
+    """Loads `steps` batches, image by image; `load` takes a file, what draws the crop, and whether to flip."""
+    from ddnp_jax.data import photos
+
+    encoded = [record["image"] for record in records]
+    rng = np.random.default_rng(0)
+    batch = np.empty((batch_size, SIZE, SIZE, 3), np.uint8)
+
+    def turn() -> None:
+        for _ in range(steps):
+            for i, which in enumerate(rng.integers(len(encoded), size=batch_size)):
+                batch[i] = load(encoded[which], lambda *size: photos.draw_crop(rng, *size), rng.random() < 0.5)
+
+    return turn
+
+
+def by_pillow(encoded: bytes, draw: Callable[[int, int], Crop], mirrored: bool) -> np.ndarray:
+    """The transformations of torchvision as it applies them to Pillow's images."""
+    image = Image.open(io.BytesIO(encoded)).convert("RGB")
+    top, left, height, width = draw(image.height, image.width)
+    image = image.crop((left, top, left + width, top + height)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image)
+
+
+def by_cv2(encoded: bytes, draw: Callable[[int, int], Crop], mirrored: bool) -> np.ndarray:
+    """Decoding and cropping by cv2."""
+    return _crop(cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB), draw, mirrored)
+
+
+def by_simplejpeg(encoded: bytes, draw: Callable[[int, int], Crop], mirrored: bool) -> np.ndarray:
+    """Decoding by simplejpeg, cropping by cv2."""
+    return _crop(simplejpeg.decode_jpeg(encoded), draw, mirrored)
+
+
+def _crop(image: np.ndarray, draw: Callable[[int, int], Crop], mirrored: bool) -> np.ndarray:
+    top, left, height, width = draw(*image.shape[:2])
+    crop = cv2.resize(image[top : top + height, left : left + width], (SIZE, SIZE))
+    return cv2.flip(crop, 1) if mirrored else crop
+
+
+OURS, REFERENCE = "this project", "simplejpeg + cv2"
+LOOPS = {REFERENCE: by_simplejpeg, "cv2": by_cv2, "Pillow": by_pillow}
+VERSION = f"simplejpeg {simplejpeg.__version__}, cv2 {cv2.__version__}, Pillow {PIL.__version__}"
+
+
+def make_turn(name: str, data_dir: str, batch_size: int, steps: int) -> Callable[[], None]:
+    """A side's turn, on one core of this process's.
+
+    Args:
+      name: `OURS` or a key of `LOOPS`.
+      data_dir: with prepared imagenet2012, of which a few hundred photographs are used; "" makes some of 375 x 500.
+      batch_size: photographs per step.
+      steps: per turn.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    cv2.setNumThreads(0)
+    pixels = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "flip": True, "crop_size": SIZE, "resize_size": 256, "threads": 1}
+    records = _records(data_dir)
+    if name == OURS:
+        return ours(records, ConfigDict(pixels), batch_size, steps)
+    return loop(LOOPS[name], [records[i] for i in range(min(len(records), 4 * COUNT))], batch_size, steps)
+
+
+def _records(data_dir: str) -> Any:
+    if not data_dir:
+        return [{"image": _photograph(i), "label": 0} for i in range(COUNT)]
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder("imagenet2012", data_dir=data_dir)
+    return builder.as_data_source("train", decoders={"image": tfds.decode.SkipDecoding()})
+
+
+def _photograph(seed: int) -> bytes:
+    """Some 100 kB of JPEG, as ImageNet's are: coarse shapes under noise."""
+    rng = np.random.default_rng(seed)
+    shapes = cv2.resize(rng.integers(0, 256, (12, 16, 3)).astype(np.float32), (500, 375), interpolation=cv2.INTER_CUBIC)
+    noisy = np.clip(shapes + rng.normal(0, 12, shapes.shape), 0, 255).astype(np.uint8)
+    return simplejpeg.encode_jpeg(noisy, quality=90, colorsubsampling="420")

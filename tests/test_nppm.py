@@ -1,0 +1,223 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from test_ddnp import (
+    CLASSES,
+    IMAGES,
+    LABELS,
+    SIZE,
+    VARIABLES,
+    WIDTHS,
+    Tiny,
+    compiled,
+    leaves,
+    reference_forward,
+    topology,
+)
+from torch.nn import functional
+
+from ddnp_jax import memory as episodic
+from ddnp_jax import methods
+from ddnp_jax.budget import Budget
+from ddnp_jax.methods import nppm
+
+D = sum(WIDTHS)
+NO_LOSS = {"cross_entropy": jnp.float32(0), "top1": jnp.float32(0)}
+
+
+def make_problem(p=0.4, steps=10, **fields):
+    config = methods.default_config("nppm")
+    config.update(resource_weight=4.0, **fields)
+    return methods.Problem(Tiny(), VARIABLES, topology(), Budget(topology(), p), config, steps)
+
+
+def make_search(problem, monkeypatch=None):
+    """The search; with `monkeypatch`, plain gradient descent with rate 1: a change is a gradient."""
+    if monkeypatch:
+        monkeypatch.setattr(optax, "adamw", lambda rate, weight_decay: optax.sgd(1.0))
+    return nppm.build(problem)
+
+
+def step_of(search, state, seed=7):
+    return compiled(search)(state, VARIABLES, (IMAGES, LABELS), jax.random.key(seed))
+
+
+def with_memory(state, count, seed=3):
+    rng = np.random.default_rng(seed)
+    memory = state.memory
+    for _ in range(count):
+        memory = episodic.add(memory, np.float32(rng.integers(0, 2, D)), np.float32(rng.random()), steps=1)
+    return state.replace(memory=memory)
+
+
+# The projection
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_projection_is_orthogonal_gate_by_gate(seed):
+    widths = (3, 1, 7, 16)
+    rng = np.random.default_rng(seed)
+    gradient, onto = (np.float32(rng.normal(size=sum(widths))) for _ in range(2))
+    onto[3:4] = 0  # a gate without a gradient of the loss
+    found = np.asarray(nppm.project(gradient, onto, widths))
+    start = 0
+    for width in widths:
+        part = slice(start, start + width)
+        p, base = gradient[part].astype(np.float64), onto[part].astype(np.float64)
+        wanted = p - (base @ p) / (base @ base) * base if base.any() else p
+        np.testing.assert_allclose(found[part], wanted, atol=1e-5)
+        assert abs(found[part] @ base) < 1e-5
+        start += width
+
+
+def test_projection_of_a_tiny_gradient_is_finite():
+    onto = np.float32([1e-30, -1e-30, 0, 2])
+    found = nppm.project(np.float32([1, 2, 3, 4]), onto, (2, 2))
+    np.testing.assert_allclose(found, [1, 2, 3, 0], atol=1e-6)
+
+
+# One step against the equations, written in PyTorch
+
+
+def reference_step(state, config, key, p):
+    """The three gradients of the gates, per term."""
+    theta = torch.tensor(np.asarray(state.gates), requires_grad=True)
+    gate_key, noise_key, _ = jax.random.split(key, 3)  # the order in which the step draws
+    gumbel = torch.tensor(np.asarray(jax.random.gumbel(gate_key, (D,))))
+    noise = torch.tensor(np.asarray(jax.random.normal(noise_key, (D,))))
+    relaxed = torch.sigmoid((theta + gumbel + 3) / 0.4)
+    hard = relaxed + ((relaxed >= 0.5).float() - relaxed).detach()
+    masks = torch.split(hard, WIDTHS)
+    logits, _ = reference_forward(masks)
+    cross_entropy = functional.cross_entropy(logits, torch.tensor(LABELS))
+    a, b = (mask.sum() for mask in masks)
+    pixels = SIZE * SIZE
+    ratio = (pixels * 27 * a + pixels * 9 * a * b + CLASSES * b) / (
+        pixels * 27 * 8 + pixels * 9 * 8 * 24 + CLASSES * 24
+    )
+    resource = torch.clamp(ratio / p, min=1).log()
+    head = {k: torch.tensor(np.asarray(v)) for k, v in state.predictor["params"]["head"].items()}
+    judged = torch.clip(relaxed + config.predictor_noise * noise, 0, 1)
+    performance = -torch.sigmoid(judged @ head["kernel"][:, 0] + head["bias"][0]).log()
+    terms = {"cross_entropy": cross_entropy, "resource": config.resource_weight * resource, "performance": performance}
+    gradients = {name: torch.autograd.grad(term, theta, retain_graph=True)[0].numpy() for name, term in terms.items()}
+    accuracy = (logits.argmax(-1) == torch.tensor(LABELS)).float().mean().item()
+    return terms, gradients, hard.detach().numpy(), accuracy
+
+
+def orthogonal(gradient, onto):
+    parts = zip(np.split(gradient, [WIDTHS[0]]), np.split(onto, [WIDTHS[0]]), strict=True)
+    return np.concatenate([g - (base @ g) / (base @ base) * base for g, base in parts])
+
+
+@pytest.mark.parametrize("projection", [True, False])
+def test_one_step_matches_the_equations(projection, monkeypatch):
+    # A small σ, so that PN's gradient is not clipped away; LR as PN, so that PyTorch can follow.
+    problem = make_problem(
+        predictor="linear",
+        projection=projection,
+        predictor_noise=0.2,
+        predictor_batch_size=4,
+        memory_size=9,
+        memory_steps=1,
+    )
+    search = make_search(problem, monkeypatch)
+    state = search.init(jax.random.key(0))
+    rng = np.random.default_rng(5)
+    gates = np.float32(rng.normal(-3.0, 0.4, D))
+    head = {"kernel": np.float32(rng.normal(size=(D, 1))), "bias": np.float32([0.3])}
+    state = with_memory(state.replace(gates=gates, predictor={"params": {"head": head}}), 6)
+    after, metrics = step_of(search, state, seed=11)
+
+    terms, wanted, hard, accuracy = reference_step(state, problem.config, jax.random.key(11), p=0.4)
+    assert 0.3 < hard.mean() < 0.8
+    for name in wanted:
+        assert np.max(np.abs(wanted[name])) > 1e-3, name
+    own = orthogonal(wanted["performance"], wanted["cross_entropy"]) if projection else wanted["performance"]
+    update = wanted["cross_entropy"] + wanted["resource"] + own
+    np.testing.assert_allclose(gates - after.gates, update, atol=5e-6, rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss"], sum(terms.values()).item(), rtol=1e-5)
+    np.testing.assert_array_equal(after.memory.gates[6], hard)
+    np.testing.assert_allclose(after.memory.accuracy[6], accuracy, rtol=1e-6)
+
+    # PN's own step: the mean absolute error on what the memory gives.
+    drawn, known = episodic.sample(after.memory, jax.random.split(jax.random.key(11), 3)[2], 4, balanced=True)
+    kernel, bias = (torch.tensor(head[k], requires_grad=True) for k in ("kernel", "bias"))
+    predicted = torch.sigmoid(torch.tensor(np.asarray(drawn)) @ kernel + bias)[:, 0]
+    loss = (predicted - torch.tensor(np.asarray(known))).abs().mean()
+    loss.backward()
+    np.testing.assert_allclose(metrics["predictor_loss"], loss.item(), rtol=1e-5)
+    moved = head["kernel"] - after.predictor["params"]["head"]["kernel"]
+    np.testing.assert_allclose(moved, kernel.grad.numpy(), atol=1e-6)
+
+
+def test_pn_waits_until_the_memory_has_more_than_a_batch(monkeypatch):
+    search = make_search(make_problem(predictor_batch_size=3, memory_size=8, memory_steps=2), monkeypatch)
+    start = search.init(jax.random.key(0))
+    alone = make_search(make_problem(predictor="none"), monkeypatch)
+    state, counts, moved = start, [], []
+    for seed in range(8):
+        after, metrics = step_of(search, state, seed)
+        counts.append(int(after.memory.count))
+        moved.append(
+            any(
+                np.any(a != b)
+                for a, b in zip(leaves(after.predictor).values(), leaves(state.predictor).values(), strict=True)
+            )
+        )
+        without = step_of(alone, alone.init(jax.random.key(0)).replace(gates=state.gates), seed)[0]
+        np.testing.assert_array_equal(after.gates, without.gates)  # PN has no say before it has learned
+        assert (metrics["predictor_loss"] > 0) == moved[-1]
+        state = after
+    assert counts == [0, 1, 1, 2, 2, 3, 3, 4]
+    assert moved == [False] * 7 + [True]
+    after, _ = step_of(search, state, seed=8)
+    without = step_of(alone, alone.init(jax.random.key(0)).replace(gates=state.gates), 8)[0]
+    assert np.any(after.gates != without.gates)
+
+
+def test_four_devices_take_the_step_of_one():
+    search = make_search(make_problem(predictor_batch_size=4, memory_size=9))
+    state = with_memory(search.init(jax.random.key(0)), 6)
+    batch = (IMAGES, LABELS), jax.random.key(7)
+    one, metrics_of_one = compiled(search)(state, VARIABLES, *batch)
+    four, metrics_of_four = compiled(search, devices=4)(state, VARIABLES, *batch)
+    for name, value in (leaves(one) | leaves(metrics_of_one)).items():
+        np.testing.assert_allclose((leaves(four) | leaves(metrics_of_four))[name], value, atol=2e-4, err_msg=name)
+
+
+def test_the_resource_term_alone_leads_to_the_budget(monkeypatch):
+    monkeypatch.setattr(nppm._NPPM, "classification", lambda self, gates, *_: (0.0 * jnp.sum(gates), NO_LOSS))
+    problem = make_problem(predictor="none", steps=400, resource_loss="log_abs", p=0.3)
+    search = make_search(problem)
+    state, step, remaining = search.init(jax.random.key(0)), compiled(search), []
+    for seed in range(400):
+        state, metrics = step(state, VARIABLES, (IMAGES, LABELS), jax.random.key(seed))
+        remaining.append(float(metrics["remaining"]))
+    assert remaining[0] == 1.0
+    assert abs(np.mean(remaining[300:]) - 0.3) < 0.05
+
+
+def test_proposal_keeps_the_most_open_gates():
+    search = make_search(make_problem(predictor="none"))
+    gates = np.float32([-2, -4, -3.1, 0, -9, -2.9, -5, -6, *[-4.0] * 24])
+    importance, k = search.propose(search.init(jax.random.key(0)).replace(gates=gates))
+    np.testing.assert_array_equal(importance[0], gates[:8])
+    np.testing.assert_allclose(k, [3 / 8, 1 / 24])  # a closed gate proposes one channel
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"predictor": "lstm"}, "search.predictor='lstm' is unknown; use one of none, gru, authors, linear"),
+        ({"predictor_loss": "huber"}, "search.predictor_loss='huber' is unknown; use one of absolute, squared"),
+        ({"memory_steps": 0}, "search.memory_steps=0 must be at least 1"),
+        ({"memory_size": 64}, "search.memory_size=64 must be above search.predictor_batch_size=64"),
+    ],
+)
+def test_refusals_name_the_field(fields, message):
+    with pytest.raises(ValueError, match=message):
+        nppm.build(make_problem(**fields))

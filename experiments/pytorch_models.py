@@ -316,12 +316,24 @@ OTHERS = {
 }
 
 
-def create(name: str, num_classes: int, widths: Sequence[int] | None = None, **attributes: Any) -> nn.Module:
-    """Builds a backbone; arguments as of `ddnp_jax.models.create`.
+def create(
+    name: str, num_classes: int, widths: Sequence[int] | None = None, channels: int = 3, **attributes: Any
+) -> nn.Module:
+    """Builds a backbone for images of `channels` channels; the other arguments as of `ddnp_jax.models.create`.
 
     Raises:
       ValueError: the name is unknown.
     """
+    module = _create(name, num_classes, widths, attributes)
+    if channels != 3:
+        stem = next(each for each in module.modules() if isinstance(each, nn.Conv2d))
+        stem.in_channels = channels
+        stem.weight = nn.Parameter(stem.weight.new_empty(stem.out_channels, channels, *stem.kernel_size))
+        stem.reset_parameters()
+    return module
+
+
+def _create(name: str, num_classes: int, widths: Sequence[int] | None, attributes: dict[str, Any]) -> nn.Module:
     remaining = iter(widths) if widths is not None else None
     if name in RESNETS:
         return ResNet(*RESNETS[name], num_classes, remaining, **attributes)

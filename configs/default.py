@@ -85,9 +85,11 @@ def get_config() -> ConfigDict:
     config.data.threads = 0  # that decode photographs, in each process; 0 is one per core
 
     config.budget = ConfigDict()
-    config.budget.p = 0.5  # FLOPs of the prunable layers that remain, in (0, 1]
+    config.budget.kind = "flops"  # of the prunable layers; 'params' or 'latency' (measured per layer): of the network
+    config.budget.p = 0.5  # the part of it that remains, in (0, 1]
     config.budget.convention = "macs"  # 'macs' of conv and dense, or 'authors' (3 more per output element)
     config.budget.multiple = 1  # widths are multiples of this (whole gates excepted)
+    config.budget.latency_points = 5  # for 'latency': widths per gate at which layers are timed
 
     config.base = trainer(weights="")  # weights: PyTorch checkpoint or save_pruned folder; '' trains from scratch
 
@@ -98,6 +100,7 @@ def get_config() -> ConfigDict:
     search.augment = False  # random crops and flips, as `data` says
     search.chunk_steps = 10  # steps per dispatch
     search.save_every = 10  # chunks between checkpoints and evaluations
+    search.test_curve = False  # also logs test accuracy at every checkpoint, for figures; it decides nothing
     search.resource_loss = "log_abs"  # R: 'log_abs', 'log_max', 'abs' or 'square'
     search.resource_weight = 4.0  # λ
 

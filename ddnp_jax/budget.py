@@ -1,34 +1,56 @@
-"""What may remain: the wanted FLOPs, whether they can be reached, and integer widths that meet them."""
+"""What may remain: how much is wanted and of what, whether it can be reached, and integer widths that meet it."""
 
 import dataclasses
+import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import ml_collections
 import numpy as np
 
 from ddnp_jax import flops
+from ddnp_jax.latency import LatencyTable
 from ddnp_jax.topology import Topology
+
+KINDS = ("flops", "params", "latency")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a budget counts.
+
+    Attributes:
+      of: (topology, widths) -> the cost: exact at integer widths, else a float32 scalar that is differentiable in them.
+      unit: of the cost.
+      form: format of an amount.
+    """
+
+    of: Callable[[Topology, Any], Any] = flops.prunable
+    unit: str = "prunable FLOPs (macs)"
+    form: str = ",.0f"
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """FLOPs of the prunable layers that may remain: p T_total.
+    """The cost that may remain: p times the whole network's.
 
     Attributes:
       topology: of the network.
-      p: fraction in (0, 1] of the prunable FLOPs that remains.
-      convention: of counting FLOPs, 'macs' or 'authors'.
+      p: fraction in (0, 1] of the cost that remains.
+      counted: what is counted; by default the FLOPs of the prunable layers.
       multiple: widths are multiples of this, except gates that stay whole.
     """
 
     topology: Topology
     p: float
-    convention: str = "macs"
+    counted: Cost = Cost()
     multiple: int = 1
 
     @property
     def total(self) -> float:
-        """T_total."""
+        """T_total, the cost of the whole network."""
         return self.cost(self.topology.widths)
 
     @property
@@ -41,48 +63,49 @@ class Budget:
         """One channel (or one multiple) per gate."""
         return tuple(min(self.multiple, channels) for channels in self.topology.widths)
 
-    def cost(self, widths: Sequence[int]) -> float:
-        """T at integer widths."""
-        return float(flops.prunable(self.topology, widths, self.convention))
+    def cost(self, widths: Any) -> Any:
+        """T at widths (L,): exact for integers, else a float32 scalar that is differentiable in them."""
+        return self.counted.of(self.topology, widths)
 
     def check(self) -> None:
         """Refuses a budget that cannot be met.
 
         Raises:
-          ValueError: p is outside (0, 1], there is nothing to prune, or one channel per gate costs more than wanted.
+          ValueError: p is outside (0, 1], there is nothing to prune, or the smallest widths cost more than wanted.
         """
-        if not 0.0 < self.p <= 1.0:
-            raise ValueError(f"budget.p={self.p} must be in (0, 1]: the fraction of the prunable FLOPs that remains.")
-        if self.multiple < 1:
-            raise ValueError(f"budget.multiple={self.multiple} must be at least 1.")
-        if not self.topology.gates:
-            raise ValueError(f"the network has no gate to prune: {self.topology.describe()}")
+        _check_fields(self.topology, self.p, self.multiple)
         smallest = self.cost(self.smallest_widths)
         if smallest > self.wanted:
-            least = flops.parameters(self.topology, self.smallest_widths)
-            most = flops.parameters(self.topology)
             feasible = math.ceil(1e4 * smallest / self.total) / 1e4
+            least, most = map(self._size, (self.smallest_widths, self.topology.widths))
             raise ValueError(
-                f"budget.p={self.p} cannot be met: it wants {self.wanted:,.0f} prunable FLOPs ({self.convention}), but "
-                f"the smallest network (widths {self.multiple} or whole) has {smallest:,.0f} and {least:,} parameters, "
-                f"the largest {self.total:,.0f} and {most:,}; use p of at least {feasible:.4f}."
+                f"budget.p={self.p} cannot be met: it wants {self.wanted:{self.counted.form}} {self.counted.unit}, but "
+                f"the smallest network (widths {self.multiple} or whole) has {least}, the largest {most}; "
+                + (f"use p of at least {feasible:.4f}." if feasible <= 1 else "no p does.")
             )
 
     def fit(self, k: Sequence[float]) -> tuple[int, ...]:
         """Integer widths close to `k_l C_l` that meet the budget and leave no channel's room unused.
 
         All widths are scaled by the largest common factor that meets the budget after rounding; the room that rounding
-        leaves is then filled one unit at a time, the gate that lost most to rounding first.
+        leaves is then filled one unit at a time, the gate that lost most to rounding first. Nothing is asked of the
+        cost: a measured one may fall where a width grows. The widths then meet the budget and no single gate can be one
+        unit wider within it, but being two units wider at once may be cheaper.
 
         Args:
           k: fraction of channels per gate, in (0, 1].
         """
         k = np.asarray(k, np.float64)
-        low, high = 0.0, float(np.max(1.0 / k))
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self._meets(self.round(k * middle)) else (low, middle)
-        return self._fill(np.asarray(self.round(k * low)), k * low * self.topology.widths)
+        ideal = k * self.topology.widths
+        # The factors at which a rounded width changes; between two of them all widths stay.
+        halves = [np.arange(0.5, channels / self.multiple + 1) * self.multiple for channels in self.topology.widths]
+        factors = np.unique(np.concatenate([half / each for half, each in zip(halves, ideal, strict=True)]))
+        wanted = self.wanted
+        for low, high in itertools.pairwise([2 * factors[-1], *factors[::-1], 0.0]):
+            widths = self.round(k * (low + high) / 2)
+            if self.cost(widths) <= wanted:
+                return self._fill(np.asarray(widths), ideal * low)
+        return self.smallest_widths
 
     def round(self, k: Sequence[float]) -> tuple[int, ...]:
         """Integer widths nearest to `k_l C_l`, whatever they cost: multiples, between the smallest and the whole."""
@@ -90,17 +113,63 @@ class Budget:
         rounded = np.floor(ideal / self.multiple + 0.5).astype(int) * self.multiple
         return tuple(map(int, np.clip(rounded, self.smallest_widths, self.topology.widths)))
 
-    def _meets(self, widths: Sequence[int]) -> bool:
-        return self.cost(tuple(map(int, widths))) <= self.wanted
+    def _size(self, widths: tuple[int, ...]) -> str:
+        size = f"{self.cost(widths):{self.counted.form}}"
+        if self.counted.of is not flops.parameters:
+            size += f" and {flops.parameters(self.topology, widths):,} parameters"
+        return size
 
     def _fill(self, widths: np.ndarray, ideal: np.ndarray) -> tuple[int, ...]:
-        whole = np.asarray(self.topology.widths)
+        whole, wanted = np.asarray(self.topology.widths), self.wanted
         while True:
             for gate in np.argsort(widths - ideal, kind="stable"):
                 wider = widths.copy()
                 wider[gate] = min(widths[gate] + self.multiple, whole[gate])
-                if wider[gate] > widths[gate] and self._meets(wider):
+                if wider[gate] > widths[gate] and self.cost(wider) <= wanted:
                     widths = wider
                     break
             else:
                 return tuple(map(int, widths))
+
+
+def make_budget(
+    config: ml_collections.ConfigDict, topology: Topology, measured: Callable[[int, int], LatencyTable]
+) -> Budget:
+    """The budget of a configuration's `budget` section, checked.
+
+    Args:
+      config: the section; `configs/default.py` describes its fields.
+      topology: of the network.
+      measured: (points per gate, multiple) -> the latency table; called for kind 'latency' alone, after everything that
+        can be refused without it.
+
+    Raises:
+      ValueError: a field is wrong, or the budget cannot be met.
+    """
+    _check_fields(topology, config.p, config.multiple)
+    flops.check_convention(config.convention)
+    if config.latency_points < 2:
+        raise ValueError(f"budget.latency_points={config.latency_points} must be at least 2.")
+    match config.kind:
+        case "flops":
+            of = functools.partial(flops.prunable, convention=config.convention)
+            cost = Cost(of, f"prunable FLOPs ({config.convention})")
+        case "params":
+            cost = Cost(flops.parameters, "parameters")
+        case "latency":
+            table = measured(config.latency_points, config.multiple)
+            cost = Cost(table.ms, f"ms (batch {table.batch}, {table.device})", ",.4g")
+        case _:
+            raise ValueError(f"budget.kind={config.kind!r} is unknown; use one of {', '.join(KINDS)}.")
+    budget = Budget(topology, config.p, cost, config.multiple)
+    budget.check()
+    return budget
+
+
+def _check_fields(topology: Topology, p: float, multiple: int) -> None:
+    if not 0.0 < p <= 1.0:
+        raise ValueError(f"budget.p={p} must be in (0, 1]: the fraction of the cost that remains.")
+    if multiple < 1:
+        raise ValueError(f"budget.multiple={multiple} must be at least 1.")
+    if not topology.gates:
+        raise ValueError(f"the network has no gate to prune: {topology.describe()}")

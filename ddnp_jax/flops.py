@@ -7,14 +7,13 @@ other layers cost their MACs. Padding counts as if it were image. Matrix product
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddnp_jax.topology import Layer, Topology
+from ddnp_jax.topology import Layer, LeafPath, Topology
 
 CONVENTIONS = ("macs", "authors")
 
@@ -40,28 +39,55 @@ def prunable(topology: Topology, widths: Any = None, convention: str = "macs") -
     Raises:
       ValueError: the convention is unknown, or the number of widths is not that of the gates.
     """
-    costs, inputs, outputs = _terms(topology, convention)
+    check_convention(convention)
+    return _sum(_flops_terms(topology, convention), channels(topology, widths))
+
+
+def parameters(topology: Topology, widths: Any = None) -> Any:
+    """Parameters of the whole network, batch statistics not counted.
+
+    Args:
+      topology: of the network.
+      widths: as for `prunable`; the result has constant, linear and bilinear terms.
+
+    Returns:
+      An int for integer widths, else a float32 scalar that is differentiable in the widths.
+
+    Raises:
+      ValueError: the number of widths is not that of the gates.
+    """
+    return _sum(_parameter_terms(topology), channels(topology, widths))
+
+
+def channels(topology: Topology, widths: Any = None) -> Any:
+    """Widths as an array (L + 1,) whose last entry is 1, for whatever depends on no gate.
+
+    Args:
+      topology: of the network.
+      widths: channels per gate, None for the whole network.
+
+    Returns:
+      int64 on the host for integer widths, else float32, traced where the widths are.
+
+    Raises:
+      ValueError: the number of widths is not that of the gates.
+    """
     widths = topology.widths if widths is None else widths
     if len(widths) != len(topology.gates):
         raise ValueError(f"{len(widths)} widths were given; the network has {len(topology.gates)} gates.")
     if _integers(widths):
-        channels = np.array([*widths, 1], np.int64)
-        return int(np.sum(costs * channels[inputs] * channels[outputs]))
-    channels = jnp.concatenate([jnp.asarray(widths, jnp.float32), jnp.ones(1)])
-    return jnp.sum(costs.astype(np.float32) * channels[inputs] * channels[outputs])
+        return np.array([*widths, 1], np.int64)
+    return jnp.concatenate([jnp.asarray(widths, jnp.float32), jnp.ones(1)])
 
 
-def parameters(topology: Topology, widths: Sequence[int] | None = None) -> int:
-    """Parameters of the network with the given channels per gate, batch statistics not counted."""
-    widths = topology.widths if widths is None else widths
-    if len(widths) != len(topology.gates):
-        raise ValueError(f"{len(widths)} widths were given; the network has {len(topology.gates)} gates.")
-    shapes = {path: list(shape) for path, shape in topology.variables if path[0] == "params"}
-    for gate, width in zip(topology.gates, widths, strict=True):
-        for where in gate.slices:
-            if where.path in shapes:
-                shapes[where.path][where.axis] = where.outer * int(width) * where.inner
-    return sum(map(math.prod, shapes.values()))
+def check_convention(convention: str) -> None:
+    """Refuses an unknown convention.
+
+    Raises:
+      ValueError: names the convention and what it may be.
+    """
+    if convention not in CONVENTIONS:
+        raise ValueError(f"the FLOPs convention {convention!r} is unknown; use one of {', '.join(CONVENTIONS)}.")
 
 
 def p_for_reduction(topology: Topology, reduction: float, convention: str = "macs") -> float:
@@ -98,23 +124,51 @@ def _touches_gate(layer: Layer) -> bool:
     return layer.in_gate is not None or layer.out_gate is not None
 
 
+class _Terms(NamedTuple):
+    """A cost as sum_i coefficients[i] * prod_j channels[factors[i, j]], see `channels`."""
+
+    coefficients: np.ndarray
+    factors: np.ndarray
+
+
+def _sum(terms: _Terms, channels: Any) -> Any:
+    on_host = isinstance(channels, np.ndarray)
+    coefficients = terms.coefficients if on_host else terms.coefficients.astype(np.float32)
+    result = (coefficients * math.prod(channels[factor] for factor in terms.factors.T)).sum()
+    return int(result) if on_host else result
+
+
 @functools.cache
-def _terms(topology: Topology, convention: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """T as sum_i costs[i] * widths[inputs[i]] * widths[outputs[i]]; the index L stands for a factor of 1."""
-    if convention not in CONVENTIONS:
-        raise ValueError(f"the FLOPs convention {convention!r} is unknown; use one of {', '.join(CONVENTIONS)}.")
+def _flops_terms(topology: Topology, convention: str) -> _Terms:
     one = len(topology.gates)
-    channels = (*topology.widths, 1)
-    terms = [(_macs(layer), layer.in_gate, layer.out_gate) for layer in topology.layers if _touches_gate(layer)]
+    whole = (*topology.widths, 1)
+    layers = list(filter(_touches_gate, topology.layers))
+    terms = [(_macs(layer), layer.in_gate, layer.out_gate) for layer in layers]
     if convention == "authors":
-        terms += [
-            (3 * layer.positions * layer.outputs, None, layer.out_gate)
-            for layer in topology.layers
-            if _touches_gate(layer)
-        ]
+        terms += [(3 * layer.positions * layer.outputs, None, layer.out_gate) for layer in layers]
     rows = [(cost, one if i is None else i, one if o is None else o) for cost, i, o in terms]
-    costs, inputs, outputs = np.array(rows, np.int64).reshape(-1, 3).T
-    return costs // (np.take(channels, inputs) * np.take(channels, outputs)), inputs, outputs
+    costs, *factors = np.array(rows, np.int64).reshape(-1, 3).T
+    return _Terms(costs // math.prod(np.take(whole, factor) for factor in factors), np.stack(factors, 1))
+
+
+@functools.cache
+def _parameter_terms(topology: Topology) -> _Terms:
+    one = len(topology.gates)
+    sliced: dict[LeafPath, dict[int, tuple[int, int]]] = {}
+    for i, gate in enumerate(topology.gates):
+        for where in gate.slices:
+            sliced.setdefault(where.path, {})[where.axis] = (i, where.outer * where.inner)
+    rows = []
+    for path, shape in topology.variables:
+        if path[0] == "params":
+            gates = sliced.get(path, {})
+            coefficient = math.prod(gates[axis][1] if axis in gates else n for axis, n in enumerate(shape))
+            rows.append((coefficient, [gate for gate, _ in gates.values()]))
+    degree = max((len(gates) for _, gates in rows), default=1) or 1
+    factors = [gates + [one] * (degree - len(gates)) for _, gates in rows]
+    return _Terms(
+        np.array([coefficient for coefficient, _ in rows], np.int64), np.array(factors, np.int64).reshape(-1, degree)
+    )
 
 
 def _integers(widths: Any) -> bool:

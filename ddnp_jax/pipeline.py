@@ -14,8 +14,8 @@ import ml_collections
 import numpy as np
 import optax
 
-from ddnp_jax import checkpoint, data, flops, methods, models, parallel, report, torch_weights, training
-from ddnp_jax.budget import Budget
+from ddnp_jax import checkpoint, data, flops, latency, methods, models, parallel, report, torch_weights, training
+from ddnp_jax.budget import Budget, make_budget
 from ddnp_jax.compact import compact, load_pruned, save_pruned, verify
 from ddnp_jax.interception import apply_masked
 from ddnp_jax.topology import Selection, Topology, trace
@@ -104,9 +104,11 @@ def prepare(
         attributes = {**config.model.attributes, "dtype": dtype[config.precision]}
         model = models.create(config.model.name, dataset.num_classes, **attributes)
     topology = trace(model, dataset.image_shape)
-    budget = Budget(topology, config.budget.p, config.budget.convention, config.budget.multiple)
-    budget.check()
     workdir = Path(workdir)
+    measured = functools.partial(
+        latency.measured_once, workdir / "latency.json", model, topology, config.eval_batch_size
+    )
+    budget = make_budget(config.budget, topology, measured)
     checkpoint.claim_workdir(workdir, config.to_dict(), ignore=("data.threads",))
     return Run(
         config, workdir, dataset, model, rebuild, topology, budget, training.MetricsLog(workdir / "metrics.jsonl")
@@ -175,11 +177,16 @@ def search(job: Run, variables: Any) -> Selection:
     method = methods.build(job.config.search.method, problem)
     state = method.init(jax.random.key(job.config.seed))
     if method.steps:
-        test = _masked_evaluator(job)
+        held_out = _masked_evaluator(job, job.dataset.train)
+        test = _masked_evaluator(job, job.dataset.test)
 
         def evaluate(state: Any) -> dict[str, float]:
             masks = methods.select(method, state, job.budget).masks(job.topology)
-            return test({"variables": variables, "masks": masks}, job.dataset.splits["validation"])
+            constants = {"variables": variables, "masks": masks}
+            found = _named("validation", held_out(constants, job.dataset.splits["validation"]))
+            if job.config.search.test_curve:
+                found |= _named("test", test(constants, np.arange(len(job.dataset.test))))
+            return found
 
         state = _run_stage(job, "search", method.step, state, variables, evaluate)
     _once(job, "proposed_p", lambda: methods.proposed_cost(method, state, job.budget) / job.budget.total)
@@ -214,22 +221,28 @@ def summarize(job: Run, selection: Selection) -> dict[str, Any]:
     """Everything that the report says, as one flat dictionary."""
     config, topology, results = job.config, job.topology, _results(job)
     stages = ("base", "search", "finetune")
-    convention = job.budget.convention
+    convention, budget = config.budget.convention, job.budget
     return {
         "method": config.search.method,
         "variant": config.variant,
         "model": config.model.name,
         "dataset": config.data.label,
         "seed": config.seed,
-        "p": job.budget.p,
+        "p": budget.p,
+        "budget": {
+            "kind": config.budget.kind,
+            "unit": budget.counted.unit,
+            "before": budget.total,
+            "after": budget.cost(selection.widths),
+        },
         "flops_convention": convention,
         **{f"{stage}_{k}": results[stage][k] for stage in ("base", "unfinetuned", "pruned") for k in ("top1", "top5")},
         "best_pruned_validation_top1": job.log.best("finetune"),
         "test_images": len(job.dataset.test),
         "flops_total_before": flops.total(topology, None, convention),
         "flops_total_after": flops.total(topology, selection.widths, convention),
-        "flops_prunable_before": job.budget.total,
-        "flops_prunable_after": job.budget.cost(selection.widths),
+        "flops_prunable_before": flops.prunable(topology, None, convention),
+        "flops_prunable_after": flops.prunable(topology, selection.widths, convention),
         "params_before": flops.parameters(topology),
         "params_after": flops.parameters(topology, selection.widths),
         "gate_names": [gate.name for gate in topology.gates],
@@ -251,7 +264,9 @@ def _fitted(job: Run, proposed: float) -> list[str]:
     channel = job.budget.total / sum(job.topology.widths)
     if not (job.workdir / "search").exists() or abs(proposed - job.budget.p) * job.budget.total <= channel:
         return []
-    return [f"The search ended at {proposed:.4f} of the prunable FLOPs; its widths were fitted to the budget."]
+    return [
+        f"The search ended at {proposed:.4f} of the {job.budget.counted.unit}; its widths were fitted to the budget."
+    ]
 
 
 def _initial_variables(job: Run) -> Any:
@@ -273,7 +288,7 @@ def _train(
         training.train_step(_in_training(job, model), optimizer, config, teacher),
         training.init_state(variables, optimizer),
         constants,
-        lambda state: test(training.variables(state), job.dataset.splits["validation"]),
+        lambda state: _named("validation", test(training.variables(state), job.dataset.splits["validation"])),
     )
     return training.variables(state)
 
@@ -326,11 +341,15 @@ def _evaluator(job: Run, model: nn.Module, images: data.Images) -> Callable[...,
     return training.evaluator(forward, images, job.config.eval_batch_size, job.config.parallel.mode)
 
 
-def _masked_evaluator(job: Run) -> Callable[..., dict[str, float]]:
+def _masked_evaluator(job: Run, images: data.Images) -> Callable[..., dict[str, float]]:
     def forward(constants: Any, pixels: jax.Array) -> jax.Array:
         return apply_masked(job.model, constants["variables"], pixels, constants["masks"], job.topology)
 
-    return training.evaluator(forward, job.dataset.train, job.config.eval_batch_size, job.config.parallel.mode)
+    return training.evaluator(forward, images, job.config.eval_batch_size, job.config.parallel.mode)
+
+
+def _named(images: str, metrics: dict[str, float]) -> dict[str, float]:
+    return {f"{images}_{name}": value for name, value in metrics.items()}
 
 
 def _test(job: Run, model: nn.Module, variables: Any) -> dict[str, float]:

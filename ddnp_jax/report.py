@@ -23,6 +23,7 @@ CONVENTIONS = {
 
 _RESULTS = (
     *("method", "model", "dataset", "seed", "p", "flops_convention"),
+    *(f"budget.{key}" for key in ("kind", "unit", "before", "after")),
     *("base_top1", "base_top5", "unfinetuned_top1", "unfinetuned_top5", "pruned_top1", "pruned_top5", "test_images"),
     *("flops_total_before", "flops_total_after", "flops_prunable_before", "flops_prunable_after"),
     *("params_before", "params_after", "gate_names", "widths_before", "widths"),
@@ -37,7 +38,9 @@ _COMPARED = (
 )
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-_BLUE, _LIGHT_BLUE, _VERMILION = "#0072B2", "#C3DDEE", "#D55E00"
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_BLUE, _VERMILION, *_ = COLORS
+_LIGHT_BLUE = "#C3DDEE"
 
 
 def write(workdir: str | Path, results: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,6 +52,7 @@ def write(workdir: str | Path, results: Mapping[str, Any]) -> dict[str, Any]:
     Args:
       workdir: of the run, with its `metrics.jsonl`.
       results: of the run, JSON values only: `method`, `model`, `dataset`, `seed`, `p`, `flops_convention`;
+        `budget` with its `kind`, `unit`, and the cost `before` and `after`, all of them in that unit;
         `{base,unfinetuned,pruned}_{top1,top5}`, percent, on `test_images` test images;
         `flops_{total,prunable}_{before,after}`, `params_{before,after}`; `gate_names`, `widths_before`, `widths`, one
         entry per gate; `seconds` and `epochs`, by stage (0 seconds: the stage was not run); `batch_norm`, `precision`,
@@ -91,17 +95,17 @@ def compare(reports: Sequence[Mapping[str, Any]]) -> str:
     for i, report in enumerate(reports):
         _require(report, _COMPARED, f"report {i + 1}")
         epochs = tuple(_epochs(report, stage) for stage in STAGES)
-        key = (_method(report), report["model"], report["dataset"], report["p"], report["flops_convention"], epochs)
+        key = (_method(report), report["model"], report["dataset"], _p(report), report["flops_convention"], epochs)
         groups.setdefault(key, []).append(report)
     header = ["method", "model", "data set", "p", "FLOPs as", "fine-tuning epochs", "seeds"]
     header += ["FLOPs removed (%)", "parameters removed (%)"]
     header += ["base top-1 (%)", "before fine-tuning", "after fine-tuning", "change", "seconds"]
     rows = [
-        [method, model, dataset, f"{p:g}", convention, epochs[-1], str(len(runs)), *_compared_figures(runs)]
+        [method, model, dataset, p, convention, epochs[-1], str(len(runs)), *_compared_figures(runs)]
         for (method, model, dataset, p, convention, epochs), runs in groups.items()
     ]
     foot = "Several seeds: mean ± sample standard deviation. Accuracies: test set, last epoch. Seconds: all stages."
-    return f"{_table(header, rows, text_columns=3)}\n\n{foot}\n"
+    return f"{markdown_table(header, rows, text_columns=3)}\n\n{foot}\n"
 
 
 def _compared_figures(runs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -109,7 +113,7 @@ def _compared_figures(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     if len(set(seeds)) < len(seeds):
         twice = next(seed for seed in seeds if seeds.count(seed) > 1)
         raise ValueError(
-            f"Two reports of {_method(runs[0])} on {runs[0]['model']} with p={runs[0]['p']:g} have seed {twice}; "
+            f"Two reports of {_method(runs[0])} on {runs[0]['model']} with p={_p(runs[0])} have seed {twice}; "
             "give each run once, and runs that differ in more than the seed different values of config.variant."
         )
 
@@ -157,7 +161,7 @@ def _derived(results: Mapping[str, Any]) -> dict[str, float]:
         "delta_top5": results["pruned_top5"] - results["base_top5"],
         "flops_reduction": 100 * (1 - results["flops_total_after"] / results["flops_total_before"]),
         "params_reduction": 100 * (1 - results["params_after"] / results["params_before"]),
-        "p_reached": results["flops_prunable_after"] / results["flops_prunable_before"],
+        "p_reached": results["budget"]["after"] / results["budget"]["before"],
     }
 
 
@@ -188,14 +192,20 @@ def _markdown(report: Mapping[str, Any], has_search: bool) -> str:
     if r["notes"]:
         parts.append(f"## Notes\n\n{_bullets(r['notes'])}")
     parts.append(f"## Time\n\nOn {r['devices']}.\n\n{_time_table(r)}")
-    picture = "![Accuracy and FLOPs over the search](search.png)"
+    picture = "![Accuracy and cost over the search](search.png)"
     parts.append(f"## Search\n\n{picture if has_search else 'This method has no search; it selects in one shot.'}")
     parts.append(f"## Channels per gate\n\n{_width_table(r)}")
     return "\n\n".join(parts) + "\n"
 
 
 def _title(report: Mapping[str, Any]) -> str:
-    return f"{_method(report)}, {report['model']} on {report['dataset']}, p = {report['p']:g}"
+    return f"{_method(report)}, {report['model']} on {report['dataset']}, p = {_p(report)}"
+
+
+def _p(report: Mapping[str, Any]) -> str:
+    """p, and of what where it is not of FLOPs; reports written before there was a choice are of FLOPs."""
+    kind = report.get("budget", {}).get("kind", "flops")
+    return f"{report['p']:g}" if kind == "flops" else f"{report['p']:g} ({kind})"
 
 
 def _method(report: Mapping[str, Any]) -> str:
@@ -204,9 +214,6 @@ def _method(report: Mapping[str, Any]) -> str:
 
 
 def _result_table(report: Mapping[str, Any]) -> str:
-    def change(before: float, after: float) -> str:
-        return f"{100 * (after / before - 1):+z.2f} %"
-
     def row(name: str, accuracy: str, size: str) -> list[str]:
         top1, top5 = report[f"{accuracy}_top1"], report[f"{accuracy}_top5"]
         flops, params = report[f"flops_total_{size}"], report[f"params_{size}"]
@@ -216,9 +223,9 @@ def _result_table(report: Mapping[str, Any]) -> str:
     latency = report["latency_ms"]
     difference = [
         *(f"{report['delta_top1']:+z.2f}", f"{report['delta_top5']:+z.2f}"),
-        change(report["flops_total_before"], report["flops_total_after"]),
-        change(report["params_before"], report["params_after"]),
-        change(latency["before"], latency["after"]) if latency else "-",
+        _change(report["flops_total_before"], report["flops_total_after"]),
+        _change(report["params_before"], report["params_after"]),
+        _change(latency["before"], latency["after"]) if latency else "-",
     ]
     rows = [
         row("base", "base", "before"),
@@ -226,7 +233,7 @@ def _result_table(report: Mapping[str, Any]) -> str:
         row("pruned, after fine-tuning", "pruned", "after"),
         ["change, base to fine-tuned", *difference],
     ]
-    return _table(["network", "top-1 (%)", "top-5 (%)", "FLOPs", "parameters", "latency (ms)"], rows)
+    return markdown_table(["network", "top-1 (%)", "top-5 (%)", "FLOPs", "parameters", "latency (ms)"], rows)
 
 
 def _latency_sentence(report: Mapping[str, Any]) -> str:
@@ -236,22 +243,48 @@ def _latency_sentence(report: Mapping[str, Any]) -> str:
 
 
 def _budget(report: Mapping[str, Any]) -> str:
-    total, after = report["flops_prunable_before"], report["flops_prunable_after"]
+    budget = report["budget"]
+    total, after = budget["before"], budget["after"]
     wanted = report["p"] * total
     channel = total / sum(report["widths_before"])
+
+    def amount(cost: float) -> str:
+        return f"{cost:,.3f}" if budget["kind"] == "latency" else f"{cost / 1e6:,.3f} M"
+
     text = (
-        f"Wanted: at most p = {report['p']:.4f} of the {total / 1e6:,.3f} M FLOPs of the prunable layers, "
-        f"{wanted / 1e6:,.3f} M. Reached: p = {report['p_reached']:.4f}, {after / 1e6:,.3f} M. "
+        f"Wanted: at most p = {report['p']:.4f} of {amount(total)} {budget['unit']}, {amount(wanted)}. "
+        f"Reached: p = {report['p_reached']:.4f}, {amount(after)}. "
     )
+    if budget["kind"] == "latency":
+        text += f"{_predicted_and_measured(report)} "
     if after > wanted * (1 + 1e-6):
-        return text + f"**The budget is exceeded by {(after - wanted) / 1e6:,.3f} M.**"
+        return text + f"**The budget is exceeded by {amount(after - wanted)}.**"
     unused = wanted - after
     if unused > channel:
         return text + (
-            f"**The budget is missed by more than one channel's rounding**: {unused / 1e6:,.3f} M are unused, "
+            f"**The budget is missed by more than one channel's rounding**: {amount(unused)} are unused, "
             f"{unused / channel:.1f} times an average channel of the unpruned network."
         )
     return text + "The difference is less than one channel of average cost."
+
+
+def _predicted_and_measured(report: Mapping[str, Any]) -> str:
+    predicted, measured = report["budget"], report["latency_ms"]
+    text = (
+        f"These are the table's times of the convolution and dense layers, each measured by itself "
+        f"({_change(predicted['before'], predicted['after'])})"
+    )
+    if measured is None:
+        return f"{text}; the whole network was not measured."
+    before, after, batch = (measured[key] for key in ("before", "after", "batch"))
+    return (
+        f"{text}; the whole network was measured at {before:,.3f} ms before and {after:,.3f} ms after "
+        f"({_change(before, after)}, batch {batch})."
+    )
+
+
+def _change(before: float, after: float) -> str:
+    return f"{100 * (after / before - 1):+z.2f} %"
 
 
 def _methodology(report: Mapping[str, Any]) -> list[str]:
@@ -279,7 +312,7 @@ def _time_table(report: Mapping[str, Any]) -> str:
         seconds = report["seconds"][stage]
         rows.append([name, _epochs(report, stage), f"{seconds:,.0f}" if seconds else "not run"])
     rows.append(["all", "", f"{sum(report['seconds'].values()):,.0f}"])
-    return _table(["stage", "epochs", "seconds"], rows)
+    return markdown_table(["stage", "epochs", "seconds"], rows)
 
 
 def _width_table(report: Mapping[str, Any]) -> str:
@@ -287,14 +320,14 @@ def _width_table(report: Mapping[str, Any]) -> str:
     rows = [[f"`{name}`", str(before), str(after), f"{100 * after / before:.1f}"] for name, before, after in gates]
     before, after = sum(report["widths_before"]), sum(report["widths"])
     rows.append(["all", str(before), str(after), f"{100 * after / before:.1f}"])
-    return _table(["gate", "before", "after", "kept (%)"], rows)
+    return markdown_table(["gate", "before", "after", "kept (%)"], rows)
 
 
 def _bullets(sentences: Iterable[str]) -> str:
     return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
     """A markdown table whose source is aligned too; the columns after the first `text_columns` are figures."""
     lengths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     sides = ["<"] * text_columns + [">"] * (len(header) - text_columns)
@@ -310,7 +343,7 @@ def _widths_figure(report: Mapping[str, Any]) -> Figure:
     before, after = report["widths_before"], report["widths"]
     places = range(len(before))
     figure = Figure(figsize=(max(6.0, 1.2 + 0.27 * len(before)), 4.5), layout="constrained")
-    axes = _plain_axes(figure)
+    axes = plain_axes(figure)
     axes.bar(places, before, width=0.8, color=_LIGHT_BLUE, label="before")
     axes.bar(places, after, width=0.8, color=_BLUE, label="after")
     for place, width in zip(places, after, strict=True):
@@ -329,26 +362,27 @@ def _search_figure(report: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]
         return [step for step, _ in points], [value for _, value in points]
 
     figure = Figure(figsize=(8.0, 4.5), layout="constrained")
-    axes = _plain_axes(figure)
+    axes = plain_axes(figure)
     axes.plot(*curve("top1"), color=_BLUE, alpha=0.35, linewidth=1, label="top-1, search images (soft masks)")
     axes.plot(
         *curve("validation_top1"), color=_BLUE, marker="o", markersize=4, label="top-1, held-out images (cut to p)"
     )
     axes.set_xlabel("search step")
     axes.set_ylabel("top-1 accuracy (%)", color=_BLUE)
-    axes.set_title(f"Accuracy and FLOPs over the search\n{_title(report)}", fontsize=10)
-    flops = axes.twinx()
-    flops.spines[["top", "left"]].set_visible(False)
-    flops.plot(*curve("remaining_flops", 100.0), color=_VERMILION, label="remaining FLOPs")
-    flops.axhline(100.0 * report["p"], color=_VERMILION, linestyle="--", linewidth=1, label=f"p = {report['p']:g}")
-    flops.set_ylim(0, 102)
-    flops.set_ylabel("FLOPs of the prunable layers (%)", color=_VERMILION)
+    axes.set_title(f"Accuracy and cost over the search\n{_title(report)}", fontsize=10)
+    cost = axes.twinx()
+    cost.spines[["top", "left"]].set_visible(False)
+    cost.plot(*curve("remaining", 100.0), color=_VERMILION, label="remaining")
+    cost.axhline(100.0 * report["p"], color=_VERMILION, linestyle="--", linewidth=1, label=f"p = {report['p']:g}")
+    cost.set_ylim(0, 102)
+    cost.set_ylabel(f"{report['budget']['unit']} (%)", color=_VERMILION)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
-def _plain_axes(figure: Figure) -> Axes:
-    axes = figure.subplots()
+def plain_axes(figure: Figure, rows: int = 1, columns: int = 1, place: int = 0) -> Axes:
+    """Axes without box at one of rows * columns places, counted along the rows from 0."""
+    axes = figure.add_subplot(rows, columns, place + 1)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
     axes.grid(axis="y", color="#E5E5E5")

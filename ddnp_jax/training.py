@@ -304,7 +304,8 @@ def run(
       state: before the first step, on the host.
       constants: of `chunk`, replicated.
       send: step -> what is sent for the chunks from there to the end of the stage, of `data.read_ahead`.
-      evaluate: state -> metrics on held-out training images with "top1", by which the best checkpoint is chosen.
+      evaluate: state -> what is logged with a checkpoint; by "validation_top1", of held-out training images, the best
+        one is chosen.
       log: of the run.
 
     Returns:
@@ -347,8 +348,8 @@ def run(
                 check_state(stage.name, step, on_host)
                 held_out = evaluate(on_host) if due else {}
                 if due:
-                    log.write(stage.name, step, **{f"validation_{name}": value for name, value in held_out.items()})
-                checkpoints.save(step, on_host, metric=held_out.get("top1"))
+                    log.write(stage.name, step, **held_out)
+                checkpoints.save(step, on_host, metric=held_out.get("validation_top1"))
                 clock.save()
             if stop:
                 raise Preempted(f"stage {stage.name!r} is saved at step {step}; the same command goes on.")

@@ -158,7 +158,7 @@ def _search(config: ConfigDict, model: Any, variables: Any) -> tuple[Callable[..
     from ddnp_jax.budget import Budget
 
     topology = trace(model, IMAGE_SHAPE)
-    budget = Budget(topology, config.budget.p, config.budget.convention, config.budget.multiple)
+    budget = Budget(topology, config.budget.p)
     problem = methods.Problem(model, variables, topology, budget, config.search, steps=1000)
     search = methods.build(config.search.method, problem)
     return search.step, search.init(jax.random.key(config.seed))

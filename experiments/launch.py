@@ -3,7 +3,7 @@
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jaxlib
 from absl import app, flags, logging
@@ -51,22 +51,29 @@ def _parse(arguments: list[str]) -> list[str]:
         return app.parse_flags_with_usage(arguments)
 
 
-def run(default_config: str) -> None:
-    """Runs the main job with --config (by default `default_config`) in --workdir."""
+def prune(config: ConfigDict, workdir: str) -> str:
+    """The main job; returns the line that it ends with."""
+    from ddnp_jax import pipeline
+
+    report = pipeline.run(config, workdir)
+    return f"{report['pruned_top1']:.2f} % (base {report['base_top1']:.2f} %); report: {workdir}/report.md"
+
+
+def run(default_config: str, job: Callable[[ConfigDict, str], str] = prune) -> None:
+    """Runs a job with --config (by default `default_config`) in --workdir, and prints the line that it returns."""
     with _known_fields():
         config = config_flags.DEFINE_config_file("config", default_config, "Configuration file, path[:argument].")
     flags.mark_flag_as_required("workdir")
 
     def main(_: list[str]) -> None:
         os.environ["XLA_FLAGS"] = cpu_flags(config.value)  # before JAX starts its devices
-        from ddnp_jax import parallel, pipeline
+        from ddnp_jax import parallel
 
         logging.set_verbosity(logging.WARNING)  # orbax writes a page per checkpoint
         parallel.initialize(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         try:
-            report = pipeline.run(config.value, _WORKDIR.value)
+            print(job(config.value, _WORKDIR.value))
         except (ValueError, OSError, ImportError, FloatingPointError) as error:
             raise SystemExit(f"error: {error}") from error
-        print(f"{report['pruned_top1']:.2f} % (base {report['base_top1']:.2f} %); report: {_WORKDIR.value}/report.md")
 
     app.run(main, flags_parser=_parse)

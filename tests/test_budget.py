@@ -1,12 +1,18 @@
+import functools
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ml_collections import ConfigDict
 
-from ddnp_jax import flops
-from ddnp_jax.budget import Budget
+from ddnp_jax import flops, losses
+from ddnp_jax.budget import Budget, Cost, make_budget
+from ddnp_jax.latency import LatencyTable, LayerTimes
 from ddnp_jax.topology import Gate, Layer, Slice, Topology
 
 
@@ -58,6 +64,26 @@ def chain_cost(network, widths):
     return sum(layer.positions * a * b for layer, a, b in zip(network.layers, ends[:-1], ends[1:], strict=True))
 
 
+def config(**fields):
+    values = {"kind": "flops", "p": 0.25, "convention": "macs", "multiple": 1, "latency_points": 5}
+    return ConfigDict(values | fields)
+
+
+def no_table(points, multiple):
+    pytest.fail("only a budget in latency needs a table")
+
+
+# Of TWO: 4 ms for the first layer's one channel and 1 more for each further; the second layer is fastest at width 5.
+TIMES = LatencyTable(
+    "abacus",
+    32,
+    (
+        LayerTimes("first", (1, 1, 1, 10), 1, (), (1, 10), ((4.0, 13.0),)),
+        LayerTimes("second", (1, 1, 10, 3), 1, (1, 5, 10), (), ((6.0,), (2.0,), (7.0,))),
+    ),
+)
+
+
 # fit
 
 
@@ -85,9 +111,10 @@ def test_fit_to_multiples_literal():
 @given(problems(), st.floats(0, 1), st.sampled_from([1, 2, 8]), st.sampled_from(["macs", "authors"]))
 def test_fit_meets_the_budget_and_leaves_no_room(problem, share, multiple, convention):
     network, k = problem
-    smallest = Budget(network, 1.0, convention, multiple)
+    counted = Cost(functools.partial(flops.prunable, convention=convention))
+    smallest = Budget(network, 1.0, counted, multiple)
     least = smallest.cost(smallest.smallest_widths) / smallest.total
-    budget = Budget(network, min(least + share * (1 - least) + 1e-12, 1.0), convention, multiple)
+    budget = Budget(network, min(least + share * (1 - least) + 1e-12, 1.0), counted, multiple)
     budget.check()
     widths = budget.fit(k)
     assert all(isinstance(width, int) for width in widths)
@@ -113,6 +140,58 @@ def test_fit_is_rounding_where_rounding_meets_the_budget_exactly(problem):
     assert Budget(network, min(p * (1 + 1e-9), 1.0)).fit(k) == rounded
 
 
+def costs(network):
+    """(name, whole network's cost, cost of widths) of costs with and without a slope against the widths."""
+    bumps = np.random.default_rng(0).uniform(0.5, 1.5, (len(network.widths), 41))
+    return {
+        "parameters": flops.parameters,
+        "bumpy": lambda _, widths: float(sum(bumps[i, width] * width for i, width in enumerate(widths))),
+        "random": lambda _, widths: float(sum(bumps[i, width] for i, width in enumerate(widths))),
+    }
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems(), st.floats(0, 1), st.sampled_from([1, 3]), st.sampled_from(["parameters", "bumpy", "random"]))
+def test_fit_needs_nothing_of_the_cost_but_its_value(problem, share, multiple, name):
+    network, k = problem
+    cost = costs(network)[name]
+    smallest = [min(multiple, channels) for channels in network.widths]
+    least = cost(network, smallest) / cost(network, network.widths)
+    budget = Budget(network, least + share * (1 - least) + 1e-9, Cost(cost), multiple)
+    widths = budget.fit(k)
+    assert cost(network, widths) <= budget.wanted
+    for gate, (width, channels) in enumerate(zip(widths, network.widths, strict=True)):
+        assert width in {*range(multiple, channels, multiple), channels}
+        wider = [*widths[:gate], min(width + multiple, channels), *widths[gate + 1 :]]
+        assert width == channels or cost(network, wider) > budget.wanted
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems(), st.floats(0.5, 1), st.sampled_from([1, 3]))
+def test_no_larger_factor_meets_the_budget(problem, p, multiple):
+    """Where the cost falls while widths grow, all factors on a fine grid are worse than what `fit` starts from."""
+    network, k = problem
+    cost = costs(network)["random"]
+    budget = Budget(network, p, Cost(cost), multiple)
+    largest = max(1 / np.array(k)) * multiple * 2
+    meeting = [f for f in np.linspace(0, largest, 400) if cost(network, budget.round(np.array(k) * f)) <= budget.wanted]
+    if meeting:
+        at_least = budget.round(np.array(k) * max(meeting))
+        assert all(a >= b for a, b in zip(budget.fit(k), at_least, strict=True))
+
+
+def test_fit_to_a_measured_table_literal():
+    # Scaled together (a, b) is whole at 20 ms, and below that never at most 14 ms before (5, 5): 8 + 2 ms. The room of
+    # 4 ms is filled in turn with a channel of a (1 ms) and one of b (1 ms), a first.
+    budget = make_budget(config(kind="latency", p=0.7), TWO, lambda points, multiple: TIMES)
+    assert (budget.total, budget.wanted) == (20.0, 14.0)
+    assert budget.cost((5, 5)) == 10.0
+    assert budget.fit((1.0, 1.0)) == (7, 7)
+    # A bisection over the factor would end below (5, 5): at (1, 1) the second layer is slower than at (3, 3).
+    assert budget.cost((1, 1)) == 10.0
+    assert budget.cost((3, 3)) == 10.0
+
+
 # check
 
 
@@ -120,7 +199,7 @@ def test_budget_in_flops():
     budget = Budget(TWO, 0.25)
     assert (budget.total, budget.wanted, budget.cost((4, 2)), budget.smallest_widths) == (40, 10, 10, (1, 1))
     # The authors' convention adds 3 per output of `first`, which shrinks with its gate, and 3 x 3 for `second`.
-    authors = Budget(TWO, 0.25, "authors")
+    authors = make_budget(config(convention="authors"), TWO, no_table)
     assert (authors.total, authors.cost((4, 2))) == (40 + 30 + 9, 10 + 12 + 9)
 
 
@@ -131,7 +210,7 @@ def test_a_budget_that_can_be_met_passes():
 
 @pytest.mark.parametrize("p", [0.0, -0.5, 1.01, float("nan")])
 def test_p_outside_its_range_is_refused(p):
-    message = f"budget.p={p} must be in (0, 1]: the fraction of the prunable FLOPs that remains."
+    message = f"budget.p={p} must be in (0, 1]: the fraction of the cost that remains."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Budget(TWO, p).check()
 
@@ -139,7 +218,7 @@ def test_p_outside_its_range_is_refused(p):
 def test_a_budget_below_the_smallest_network_is_refused():
     message = (
         "budget.p=0.05 cannot be met: it wants 2 prunable FLOPs (macs), but the smallest network (widths 1 or whole) "
-        "has 4 and 4 parameters, the largest 40 and 40; use p of at least 0.1000."
+        "has 4 and 4 parameters, the largest 40 and 40 parameters; use p of at least 0.1000."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Budget(TWO, 0.05).check()
@@ -167,3 +246,100 @@ def test_a_multiple_below_one_is_refused():
 def test_a_network_without_gates_is_refused():
     with pytest.raises(ValueError, match=r"^the network has no gate to prune: gates: 0"):
         Budget(topology((), [("only", 1, 10, 1, None, None)]), 0.5).check()
+
+
+# kinds
+
+
+def test_budget_in_parameters():
+    budget = make_budget(config(kind="params", p=0.5), TWO, no_table)
+    assert (budget.total, budget.wanted, budget.cost((4, 2))) == (40, 20, 4 + 6)
+    assert budget.fit((0.5, 0.5)) == (5, 5)
+
+
+def test_a_parameter_budget_below_the_smallest_network_is_refused():
+    message = (
+        "budget.p=0.05 cannot be met: it wants 2 parameters, but the smallest network (widths 1 or whole) has 4, the "
+        "largest 40; use p of at least 0.1000."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        make_budget(config(kind="params", p=0.05), TWO, no_table)
+
+
+def test_a_latency_budget_below_the_smallest_network_is_refused():
+    message = (
+        "budget.p=0.45 cannot be met: it wants 9 ms (batch 32, abacus), but the smallest network (widths 1 or whole) "
+        "has 10 and 4 parameters, the largest 20 and 40 parameters; use p of at least 0.5000."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        make_budget(config(kind="latency", p=0.45), TWO, lambda points, multiple: TIMES)
+
+
+def test_a_table_by_which_the_smallest_network_is_the_slowest_is_refused():
+    slow = LayerTimes("first", (1, 1, 1, 10), 1, (), (1, 10), ((40.0, 13.0),))
+    table = LatencyTable("abacus", 32, (slow, TIMES.layers[1]))
+    with pytest.raises(ValueError, match=r"has 46 and 4 parameters, the largest 20 and 40 parameters; no p does\.$"):
+        make_budget(config(kind="latency", p=1.0), TWO, lambda points, multiple: table)
+
+
+def test_the_table_is_asked_for_with_the_fields_of_the_configuration():
+    asked = []
+
+    def measured(points, multiple):
+        asked.append((points, multiple))
+        return TIMES
+
+    make_budget(config(kind="latency", p=1.0, latency_points=7, multiple=2), TWO, measured)
+    assert asked == [(7, 2)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "macs"}, "budget.kind='macs' is unknown; use one of flops, params, latency."),
+        ({"convention": "flops"}, "the FLOPs convention 'flops' is unknown; use one of macs, authors."),
+        (
+            {"kind": "params", "convention": "flops"},
+            "the FLOPs convention 'flops' is unknown; use one of macs, authors.",
+        ),
+        ({"kind": "latency", "p": 2.0}, "budget.p=2.0 must be in (0, 1]: the fraction of the cost that remains."),
+        ({"kind": "latency", "multiple": 0}, "budget.multiple=0 must be at least 1."),
+        ({"kind": "latency", "latency_points": 1}, "budget.latency_points=1 must be at least 2."),
+    ],
+)
+def test_wrong_fields_are_refused_before_anything_is_measured(fields, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        make_budget(config(**fields), TWO, no_table)
+
+
+@pytest.mark.parametrize(("kind", "p"), [("flops", 0.3), ("params", 0.3), ("latency", 0.6)])
+def test_gradient_descent_on_the_resource_loss_reaches_the_budget(kind, p):
+    budget = make_budget(config(kind=kind, p=p), TWO, lambda points, multiple: TIMES)
+    optimizer = optax.adam(0.02)
+
+    def loss(logits):
+        return losses.resource("square", budget.cost(10 * jax.nn.sigmoid(logits)), budget.total, budget.p)
+
+    def step(_, carry):
+        logits, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(logits), state)
+        return optax.apply_updates(logits, updates), state
+
+    start = jnp.full(2, 3.0)
+    logits, _ = jax.jit(lambda carry: jax.lax.fori_loop(0, 500, step, carry))((start, optimizer.init(start)))
+    k = jax.nn.sigmoid(logits)
+    assert float(budget.cost(10 * k)) == pytest.approx(budget.wanted, rel=0.02)
+    widths = budget.fit(np.asarray(k))
+    assert budget.cost(widths) <= budget.wanted
+    np.testing.assert_allclose(widths, 10 * k, atol=1.01)
+
+
+@pytest.mark.parametrize("kind", ["flops", "params", "latency"])
+def test_a_traced_cost_is_the_integer_one_and_its_slope(kind):
+    budget = make_budget(config(kind=kind, p=1.0), TWO, lambda points, multiple: TIMES)
+    cost = jax.jit(jax.value_and_grad(budget.cost))
+    slopes = {"flops": [1, 3], "params": [1, 3], "latency": [1, -1]}
+    for widths in [(2, 3), (9, 4)]:
+        value, slope = cost(jnp.array(widths, jnp.float32))
+        assert float(value) == pytest.approx(budget.cost(widths), rel=1e-6)
+        assert slope.tolist() == slopes[kind]

@@ -190,7 +190,7 @@ def reference_step(state, config, key, p):
         "cross_entropy": cross_entropy,
         "resource_loss": resource,
         "tie_loss": tie,
-        "remaining_flops": ratio,
+        "remaining": ratio,
     }
     return {k: v.item() for k, v in terms.items()}, {k: v.grad.numpy() for k, v in params.items()}, energies, importance
 
@@ -384,8 +384,8 @@ def test_the_resource_term_alone_leads_to_the_budget(width, p):
     run = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False))
     state, metrics = run(search.init(jax.random.key(0)), IMAGES)
     start = {"scalar": 0.9124859, "generator": 0.89}[width]  # at k = sigmoid(3), and near it
-    np.testing.assert_allclose(metrics["remaining_flops"][0], start, atol={"scalar": 1e-6, "generator": 0.05}[width])
-    np.testing.assert_allclose(metrics["remaining_flops"][-1], p, atol=1e-3)
+    np.testing.assert_allclose(metrics["remaining"][0], start, atol={"scalar": 1e-6, "generator": 0.05}[width])
+    np.testing.assert_allclose(metrics["remaining"][-1], p, atol=1e-3)
     assert problem.budget.cost(methods.select(search, state, problem.budget).widths) <= problem.budget.wanted
 
 

@@ -20,7 +20,13 @@ def trace_resnet20():
     return trace(models.create("resnet20", 10), (32, 32, 3))
 
 
+@functools.cache
+def trace_mobilenet():
+    return trace(zoo.MobileNet(), SHAPE)
+
+
 traced_prunable = jax.jit(flops.prunable, static_argnums=(0, 2))
+traced_parameters = jax.jit(jax.value_and_grad(flops.parameters, argnums=1), static_argnums=0)
 
 
 def resnet_terms(widths, convention):
@@ -99,6 +105,37 @@ def test_layers_of_every_kind_by_hand():
     assert flops.total(grouped) == 256 * (27 * 8 + 9 * 4 * 6) + 6 * 7
     assert flops.total(trace(zoo.Middle(zoo.over_rows), SHAPE)) == 256 * (27 * 8 + 8 * 5) + 5 * 7
     assert flops.total(trace(zoo.Twice(), SHAPE)) == 256 * 9 * (3 * 6 + 2 * 6 * 6) + 6 * 7
+
+
+def mobilenet_parameters(widths):
+    """Parameters of zoo.MobileNet, module by module: kernels, biases, and 2 per channel of batch norm."""
+    e1, s1, e2, s2, out, head = widths
+
+    def block(inputs, e, s, out):
+        squeeze_excite = e * s + s + s * e + e
+        return inputs * e + 2 * e + 9 * e + 2 * e + squeeze_excite + e * out + 2 * out
+
+    stem, last = 27 * 8 + 8, out * head + head + 2 * head
+    return stem + block(8, e1, s1, 8) + block(8, e2, s2, out) + last + head * 7 + 7
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.tuples(*(st.integers(1, channels) for channels in zoo.MobileNet().channels)))
+def test_parameters_are_what_one_counts_by_hand(widths):
+    topology = trace_mobilenet()
+    assert flops.parameters(topology, widths) == mobilenet_parameters(widths)
+    value, slope = traced_parameters(topology, jnp.array(widths, jnp.float32))
+    assert float(value) == pytest.approx(mobilenet_parameters(widths), rel=1e-6)
+    more = [[w + (j == i) for j, w in enumerate(widths)] for i in range(6)]
+    steps = [mobilenet_parameters(m) - mobilenet_parameters(widths) for m in more]
+    np.testing.assert_allclose(slope, steps, rtol=1e-6)
+
+
+def test_a_kernel_that_holds_one_gate_twice_grows_with_its_square():
+    topology = trace(zoo.Twice(), SHAPE)
+    for width in (1, 4, 6):
+        first, shared, classifier = 27 * width + width, 9 * width**2 + width, 7 * width + 7
+        assert flops.parameters(topology, [width]) == first + shared + classifier
 
 
 @pytest.mark.parametrize(

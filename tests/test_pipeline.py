@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -16,10 +13,8 @@ from configs import cifar10_r56, digits_r20
 from ddnp_jax import data, pipeline, training
 from ddnp_jax.compact import load_pruned
 from experiments import launch
-from tests.test_parallel import free_port
 
 P = 0.5
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -186,55 +181,32 @@ def test_own_model_is_pruned_through_rebuild(config, tmp_path):
     assert report["seconds"]["search"] == 0
 
 
-def run_processes(data_dir, workdir, stop):
-    """The job of `job_process` by two processes with four devices each; returns what each one said."""
-    port = free_port()
-    arguments = [str(data_dir), str(workdir), str(stop)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.job_process", str(port), "2", str(i), *arguments],
-            cwd=ROOT,
-            env={
-                **os.environ,
-                "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-                "JAX_PLATFORMS": "cpu",
-                "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=400)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == (0 if stop < 0 else 1), output
-    return outputs
+def test_budget_in_measured_latency_is_the_same_numbers_when_the_run_goes_on(config, tmp_path):
+    config.search.method = "magnitude"
+    config.budget.update(kind="latency", p=1.0, latency_points=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "finetune", lambda *_: kill())
+        with pytest.raises(Killed):
+            pipeline.run(config, tmp_path, model=Own((20, 12)), rebuild=Own)
+    file = tmp_path / "latency.json"
+    table = file.read_bytes()
+    report = pipeline.run(config, tmp_path, model=Own((20, 12)), rebuild=Own)
+    assert file.read_bytes() == table
+    content = json.loads(table)
+    whole = sum(layer["ms"][-1][-1] for layer in content["layers"])
+    assert [layer["name"] for layer in content["layers"]] == ["first", "second", "classes"]
+    assert report["budget"]["before"] == report["budget"]["after"] == pytest.approx(whole, rel=1e-12)
+    assert report["budget"]["kind"] == "latency"
+    assert report["widths"] == [20, 12]
+    assert report["budget"]["unit"] == f"ms (batch {config.eval_batch_size}, cpu)"
+    assert "the whole network was measured at" in (tmp_path / "report.md").read_text()
 
 
-def test_two_processes_stopped_and_resumed_do_the_job_of_one(config, data_dir, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    expected = pipeline.run(config, one, model=Own((20, 12)), rebuild=Own)  # eight devices in this process
-    for output in run_processes(data_dir, two, stop=2):  # one got SIGTERM, both said so and left
-        assert "stage 'search' is saved at step 3; the same command goes on." in output
-    assert not (two / "selection.json").exists()
-    run_processes(data_dir, two, stop=-1)
-    report = json.loads((two / "report.json").read_text())
-    assert report["widths"] == expected["widths"] and report["pruned_top1"] == expected["pruned_top1"]
-    assert (two / "selection.json").read_text() == (one / "selection.json").read_text()
-    steps = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)]
-    assert len(steps[0]) == len(steps[1]) > 10
-    for ours, theirs in zip(*steps, strict=True):
-        assert (ours["stage"], ours["step"]) == (theirs["stage"], theirs["step"])
-        assert ours.get("loss") == pytest.approx(theirs.get("loss"), rel=1e-5)
-        assert ours.get("validation_top1") == theirs.get("validation_top1")  # every held-out image, by both
-    ours, theirs = (load_pruned(run / "pruned", Own(tuple(report["widths"])))[1] for run in (one, two))
-    # Sums of eight in another order
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)
+def test_budget_in_parameters(config, tmp_path):
+    config.budget.update(kind="params", p=0.3)
+    budget = pipeline.prepare(config, tmp_path, model=Own((20, 12)), rebuild=Own).budget
+    assert budget.total == 27 * 20 + 20 + 40 + 9 * 20 * 12 + 12 + 12 * 10 + 10
+    assert budget.cost((3, 2)) == 27 * 3 + 3 + 6 + 9 * 3 * 2 + 2 + 2 * 10 + 10
 
 
 def refused(config, tmp_path, **fields):

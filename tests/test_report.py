@@ -12,6 +12,7 @@ RESULTS = {
     "seed": 3,
     "p": 0.5,
     "flops_convention": "macs",
+    "budget": {"kind": "flops", "unit": "prunable FLOPs (macs)", "before": 38_000_000, "after": 19_000_000},
     "base_top1": 92.0,
     "base_top5": 99.75,
     "unfinetuned_top1": 61.25,
@@ -39,8 +40,8 @@ RESULTS = {
 }
 SEARCH = [
     {"stage": "base", "step": 5, "epoch": 1.0, "loss": 2.0, "top1": 20.0},
-    {"stage": "search", "step": 10, "epoch": 0.5, "top1": 90.0, "remaining_flops": 0.9},
-    {"stage": "search", "step": 20, "epoch": 1.0, "top1": 85.0, "remaining_flops": 0.55},
+    {"stage": "search", "step": 10, "epoch": 0.5, "top1": 90.0, "remaining": 0.9},
+    {"stage": "search", "step": 20, "epoch": 1.0, "top1": 85.0, "remaining": 0.55},
     {"stage": "search", "step": 20, "validation_top1": 70.0, "validation_top5": 97.0, "validation_loss": 1.0},
     {"stage": "finetune", "step": 7, "epoch": 1.0, "loss": 1.0, "top1": 88.0},
 ]
@@ -120,9 +121,29 @@ def test_markdown_tables_of_time_and_widths(workdir):
     ],
 )
 def test_budget_wanted_and_reached(workdir, after, sentence):
-    written = text(workdir, flops_prunable_after=after)
-    assert "Wanted: at most p = 0.5000 of the 38.000 M FLOPs of the prunable layers, 19.000 M." in written
+    written = text(workdir, budget=RESULTS["budget"] | {"after": after})
+    assert "Wanted: at most p = 0.5000 of 38.000 M prunable FLOPs (macs), 19.000 M." in written
     assert sentence in written
+
+
+def test_budget_in_parameters(workdir):
+    budget = {"kind": "params", "unit": "parameters", "before": 272_000, "after": 136_000}
+    written = text(workdir, budget=budget)
+    assert written.startswith("# ddnp, resnet20 on CIFAR-10 (JPEG), p = 0.5 (params)\n")
+    assert "p = 0.5000 of 0.272 M parameters, 0.136 M. Reached: p = 0.5000, 0.136 M. The difference" in written
+    assert "47.50 % of the FLOPs and 50.00 % of the parameters removed" in written
+
+
+def test_budget_in_latency_says_what_was_predicted_and_measured(workdir):
+    budget = {"kind": "latency", "unit": "ms (batch 128, cpu)", "before": 50.0, "after": 24.9}
+    written = text(workdir, budget=budget)
+    assert "p = 0.5000 of 50.000 ms (batch 128, cpu), 25.000. Reached: p = 0.4980, 24.900. " in written
+    assert (
+        "each measured by itself (-50.20 %); the whole network was measured at 80.000 ms before and 60.000 ms after "
+        "(-25.00 %, batch 128)."
+    ) in written
+    assert "(-50.20 %); the whole network was not measured." in text(workdir, budget=budget, latency_ms=None)
+    assert "-47.50 % |   -50.00 % |     -25.00 % |" in written  # FLOPs, parameters and latency, whatever the budget
 
 
 def test_what_was_not_measured_or_is_optional(workdir):
@@ -167,7 +188,7 @@ def test_search_picture_shows_the_search_alone():
     assert list(curve.get_ydata()) == pytest.approx([90.0, 55.0])
     assert list(budget.get_ydata()) == [50.0, 50.0]
     assert accuracy.get_ylabel() == "top-1 accuracy (%)"
-    assert remaining.get_ylabel() == "FLOPs of the prunable layers (%)"
+    assert remaining.get_ylabel() == "prunable FLOPs (macs) (%)"
 
 
 @pytest.mark.parametrize("blocks", [3, 18])
@@ -261,6 +282,7 @@ def test_compare_takes_mean_and_deviation_over_seeds():
         {"variant": "scalar"},
         {"dataset": "CIFAR-10"},
         {"flops_convention": "authors"},
+        {"budget": RESULTS["budget"] | {"kind": "params"}},
         {"epochs": {"base": 200, "search": 200, "finetune": 50}},
     ],
 )

@@ -338,7 +338,7 @@ def run_stage(folder, chunk=None, evaluate=None):
         recording_state(),
         run_constants(),
         lambda step: data.read_ahead(batches[step:10], lambda draws: DATA.read(draws, None), 0, 3),
-        evaluate or (lambda state: {"top1": float(state.step)}),
+        evaluate or (lambda state: {"validation_top1": float(state.step)}),
         training.MetricsLog(folder / "metrics.jsonl"),
     )
 

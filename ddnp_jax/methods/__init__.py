@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ddnp_jax import flops, losses
+from ddnp_jax import losses
 from ddnp_jax.budget import Budget
 from ddnp_jax.interception import Observe, apply_masked
 from ddnp_jax.topology import Selection, Topology
@@ -54,10 +54,10 @@ class Problem(NamedTuple):
         }
 
     def resource(self, widths: jax.Array) -> dict[str, jax.Array]:
-        """The "resource_loss" R of widths (L,), in channels, and T as a fraction of T_total."""
-        remaining, total = flops.prunable(self.topology, widths, self.budget.convention), self.budget.total
+        """The "resource_loss" R of widths (L,), in channels, and the share of the budgeted cost that is "remaining"."""
+        remaining, total = self.budget.cost(widths), self.budget.total
         return {
-            "remaining_flops": remaining / total,
+            "remaining": remaining / total,
             "resource_loss": losses.resource(self.config.resource_loss, remaining, total, self.budget.p),
         }
 

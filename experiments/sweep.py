@@ -1,0 +1,146 @@
+"""Searches of several settings and seeds from one base, their curves as CSV, and the curves as a picture.
+
+Every search is a run of its own in the workdir, made by the pipeline: the same command goes on where it was stopped.
+The base is trained (or read) once. Networks during a search are cut to the budget and evaluated on the test images; the
+curves decide nothing.
+"""
+
+import csv
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+from ddnp_jax import pipeline, report
+from ddnp_jax.compact import DESCRIPTION, save_pruned
+
+SEEDS = flags.DEFINE_integer("seeds", 3, "Searches per setting.", lower_bound=1)
+
+Settings = Mapping[str, Mapping[str, Any]]  # fields of the configuration that differ, by the setting's name
+Curves = Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]  # lines of the search's log, by (setting, seed)
+
+
+class Panel(NamedTuple):
+    """One picture of a figure.
+
+    Attributes:
+      title: above the picture.
+      metric: of the log, which the vertical axis shows.
+      label: of the vertical axis.
+      settings: which ones are drawn.
+      scale: factor of the metric.
+    """
+
+    title: str
+    metric: str
+    label: str
+    settings: Sequence[str]
+    scale: float = 1.0
+
+
+def run(config: ConfigDict, workdir: str | Path, settings: Settings, seeds: int) -> Curves:
+    """Runs, or goes on with, the search of every setting for seeds 0, 1, ...; writes `curves.csv`.
+
+    Raises:
+      ValueError: a setting does not fit the configuration.
+    """
+    workdir = Path(workdir)
+    runs = {
+        (name, seed): setting_config(config, fields, seed) for name, fields in settings.items() for seed in range(seeds)
+    }
+    weights = _base(config, workdir / "base")
+    curves = {}
+    for (name, seed), own in runs.items():
+        own.base.weights = str(weights)
+        job = pipeline.prepare(own, workdir / re.sub(r"\W+", "-", name) / str(seed))
+        pipeline.search(job, pipeline.base(job))
+        lines = map(json.loads, (job.workdir / "metrics.jsonl").read_text().splitlines())
+        curves[name, seed] = [line for line in lines if line["stage"] == "search"]
+    _write_csv(workdir / "curves.csv", curves)
+    return curves
+
+
+def setting_config(config: ConfigDict, fields: Mapping[str, Any], seed: int) -> ConfigDict:
+    """The configuration of one search; raises KeyError for a field that there is not."""
+    own = ConfigDict(config.copy_and_resolve_references())
+    own.update_from_flattened_dict({**fields, "seed": seed, "search.test_curve": True})
+    return own
+
+
+def _base(config: ConfigDict, workdir: Path) -> Path:
+    """The base network, in a folder of `save_pruned`; all seeds search in the same one."""
+    folder = workdir / "network"
+    if not (folder / DESCRIPTION).exists():
+        job = pipeline.prepare(config, workdir)
+        save_pruned(folder, job.model, pipeline.base(job))
+    return folder
+
+
+def _write_csv(path: Path, curves: Curves) -> None:
+    rows = [{"setting": name, "seed": seed, **line} for (name, seed), lines in curves.items() for line in lines]
+    columns = list(dict.fromkeys(column for row in rows for column in row if column != "stage"))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def mean_and_deviation(curves: Curves, setting: str, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Over the seeds of a setting, at every logged step: steps, mean, and sample standard deviation (0 of one seed)."""
+    values: dict[int, list[float]] = {}
+    for (name, _), lines in curves.items():
+        for line in lines if name == setting else ():
+            if metric in line:
+                values.setdefault(line["step"], []).append(line[metric])
+    steps = np.array(sorted(values))
+    mean = np.array([np.mean(values[step]) for step in steps])
+    deviation = np.array([np.std(values[step], ddof=1) if len(values[step]) > 1 else 0.0 for step in steps])
+    return steps, mean, deviation
+
+
+def publish(workdir: Path, title: str, panels: Sequence[Panel], curves: Curves) -> str:
+    """Writes `figures.png` and `summary.md`; returns the line that the command ends with."""
+    figure(title, panels, curves).savefig(workdir / "figures.png", dpi=150)
+    metrics = dict.fromkeys(panel.metric for panel in panels)
+    (workdir / "summary.md").write_text(summary(curves, metrics) + "\n")
+    return f"figure: {workdir}/figures.png; last values: {workdir}/summary.md"
+
+
+def figure(title: str, panels: Sequence[Panel], curves: Curves) -> Figure:
+    """A picture per panel: the mean of every setting as a line, its standard deviation as a shade."""
+    columns = math.ceil(math.sqrt(len(panels)))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.0 * columns, 3.8 * rows), layout="constrained")
+    seeds = len({seed for _, seed in curves})
+    figure.suptitle(f"{title}; {seeds} seed{'s' if seeds > 1 else ''}, mean and standard deviation", fontsize=11)
+    for place, panel in enumerate(panels):
+        axes = report.plain_axes(figure, rows, columns, place)
+        for setting, color in zip(panel.settings, report.COLORS, strict=False):
+            steps, mean, deviation = mean_and_deviation(curves, setting, panel.metric)
+            mean, deviation = panel.scale * mean, panel.scale * deviation
+            axes.plot(steps, mean, color=color, label=setting)
+            axes.fill_between(steps, mean - deviation, mean + deviation, color=color, alpha=0.2, linewidth=0)
+        axes.set(title=panel.title, xlabel="search step", ylabel=panel.label)
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def summary(curves: Curves, metrics: Iterable[str]) -> str:
+    """The last logged values of every setting as a Markdown table, mean ± standard deviation over seeds."""
+    metrics = list(metrics)
+    header = ["setting", *metrics]
+    rows = []
+    for setting in dict.fromkeys(name for name, _ in curves):
+        cells = [setting]
+        for metric in metrics:
+            _, mean, deviation = mean_and_deviation(curves, setting, metric)
+            cells.append(f"{mean[-1]:.3f} ± {deviation[-1]:.3f}" if len(mean) else "-")
+        rows.append(cells)
+    return report.markdown_table(header, rows)

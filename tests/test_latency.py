@@ -1,0 +1,258 @@
+"""The latency table: interpolation of known values, its file, and which layers are timed; never a measured time."""
+
+import dataclasses
+import functools
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import zoo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddnp_jax import latency
+from ddnp_jax.latency import LatencyTable, LayerTimes
+from ddnp_jax.topology import trace
+
+SHAPE = (16, 16, 3)
+
+
+@functools.cache
+def topology():
+    return trace(zoo.MobileNet(), SHAPE)
+
+
+def synthetic(network, seed=0, points=3):
+    """A table with random times at random widths."""
+    rng = np.random.default_rng(seed)
+
+    def grid(gate):
+        if gate is None:
+            return ()
+        channels = network.gates[gate].channels
+        return (
+            *sorted(map(int, rng.choice(np.arange(1, channels), min(points, channels) - 1, replace=False))),
+            channels,
+        )
+
+    layers = []
+    for layer in network.layers:
+        inputs, outputs = grid(layer.in_gate), grid(layer.out_gate)
+        ms = rng.uniform(0.1, 9, (len(inputs) or 1, len(outputs) or 1))
+        layers.append(
+            LayerTimes(layer.name, layer.kernel_shape, layer.positions, inputs, outputs, tuple(map(tuple, ms.tolist())))
+        )
+    return LatencyTable("abacus", 8, tuple(layers))
+
+
+def counted(table, network, widths):
+    """The same sum with numpy's one-dimensional interpolation, first over outputs, then over inputs."""
+    total = 0.0
+    for times, layer in zip(table.layers, network.layers, strict=True):
+        rows = [
+            np.interp(1 if layer.out_gate is None else widths[layer.out_gate], times.outputs or (1,), row)
+            for row in times.ms
+        ]
+        total += np.interp(1 if layer.in_gate is None else widths[layer.in_gate], times.inputs or (1,), rows)
+    return total
+
+
+TABLE = synthetic(topology())
+traced = jax.jit(jax.value_and_grad(functools.partial(TABLE.ms, topology())))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.tuples(*(st.integers(1, channels) for channels in topology().widths)), st.floats(0, 0.99))
+def test_interpolation_is_numpys(widths, fraction):
+    assert TABLE.ms(topology(), widths) == pytest.approx(counted(TABLE, topology(), widths), rel=1e-12)
+    between = [max(width - fraction, 0.5) for width in widths]  # below the first measured width its time stays
+    value, slope = traced(jnp.array(between, jnp.float32))
+    assert float(value) == pytest.approx(counted(TABLE, topology(), between), rel=1e-5)
+    assert np.isfinite(slope).all()
+
+
+def test_slope_is_that_of_the_segment_and_at_a_point_that_of_smaller_widths():
+    rng = np.random.default_rng(1)
+    for _ in range(10):
+        widths = [float(rng.integers(2, channels + 1)) for channels in topology().widths]
+        _, slope = traced(jnp.array(widths, jnp.float32))
+        for i in range(len(widths)):
+            less = [w - 0.25 * (j == i) for j, w in enumerate(widths)]
+            step = (counted(TABLE, topology(), widths) - counted(TABLE, topology(), less)) / 0.25
+            assert float(slope[i]) == pytest.approx(step, rel=1e-3, abs=1e-3)
+
+
+def test_at_measured_widths_the_table_is_its_measurements():
+    whole = sum(times.ms[-1][-1] for times in TABLE.layers)
+    assert TABLE.ms(topology()) == pytest.approx(whole, rel=1e-12)
+
+
+def test_a_layer_with_both_gates_literal():
+    network = trace(zoo.VGG(features=(4, 8, 3, 5)), SHAPE)
+    table = synthetic(network)
+    between = next(i for i, layer in enumerate(network.layers) if (layer.in_gate, layer.out_gate) == (0, 1))
+    free = [dataclasses.replace(t, ms=tuple((1e-9,) * len(row) for row in t.ms)) for t in table.layers]
+    free[between] = dataclasses.replace(free[between], inputs=(2, 4), outputs=(4, 8), ms=((1.0, 3.0), (2.0, 8.0)))
+    table = dataclasses.replace(table, layers=tuple(free))
+    for widths, expected in {(2, 4): 1, (2, 8): 3, (4, 4): 2, (4, 8): 8, (3, 6): 3.5, (3, 5): 2.5, (1, 2): 1}.items():
+        assert table.ms(network, (*widths, 3, 5)) == pytest.approx(expected, abs=1e-7)
+
+
+# The file
+
+
+def test_the_file_gives_back_the_same_numbers(tmp_path):
+    TABLE.save(tmp_path / "latency.json")
+    assert LatencyTable.load(tmp_path / "latency.json", topology()) == TABLE
+
+
+def damage(content, path, value):
+    *where, last = path
+    functools.reduce(lambda inner, key: inner[key], where, content)[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    [
+        (
+            ("layers", 0, "name"),
+            "trunk",
+            "it has trunk with kernel (3, 3, 3, 8) at 64 positions where the network has stem",
+        ),
+        (("layers", 0, "kernel_shape"), [1, 1, 3, 8], "it has stem with kernel (1, 1, 3, 8) at 64"),
+        (("layers", 0, "positions"), 65, "with kernel (3, 3, 3, 8) at 65 positions where"),
+        (("layers", 1, "outputs"), [], "block1/expand: outputs [] must be ascending widths up to 12 channels"),
+        (("layers", 1, "outputs"), [1, 4, 11], "block1/expand: outputs [1, 4, 11] must be ascending widths up to 12"),
+        (("layers", 1, "outputs"), [4, 4, 12], "outputs [4, 4, 12] must be ascending"),
+        (("layers", 1, "inputs"), [8], "block1/expand: inputs [8] must be ascending widths up to None"),
+        (("layers", 1, "ms"), [[1.0, 2.0]], "block1/expand: ms must be 1 rows of 3, one per width"),
+        (("layers", 1, "ms"), [[1.0, 2.0, 0.0]], "every time must be a positive number"),
+        (("layers", 1, "ms"), [[1.0, 2.0, float("nan")]], "every time must be a positive number"),
+        (("layers",), [], "it has 0 layers, the network "),
+        (("layers", 1), {}, "missing 6 required"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused_in_one_sentence(tmp_path, path, value, reason):
+    file = tmp_path / "latency.json"
+    TABLE.save(file)
+    content = json.loads(file.read_text())
+    damage(content, path, value)
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError) as error:
+        LatencyTable.load(file, topology())
+    assert str(error.value).startswith(f"{file} is no latency table of this network (")
+    assert reason in str(error.value)
+    assert str(error.value).endswith("; delete it, and it is measured again.")
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    file = tmp_path / "latency.json"
+    file.write_text("{")
+    with pytest.raises(ValueError, match="is no latency table of this network"):
+        LatencyTable.load(file, topology())
+
+
+# Measuring
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Every call that is to be timed, in order, as (module, input); takes as long as its input and output are wide."""
+    calls = []
+
+    def pretend(module, x):
+        calls.append((module, x))
+        return float(x.shape[-1] * 1000 + module.features)
+
+    monkeypatch.setattr(latency, "_milliseconds", pretend)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "model", [zoo.MobileNet(), zoo.VGG(), zoo.Multiplier(), zoo.PreActResNet()], ids=lambda m: type(m).__name__
+)
+def test_every_layer_is_timed_as_the_smaller_network_calls_it(model, timed):
+    """At all gates' smallest measured widths, the timed layers have the kernels of the network with these widths."""
+    network = trace(model, SHAPE)
+    table = latency.measure(model, network, batch=4, points=3)
+    smallest = {}
+    for times, layer in zip(table.layers, network.layers, strict=True):
+        for grid, gate in ((times.inputs, layer.in_gate), (times.outputs, layer.out_gate)):
+            assert (grid == ()) == (gate is None)
+            if gate is not None:
+                assert smallest.setdefault(gate, grid[0]) == 1
+                assert grid[-1] == network.gates[gate].channels
+    kernels = {tuple(jax.eval_shape(m.init, jax.random.key(0), x)["params"]["kernel"].shape) for m, x in timed}
+    expected = set()
+    for layer in network.layers:
+        sides = [
+            (gate, network.gates[gate].channels if gate is not None else 1) for gate in (layer.in_gate, layer.out_gate)
+        ]
+        grids = [(1, c, latency._knots(c, 3, 1)[1]) if gate is not None else (1,) for gate, c in sides]
+        for a, b in itertools.product(*grids):
+            *window, inputs, outputs = layer.kernel_shape
+            expected.add((*window, inputs * a // sides[0][1], outputs * b // sides[1][1]))
+    assert kernels == expected
+    assert {x.shape[0] for _, x in timed} == {4}
+
+
+def test_geometry_of_a_layer_and_its_place_in_the_table(timed):
+    network = topology()
+    table = latency.measure(zoo.MobileNet(), network, batch=4, points=3)
+    names = [layer.name for layer in network.layers]
+    expand, depthwise, project = (
+        table.layers[names.index(f"block2/{name}")] for name in ("expand", "depthwise", "project")
+    )
+    assert (expand.inputs, expand.outputs, expand.ms) == ((), (1, 8, 16), ((8001.0, 8008.0, 8016.0),))
+    assert (depthwise.inputs, depthwise.outputs, depthwise.ms) == ((), (1, 8, 16), ((1001.0, 8008.0, 16016.0),))
+    assert (project.inputs, project.outputs) == ((1, 8, 16), (1, 6, 10))
+    assert project.ms == ((1001.0, 1006.0, 1010.0), (8001.0, 8006.0, 8010.0), (16001.0, 16006.0, 16010.0))
+    module, x = next(call for call in timed if getattr(call[0], "feature_group_count", 1) == 8)
+    assert (module.strides, module.feature_group_count, x.shape) == (2, 8, (4, 8, 8, 8))
+
+
+def test_the_same_layer_is_timed_once(timed):
+    model = zoo.Middle(lambda x: x.mean((1, 2)))
+    network = trace(model, SHAPE)
+    latency.measure(model, network, batch=4, points=2)
+    assert len(timed) == 4  # two widths of the convolution, two of the classifier
+    timed.clear()
+    latency.measure(zoo.Twice(), trace(zoo.Twice(), SHAPE), batch=4, points=2)
+    assert len(timed) == 2 + 4 + 2  # the layer that is used twice once, at both widths of either side
+
+
+@pytest.mark.parametrize(
+    ("arguments", "widths"),
+    [
+        ((16, 5, 1), (1, 5, 8, 12, 16)),
+        ((64, 3, 8), (8, 32, 64)),
+        ((20, 3, 8), (8, 16, 20)),
+        ((4, 5, 8), (4,)),
+        ((3, 5, 1), (1, 2, 3)),
+        ((1, 5, 1), (1,)),
+    ],
+)
+def test_measured_widths_are_multiples_and_the_whole(arguments, widths):
+    assert latency._knots(*arguments) == widths
+
+
+def test_a_layer_that_is_not_flaxs_own_is_named():
+    model = zoo.OwnKernels()
+    with pytest.raises(
+        ValueError, match=r"^layer own cannot be timed by itself: .* put latency\.json into the workdir"
+    ):
+        latency.measure(model, trace(model, SHAPE), batch=4)
+
+
+def test_a_table_is_measured_once_and_then_read(tmp_path, monkeypatch):
+    model = zoo.Middle(lambda x: x.mean((1, 2)))
+    network = trace(model, SHAPE)
+    arguments = (tmp_path / "run" / "latency.json", model, network, 4, 2, 1)
+    table = latency.measured_once(*arguments)
+    assert all(0 < ms < np.inf for times in table.layers for row in times.ms for ms in row)
+    assert (table.device, table.batch) == (jax.devices()[0].device_kind, 4)
+    monkeypatch.setattr(latency, "_milliseconds", lambda *_: pytest.fail("measured again"))
+    assert latency.measured_once(*arguments) == table

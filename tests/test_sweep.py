@@ -1,0 +1,81 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from configs import digits_r20
+from experiments import ddnp_figures, nppm_figures, sweep
+
+CURVES = {
+    ("PN", 0): [{"stage": "search", "step": 10, "loss": 2.0}, {"stage": "search", "step": 10, "test_top1": 50.0}],
+    ("PN", 1): [{"stage": "search", "step": 10, "loss": 4.0}, {"stage": "search", "step": 20, "loss": 1.0}],
+    ("DG", 0): [{"stage": "search", "step": 10, "loss": 7.0}],
+}
+
+
+def test_mean_and_deviation_over_seeds():
+    steps, mean, deviation = sweep.mean_and_deviation(CURVES, "PN", "loss")
+    np.testing.assert_array_equal(steps, [10, 20])
+    np.testing.assert_allclose(mean, [3.0, 1.0])
+    np.testing.assert_allclose(deviation, [np.sqrt(2), 0.0])
+
+
+def test_summary_gives_the_last_values():
+    lines = sweep.summary(CURVES, ["loss", "test_top1"]).splitlines()
+    assert [cell.strip() for cell in lines[2].strip("|").split("|")] == ["PN", "1.000 ± 0.000", "50.000 ± 0.000"]
+    assert [cell.strip() for cell in lines[3].strip("|").split("|")] == ["DG", "7.000 ± 0.000", "-"]
+
+
+def test_publish_writes_a_picture_with_a_line_per_setting(tmp_path):
+    panels = (sweep.Panel("a", "loss", "loss", ("PN", "DG"), scale=2.0), sweep.Panel("b", "test_top1", "%", ("PN",)))
+    sweep.publish(tmp_path, "title", panels, CURVES)
+    assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
+    left, right = sweep.figure("title", panels, CURVES).axes
+    assert [line.get_label() for line in left.lines] == ["PN", "DG"]
+    np.testing.assert_allclose(left.lines[0].get_ydata(), [6.0, 2.0])
+    assert len(right.lines) == 1
+
+
+@pytest.mark.parametrize(("figures", "argument"), [(ddnp_figures, ""), (nppm_figures, "nppm")])
+def test_every_setting_is_a_field_that_exists_and_every_panel_draws_settings(figures, argument):
+    config = digits_r20.get_config(argument)
+    for fields in figures.SETTINGS.values():
+        sweep.setting_config(config, fields, seed=1)  # a locked configuration refuses unknown fields
+    panels = figures.PANELS if argument else figures.panels(0.5)
+    assert {name for panel in panels for name in panel.settings} == set(figures.SETTINGS)
+
+
+def test_a_setting_changes_nothing_else():
+    config = digits_r20.get_config("nppm")
+    own = sweep.setting_config(config, {"search.predictor": "none"}, seed=3)
+    assert (own.search.predictor, own.seed, own.search.test_curve) == ("none", 3, True)
+    own.update_from_flattened_dict({"search.predictor": "gru", "seed": 0, "search.test_curve": False})
+    assert own.to_dict() == config.to_dict()
+
+
+def test_the_searches_share_a_base(tmp_path, monkeypatch):
+    searched = []
+
+    class Job:
+        def __init__(self, config, workdir):
+            self.config, self.workdir, self.model = config, workdir, None
+
+    def search(job, variables):
+        searched.append((job.config.search.predictor, job.config.seed, job.config.base.weights))
+        job.workdir.mkdir(parents=True)
+        lines = [{"stage": "base", "step": 1}, {"stage": "search", "step": 5, "loss": float(job.config.seed)}]
+        (job.workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    monkeypatch.setattr(sweep.pipeline, "prepare", Job)
+    monkeypatch.setattr(sweep.pipeline, "base", lambda job: None)
+    monkeypatch.setattr(sweep.pipeline, "search", search)
+    monkeypatch.setattr(sweep, "save_pruned", lambda path, model, variables: None)
+    settings = {"PN": {}, "DG": {"search.predictor": "none"}}
+    curves = sweep.run(digits_r20.get_config("nppm"), tmp_path, settings, seeds=2)
+    network = str(tmp_path / "base" / "network")
+    assert searched == [("gru", 0, network), ("gru", 1, network), ("none", 0, network), ("none", 1, network)]
+    assert curves["DG", 1] == [{"stage": "search", "step": 5, "loss": 1.0}]
+    with (tmp_path / "curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows[3] == {"setting": "DG", "seed": "1", "step": "5", "loss": "1.0"}

@@ -1,0 +1,70 @@
+"""The whole job over two processes with four devices each, stopped in one and resumed, against one process with eight."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ddnp_jax import pipeline
+from ddnp_jax.compact import load_pruned
+from tests.test_parallel import free_port
+from tests.test_pipeline import Own, tiny
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_processes(data_dir, workdir, stop):
+    """The job of `job_process` by two processes with four devices each; returns what each one said."""
+    port = free_port()
+    arguments = [str(data_dir), str(workdir), str(stop)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.job_process", str(port), "2", str(i), *arguments],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+                "JAX_PLATFORMS": "cpu",
+                "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "xla"),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=400)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == (0 if stop < 0 else 1), output
+    return outputs
+
+
+def test_two_processes_stopped_and_resumed_do_the_job_of_one(tmp_path):
+    one, two, data_dir = tmp_path / "one", tmp_path / "two", str(tmp_path / "tfds")
+    expected = pipeline.run(tiny(data_dir), one, model=Own((20, 12)), rebuild=Own)  # eight devices in this process
+    for output in run_processes(data_dir, two, stop=2):  # one got SIGTERM, both said so and left
+        assert "stage 'search' is saved at step 3; the same command goes on." in output
+    assert not (two / "selection.json").exists()
+    run_processes(data_dir, two, stop=-1)
+    report = json.loads((two / "report.json").read_text())
+    assert report["widths"] == expected["widths"] and report["pruned_top1"] == expected["pruned_top1"]
+    assert (two / "selection.json").read_text() == (one / "selection.json").read_text()
+    steps = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)]
+    assert len(steps[0]) == len(steps[1]) > 10
+    for ours, theirs in zip(*steps, strict=True):
+        assert (ours["stage"], ours["step"]) == (theirs["stage"], theirs["step"])
+        assert ours.get("loss") == pytest.approx(theirs.get("loss"), rel=1e-5)
+        assert ours.get("validation_top1") == theirs.get("validation_top1")  # every held-out image, by both
+    ours, theirs = (load_pruned(run / "pruned", Own(tuple(report["widths"])))[1] for run in (one, two))
+    # Sums of eight in another order
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)

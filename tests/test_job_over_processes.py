@@ -1,4 +1,4 @@
-"""The whole job over two processes with four devices each, stopped in one and resumed, against one process with eight."""
+"""The job over two processes with four devices each, stopped in one and resumed, against one process with eight."""
 
 import json
 import os

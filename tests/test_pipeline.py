@@ -198,7 +198,7 @@ def test_budget_in_measured_latency_is_the_same_numbers_when_the_run_goes_on(con
     assert report["budget"]["before"] == report["budget"]["after"] == pytest.approx(whole, rel=1e-12)
     assert report["budget"]["kind"] == "latency"
     assert report["widths"] == [20, 12]
-    assert report["budget"]["unit"] == f"ms (batch {config.eval_batch_size}, cpu)"
+    assert report["budget"]["unit"] == f"ms (batch {config.eval_batch_size // jax.device_count()}, cpu)"
     assert "the whole network was measured at" in (tmp_path / "report.md").read_text()
 
 

@@ -105,9 +105,7 @@ def prepare(
         model = models.create(config.model.name, dataset.num_classes, **attributes)
     topology = trace(model, dataset.image_shape)
     workdir = Path(workdir)
-    measured = functools.partial(
-        latency.measured_once, workdir / "latency.json", model, topology, _local_batch(config)
-    )
+    measured = functools.partial(latency.measured_once, workdir / "latency.json", model, topology, _local_batch(config))
     budget = make_budget(config.budget, topology, measured)
     checkpoint.claim_workdir(workdir, config.to_dict(), ignore=("data.threads",))
     return Run(

@@ -3,7 +3,8 @@
 Inner channel counts are data here too (`widths`, as of `ddnp_jax.models`), so that pruned networks can be compared.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,11 +20,11 @@ def conv_norm(
     stride: int = 1,
     groups: int = 1,
     activation: type[nn.Module] | None = None,
-    eps: float = 1e-5,
+    norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
 ) -> list[nn.Module]:
     """A convolution without bias, its batch norm, and an activation."""
     conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
-    return [conv, nn.BatchNorm2d(outputs, eps), *([activation()] if activation else [])]
+    return [conv, norm(outputs), *([activation()] if activation else [])]
 
 
 class ResidualBlock(nn.Module):
@@ -171,6 +172,9 @@ class SqueezeExcite(nn.Module):
         return x * nn.functional.hardsigmoid(scale)
 
 
+V3_NORM = functools.partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
+
+
 class MobileNetV3Block(nn.Module):
     """torchvision's MobileNetV3 block; `squeezed` 0 for none, `expands` False for a first block."""
 
@@ -186,10 +190,10 @@ class MobileNetV3Block(nn.Module):
         expands: bool,
     ) -> None:
         super().__init__()
-        layers = [nn.Sequential(*conv_norm(inputs, width, activation=activation, eps=1e-3))] if expands else []
-        layers.append(nn.Sequential(*conv_norm(width, width, kernel, stride, width, activation, eps=1e-3)))
+        layers = [nn.Sequential(*conv_norm(inputs, width, activation=activation, norm=V3_NORM))] if expands else []
+        layers.append(nn.Sequential(*conv_norm(width, width, kernel, stride, width, activation, norm=V3_NORM)))
         layers += [SqueezeExcite(width, squeezed)] if squeezed else []
-        self.block = nn.Sequential(*layers, nn.Sequential(*conv_norm(width, outputs, eps=1e-3)))
+        self.block = nn.Sequential(*layers, nn.Sequential(*conv_norm(width, outputs, norm=V3_NORM)))
         self.adds = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -206,7 +210,7 @@ class MobileNetV3Small(nn.Module):
 
     def __init__(self, num_classes: int, widths: Iterator[int] | None) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Sequential(*conv_norm(3, 16, 3, 2, activation=nn.Hardswish, eps=1e-3))]
+        layers: list[nn.Module] = [nn.Sequential(*conv_norm(3, 16, 3, 2, activation=nn.Hardswish, norm=V3_NORM))]
         inputs = 16
         for i, (width, outputs, squeezed) in enumerate(zip(self.EXPANDED, self.OUTPUTS, self.SQUEEZED, strict=True)):
             width = next(widths) if widths and i else width
@@ -214,7 +218,7 @@ class MobileNetV3Small(nn.Module):
             stride = 2 if i in (0, 1, 3, 8) else 1
             layers.append(MobileNetV3Block(inputs, width, outputs, kernel, stride, squeezed, activation, i > 0))
             inputs = outputs
-        layers.append(nn.Sequential(*conv_norm(96, 576, activation=nn.Hardswish, eps=1e-3)))
+        layers.append(nn.Sequential(*conv_norm(96, 576, activation=nn.Hardswish, norm=V3_NORM)))
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(
             nn.Linear(576, 1024), nn.Hardswish(), nn.Dropout(0.2), nn.Linear(1024, num_classes)

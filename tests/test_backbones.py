@@ -141,9 +141,13 @@ def images(shape):
     return (rng.normal(size=(2, *shape)) + 2 * rng.normal(size=(2, 1, 1, 3))).astype(np.float32)
 
 
+def channels_first(x):
+    return torch.from_numpy(x).permute(0, 3, 1, 2)
+
+
 def torch_logits(module, x):
     with torch.inference_mode():
-        return module.eval()(torch.from_numpy(x).permute(0, 3, 1, 2)).numpy()
+        return module.eval()(channels_first(x)).numpy()
 
 
 def shape_of(name):
@@ -153,7 +157,8 @@ def shape_of(name):
 @functools.cache
 def network(name):
     """PyTorch's network with random weights and statistics, ours with the same, and ours with masks."""
-    reference = randomize(pytorch_models.create(name, CLASSES), seed=1)
+    module = pytorch_models.create(name, CLASSES)
+    reference = randomize(module, seed=1, images=channels_first(images(shape_of(name))))
     model = models.create(name, CLASSES)
     variables = torch_weights.load(reference.state_dict(), model)
     topology = trace(model, shape_of(name))
@@ -224,7 +229,7 @@ def test_running_statistics_move_at_the_pace_of_pytorch(name):
     """A tenth per step, and a hundredth in MobileNetV3."""
     reference, model, variables, _, _ = network(name)
     trained = copy.deepcopy(reference).train()
-    trained(torch.from_numpy(images(SMALL)).permute(0, 3, 1, 2))
+    trained(channels_first(images(SMALL)))
     apply = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable="batch_stats")[1]["batch_stats"]["features_0_1"])
     mean = apply(variables, images(SMALL))["mean"]
     np.testing.assert_allclose(mean, trained.features[0][1].running_mean, atol=1e-5, rtol=0)

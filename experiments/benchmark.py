@@ -3,7 +3,7 @@
     python -m experiments.benchmark [--only=search,training,evaluation,data] [--batch_size=128] [--rounds=10] \
         [--data_dir=DIR] [--json=PATH]
 
-The steps are those of ResNet-56 on synthetic images of CIFAR's size; what is loaded, `experiments.loading` says, and its
+The steps are those of ResNet-56 on synthetic images of CIFAR's size. What is loaded, `experiments.loading` says; its
 seconds are those of a core, all threads of the process together.
 
 Everything measured is a process of its own, started with the flags that `experiments.launch` gives a run. The processes

@@ -1,11 +1,10 @@
-"""What the benchmark compares when it measures the loading of photographs, every side on one core.
+"""What the benchmark compares when it measures the loading of photographs, per core.
 
 Ours is what a run does: records, threads, decoding, crops, batches. The others are plain loops over encoded images that
 lie in memory, one random crop of 224 pixels and a flip each.
 """
 
 import io
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -90,7 +89,7 @@ VERSION = f"simplejpeg {simplejpeg.__version__}, cv2 {cv2.__version__}, Pillow {
 
 
 def make_turn(name: str, data_dir: str, batch_size: int, steps: int) -> Callable[[], None]:
-    """A side's turn, on one core of this process's.
+    """A side's turn, in one thread at a time.
 
     Args:
       name: `OURS` or a key of `LOOPS`.
@@ -98,8 +97,6 @@ def make_turn(name: str, data_dir: str, batch_size: int, steps: int) -> Callable
       batch_size: photographs per step.
       steps: per turn.
     """
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     cv2.setNumThreads(0)
     pixels = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "flip": True, "crop_size": SIZE, "resize_size": 256, "threads": 1}
     records = _records(data_dir)

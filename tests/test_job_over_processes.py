@@ -1,4 +1,4 @@
-"""The job over two processes with four devices each, stopped in one and resumed, against one process with eight."""
+"""The whole job by two processes with four devices each, stopped in one and resumed, equals that of one process."""
 
 import json
 import os

@@ -109,7 +109,7 @@ def compare(config: ConfigDict, checkpoint: str) -> dict[str, Any]:
     batches = data.evaluation_batches(np.arange(len(dataset.test)), config.eval_batch_size)
     for draws, valid in tqdm(batches, desc="comparing", unit="batch"):
         batch = dataset.test.batch(dataset.test.on_devices, dataset.test.read(draws, None), None)
-        images, targets = map(np.asarray, batch)
+        images, targets = map(np.array, batch)  # copies, because PyTorch warns of arrays that cannot be written
         labels.append(targets[valid])
         for name, forward in sides.items():
             if not logits[name]:

@@ -105,9 +105,7 @@ def prepare(
         model = models.create(config.model.name, dataset.num_classes, **attributes)
     topology = trace(model, dataset.image_shape)
     workdir = Path(workdir)
-    measured = functools.partial(
-        latency.measured_once, workdir / "latency.json", model, topology, config.eval_batch_size
-    )
+    measured = functools.partial(latency.measured_once, workdir / "latency.json", model, topology, _local_batch(config))
     budget = make_budget(config.budget, topology, measured)
     checkpoint.claim_workdir(workdir, config.to_dict(), ignore=("data.threads",))
     return Run(
@@ -199,7 +197,7 @@ def search(job: Run, variables: Any) -> Selection:
 def cut(job: Run, variables: Any, selection: Selection) -> tuple[nn.Module, Any]:
     """Removes the channels, proves that nothing else changed, and re-estimates batch statistics if asked to."""
     small_model, small_variables = compact(job.model, variables, selection, job.topology, job.rebuild)
-    images = job.dataset.test.first(_local_batch(job))
+    images = job.dataset.test.first(_local_batch(job.config))
     verification = verify(job.model, variables, small_model, small_variables, selection, job.topology, images)
     _once(job, "verification", verification._asdict)
     if job.config.finetune.recalibration_steps:
@@ -357,14 +355,14 @@ def _test(job: Run, model: nn.Module, variables: Any) -> dict[str, float]:
     return _evaluator(job, model, test)(variables, np.arange(len(test)))
 
 
-def _local_batch(job: Run) -> int:
+def _local_batch(config: ml_collections.ConfigDict) -> int:
     """Images of an evaluation batch that one device takes."""
-    return job.config.eval_batch_size // jax.device_count()
+    return config.eval_batch_size // jax.device_count()
 
 
 def _latency(job: Run, networks: list[tuple[nn.Module, Any]]) -> dict[str, float]:
     """Median milliseconds of a device's share of an evaluation batch, whole and pruned network in turn."""
-    batch = _local_batch(job)
+    batch = _local_batch(job.config)
     images = jax.device_put(np.zeros((batch, *job.dataset.image_shape), np.float32))
     calls = [
         functools.partial(jax.jit(functools.partial(m.apply, train=False)), jax.device_put(v)) for m, v in networks

@@ -105,7 +105,7 @@ def compare(reports: Sequence[Mapping[str, Any]]) -> str:
         for (method, model, dataset, p, convention, epochs), runs in groups.items()
     ]
     foot = "Several seeds: mean ± sample standard deviation. Accuracies: test set, last epoch. Seconds: all stages."
-    return f"{markdown_table(header, rows, text_columns=3)}\n\n{foot}\n"
+    return f"{table(header, rows, text_columns=3)}\n\n{foot}\n"
 
 
 def _compared_figures(runs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -233,7 +233,7 @@ def _result_table(report: Mapping[str, Any]) -> str:
         row("pruned, after fine-tuning", "pruned", "after"),
         ["change, base to fine-tuned", *difference],
     ]
-    return markdown_table(["network", "top-1 (%)", "top-5 (%)", "FLOPs", "parameters", "latency (ms)"], rows)
+    return table(["network", "top-1 (%)", "top-5 (%)", "FLOPs", "parameters", "latency (ms)"], rows)
 
 
 def _latency_sentence(report: Mapping[str, Any]) -> str:
@@ -312,7 +312,7 @@ def _time_table(report: Mapping[str, Any]) -> str:
         seconds = report["seconds"][stage]
         rows.append([name, _epochs(report, stage), f"{seconds:,.0f}" if seconds else "not run"])
     rows.append(["all", "", f"{sum(report['seconds'].values()):,.0f}"])
-    return markdown_table(["stage", "epochs", "seconds"], rows)
+    return table(["stage", "epochs", "seconds"], rows)
 
 
 def _width_table(report: Mapping[str, Any]) -> str:
@@ -320,14 +320,14 @@ def _width_table(report: Mapping[str, Any]) -> str:
     rows = [[f"`{name}`", str(before), str(after), f"{100 * after / before:.1f}"] for name, before, after in gates]
     before, after = sum(report["widths_before"]), sum(report["widths"])
     rows.append(["all", str(before), str(after), f"{100 * after / before:.1f}"])
-    return markdown_table(["gate", "before", "after", "kept (%)"], rows)
+    return table(["gate", "before", "after", "kept (%)"], rows)
 
 
 def _bullets(sentences: Iterable[str]) -> str:
     return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
     """A markdown table whose source is aligned too; the columns after the first `text_columns` are figures."""
     lengths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     sides = ["<"] * text_columns + [">"] * (len(header) - text_columns)

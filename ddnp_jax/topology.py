@@ -299,7 +299,7 @@ def _sized_axes(
     return {
         (path, axis)
         for path, leaf in leaves.items()
-        for axis, (size, double) in enumerate(zip(leaf.shape, doubled[path].shape, strict=True))
+        for axis, (size, double) in enumerate(zip(leaf.shape, doubled.get(path, leaf).shape, strict=True))
         if size != double
     }
 

@@ -5,12 +5,15 @@ dots, `_<digits>` in them becomes `.<digits>`, and the leaf takes PyTorch's name
 "kernel") is "layer1.0.conv1.weight". Kernels change from (*spatial, in, out) to (out, in, *spatial); that covers
 dense, convolution, grouped and depthwise layers. Two things lie outside: transposed convolutions, and a dense layer
 behind a flatten of more than one pixel, whose inputs PyTorch orders by (C, H, W) instead of (H, W, C).
+
+A pruned network goes back to PyTorch with `save`, which writes its state dict and the sizes of its layers.
 """
 
 import os
+import pprint
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,46 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from ddnp_jax.topology import trace
+
 # Published checkpoints of one network call its classifier by one of these names; either is taken for the other.
 ALIASES = {"fc": "linear", "linear": "fc"}
 LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 WRAPPERS = ("state_dict", "net")
+WEIGHTS_FILE, LAYERS_FILE = "weights.safetensors", "pytorch_layers.py"
 
 TreePath = tuple[str, ...]
+
+# What `save` writes beside the weights, for a reader without this library.
+LAYERS_SOURCE = '''"""The sizes of a pruned network's layers, for PyTorch alone.
+
+    model = load(whole_model, safetensors.torch.load_file("{weights}"))
+
+`whole_model` is the unpruned network in PyTorch, for example `torchvision.models.resnet50()`.
+"""
+
+import torch
+from torch import nn
+
+LAYERS = {layers}
+
+
+def load(whole_model: nn.Module, state_dict: dict[str, torch.Tensor]) -> nn.Module:
+    """Gives a network the pruned sizes and weights, in place, and returns it."""
+    for name, sizes in LAYERS.items():
+        layer = whole_model.get_submodule(name)
+        for attribute, size in sizes.items():
+            if not hasattr(layer, attribute):
+                raise ValueError(f"{{name}} is a {{type(layer).__name__}}, which has no {{attribute}}.")
+            setattr(layer, attribute, size)
+    for name, tensor in state_dict.items():
+        path, _, leaf = name.rpartition(".")
+        layer = whole_model.get_submodule(path)
+        tensor = tensor.clone()
+        setattr(layer, leaf, nn.Parameter(tensor) if isinstance(getattr(layer, leaf), nn.Parameter) else tensor)
+    whole_model.load_state_dict(state_dict)
+    return whole_model
+'''
 
 
 def load(
@@ -36,9 +73,7 @@ def load(
     """Reads a PyTorch checkpoint as the variables of a flax model.
 
     Args:
-      path_or_state_dict: a file of `torch.save` (needs the extra `torch`), or what it holds: a state dict of tensors or
-        numpy arrays (for example from `safetensors.numpy.load_file`), as it is or under "state_dict" or "net".
-        A prefix "module." is dropped, and "num_batches_tracked" is ignored.
+      path_or_state_dict: as of `read`.
       model: has the checkpoint's architecture and module names.
       input_shape: (H, W, C) of one image.
 
@@ -47,20 +82,34 @@ def load(
 
     Raises:
       FileNotFoundError: there is no such file.
-      ImportError: a file is to be read and PyTorch is not installed.
+      ImportError: a file is to be read and the library that reads it is not installed.
       ValueError: the file is damaged, holds no state dict, or does not fit the model: the first tensor that is
         misshapen, extra or missing is named.
     """
-    if isinstance(path_or_state_dict, Mapping):
-        source, checkpoint = "the state dict", path_or_state_dict
-    else:
-        source, checkpoint = str(path_or_state_dict), _read(Path(path_or_state_dict))
     wanted = _wanted(model, input_shape)
-    state = _rename_aliases(_state_dict(checkpoint, source), wanted)
-    _check_fit(state, wanted, source)
+    state = rename_aliases(read(path_or_state_dict), wanted)
+    _check_fit(state, wanted, _source(path_or_state_dict))
     leaves = {path: _from_torch(path, state[name]) for name, (path, _) in wanted.items()}
     # A copy: on CPU a jax array may otherwise share the memory of the caller's tensors.
     return unflatten_dict({path: jnp.array(leaf) for path, leaf in leaves.items()})
+
+
+def read(path_or_state_dict: str | os.PathLike | Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Reads a PyTorch checkpoint as it is.
+
+    Args:
+      path_or_state_dict: a file of safetensors (named so) or of `torch.save`, which need the extra `torch`, or what it
+        holds: a state dict of tensors or numpy arrays, as it is or under "state_dict" or "net".
+
+    Returns:
+      Float32 arrays under PyTorch's names, without a prefix "module." and without "num_batches_tracked".
+
+    Raises:
+      As `load`, which also checks whether a model fits.
+    """
+    given = isinstance(path_or_state_dict, Mapping)
+    checkpoint = path_or_state_dict if given else _read(Path(path_or_state_dict))
+    return _state_dict(checkpoint, _source(path_or_state_dict))
 
 
 def export(model: nn.Module, variables: Any, input_shape: Sequence[int] = (32, 32, 3)) -> dict[str, np.ndarray]:
@@ -82,6 +131,61 @@ def export(model: nn.Module, variables: Any, input_shape: Sequence[int] = (32, 3
     state = {_torch_name(path): _to_torch(path, leaf) for path, leaf in flatten_dict(variables).items()}
     _check_fit(state, _wanted(model, input_shape), "the set of variables")
     return state
+
+
+def layer_sizes(
+    model: nn.Module, variables: Any, input_shape: Sequence[int] = (32, 32, 3)
+) -> dict[str, dict[str, int]]:
+    """Sizes of every layer of a model, by PyTorch's name and under PyTorch's attributes; arguments as for `export`.
+
+    Returns:
+      For example {"conv1": {"in_channels": 3, "out_channels": 64, "groups": 1}, "bn1": {"num_features": 64},
+      "fc": {"in_features": 512, "out_features": 1000}}.
+    """
+    groups = {layer.path: layer.groups for layer in trace(model, tuple(input_shape)).layers}
+    sizes: dict[str, dict[str, int]] = {}
+    for path, leaf in flatten_dict(variables).items():
+        name = _torch_name(path).rpartition(".")[0]
+        if path[-1] == "kernel" and leaf.ndim > 2:
+            inputs = leaf.shape[-2] * groups[path]
+            sizes[name] = {"in_channels": inputs, "out_channels": leaf.shape[-1], "groups": groups[path]}
+        elif path[-1] == "kernel":
+            sizes[name] = {"in_features": leaf.shape[0], "out_features": leaf.shape[1]}
+        elif path[-1] == "mean":
+            sizes[name] = {"num_features": leaf.shape[0]}
+    return sizes
+
+
+def save(folder: str | os.PathLike, model: nn.Module, variables: Any, input_shape: Sequence[int] = (32, 32, 3)) -> None:
+    """Writes a model, pruned or not, for PyTorch: `weights.safetensors` and `pytorch_layers.py`.
+
+    The module holds the sizes of every layer and a function that gives them, and the weights, to the whole network in
+    PyTorch; it needs PyTorch alone.
+
+    Args:
+      folder: is made.
+      model: the model.
+      variables: its {"params", "batch_stats"}.
+      input_shape: (H, W, C) of one image.
+
+    Raises:
+      ImportError: safetensors is not installed.
+      ValueError: the variables do not fit the model.
+    """
+    try:
+        from safetensors.numpy import save_file
+    except ImportError as error:
+        raise ImportError(f"writing {WEIGHTS_FILE} needs safetensors; run `pip install ddnp_jax[torch]`.") from error
+    state = export(model, variables, input_shape)
+    layers = pprint.pformat(layer_sizes(model, variables, input_shape), width=118, sort_dicts=False)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / WEIGHTS_FILE)
+    (folder / LAYERS_FILE).write_text(LAYERS_SOURCE.format(weights=WEIGHTS_FILE, layers=layers))
+
+
+def _source(path_or_state_dict: Any) -> str:
+    return "the state dict" if isinstance(path_or_state_dict, Mapping) else str(path_or_state_dict)
 
 
 def _torch_name(path: TreePath) -> str:
@@ -110,19 +214,26 @@ def _wanted(model: nn.Module, input_shape: Sequence[int]) -> dict[str, tuple[Tre
 
 
 def _read(path: Path) -> Any:
-    """What `torch.save` wrote to `path`; only tensors and plain containers are ever unpickled."""
+    """What a file holds; only tensors and plain containers are ever unpickled."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no PyTorch checkpoint {path}; give the path of an existing file.")
+    tensors_only = path.suffix == ".safetensors"
     try:
-        import torch
+        if tensors_only:
+            from safetensors.numpy import load_file
+        else:
+            import torch
     except ImportError as error:
-        raise ImportError(f"reading {path} needs PyTorch; run `pip install ddnp_jax[torch]`.") from error
+        needed = "safetensors" if tensors_only else "PyTorch"
+        raise ImportError(f"reading {path} needs {needed}; run `pip install ddnp_jax[torch]`.") from error
     try:
+        if tensors_only:
+            return load_file(path)
         if zipfile.is_zipfile(path):
             _check_sums(path)
         with torch.serialization.safe_globals(_numpy_scalars()):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can raise anything
+    except Exception as error:  # a damaged file can raise anything
         reason = (str(error) or type(error).__name__).partition("\n")[0].partition(". ")[0]
         raise ValueError(
             f"{path} cannot be read: it is damaged, or holds more than tensors ({reason}); "
@@ -163,8 +274,8 @@ def _numpy(value: Any) -> np.ndarray:
     return np.asarray(value.detach().float().cpu() if hasattr(value, "detach") else value, np.float32)
 
 
-def _rename_aliases(state: Mapping[str, np.ndarray], wanted: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Gives the tensors of the layers in `ALIASES` the names that the model uses."""
+def rename_aliases(state: Mapping[str, np.ndarray], wanted: Collection[str]) -> dict[str, np.ndarray]:
+    """Gives the tensors of the layers in `ALIASES` the names that are wanted."""
 
     def rename(name: str) -> str:
         module, _, leaf = name.rpartition(".")

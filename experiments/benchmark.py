@@ -88,15 +88,23 @@ def steps_per_turn(platform: str) -> int:
     return 1 if platform == "cpu" else 10
 
 
-def ours(stage: str, variant: str, batch_size: int) -> Side:
+def ours(
+    stage: str,
+    argument: str,
+    batch_size: int,
+    experiment: str = "cifar10_r56",
+    image_shape: tuple[int, int, int] = IMAGE_SHAPE,
+) -> Side:
     """Our side of a stage, as `pipeline.run` would run it.
 
     Args:
       stage: a key of `OURS`.
-      variant: argument of the configuration.
+      argument: of the configuration.
       batch_size: images per step, over all devices.
+      experiment: a module of `configs`.
+      image_shape: of the synthetic images.
     """
-    config = cifar10_r56.get_config(variant)
+    config = importlib.import_module(f"configs.{experiment}").get_config(argument)
     config.update_from_flattened_dict({BATCH_SIZE[stage]: batch_size})
     os.environ["XLA_FLAGS"] = launch.cpu_flags(config)  # before JAX starts its devices
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share a GPU
@@ -116,27 +124,29 @@ def ours(stage: str, variant: str, batch_size: int) -> Side:
         "device": f"{jax.device_count()} x {device.device_kind}",
         "version": f"JAX {jax.__version__}",
     }
-    return Side(_our_turn(stage, config, batch_size, steps), steps, peak_bytes, about)
+    return Side(_our_turn(stage, config, batch_size, image_shape, steps), steps, peak_bytes, about)
 
 
-def _our_turn(stage: str, config: ConfigDict, batch_size: int, steps: int) -> Callable[[], Any]:
+def _our_turn(
+    stage: str, config: ConfigDict, batch_size: int, image_shape: tuple[int, int, int], steps: int
+) -> Callable[[], Any]:
     import jax
 
     from ddnp_jax import data, models, parallel, training
 
     rng = np.random.default_rng(0)
     count = steps * batch_size
-    pixels = rng.integers(0, 256, (count, *IMAGE_SHAPE), np.uint8)
+    pixels = rng.integers(0, 256, (count, *image_shape), np.uint8)
     images = data.InMemory(pixels, rng.integers(0, CLASSES, count, np.int32), config.data)
     model = models.create(config.model.name, CLASSES, **config.model.attributes)
-    variables = jax.jit(model.init)(jax.random.key(config.seed), np.zeros((1, *IMAGE_SHAPE), np.float32))
+    variables = jax.jit(model.init)(jax.random.key(config.seed), np.zeros((1, *image_shape), np.float32))
     if stage == "evaluation":
         mode = config.parallel.mode
         evaluate = training.evaluator(lambda v, x: model.apply(v, x, train=False), images, batch_size, mode)
         return lambda: evaluate(variables, np.arange(count))
 
     if stage == "search":
-        step, state = _search(config, model, variables)
+        step, state = _search(config, model, variables, image_shape)
         constants, augment = variables, config.search.augment
     else:
         step, state = _training(config, model, variables)
@@ -154,13 +164,15 @@ def _our_turn(stage: str, config: ConfigDict, batch_size: int, steps: int) -> Ca
     return turn
 
 
-def _search(config: ConfigDict, model: Any, variables: Any) -> tuple[Callable[..., Any], Any]:
+def _search(
+    config: ConfigDict, model: Any, variables: Any, image_shape: tuple[int, int, int]
+) -> tuple[Callable[..., Any], Any]:
     import jax
 
     from ddnp_jax import methods, trace
     from ddnp_jax.budget import Budget
 
-    topology = trace(model, IMAGE_SHAPE)
+    topology = trace(model, image_shape)
     budget = Budget(topology, config.budget.p)
     problem = methods.Problem(model, variables, topology, budget, config.search, steps=1000)
     search = methods.build(config.search.method, problem)
@@ -324,13 +336,31 @@ def measure(
         sides = {n: (photographs, n, flags.data_dir, batch_size) for n in (loading.OURS, *loading.LOOPS)}
     else:
         sides = {name: (ours, stage, variant, batch_size) for name, variant in OURS[stage].items()}
+    compared = with_pytorch and stage != DATA
+    return take_turns(sides, flags.rounds, stage, (pytorch, stage, batch_size) if compared else None)
+
+
+def take_turns(
+    sides: Mapping[str, tuple[Any, ...]], rounds: int, title: str, other: tuple[Any, ...] | None = None
+) -> tuple[dict[str, Measurement], dict[str, dict[str, str]]]:
+    """Runs sides in processes of their own, one turn of each after the other.
+
+    Args:
+      sides: by name, a function that returns a `Side`, and its arguments.
+      rounds: turns of each.
+      title: of the progress bar.
+      other: the side `PYTORCH`, without its last argument, the platform.
+
+    Returns:
+      As for `measure`.
+    """
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(*side)) for name, side in sides.items()}
         platform = next(iter(workers.values())).about["platform"]
-        if with_pytorch and stage != DATA and platform in ("cpu", "gpu"):
-            workers[PYTORCH] = stack.enter_context(Worker(pytorch, stage, batch_size, platform))
+        if other is not None and platform in ("cpu", "gpu"):
+            workers[PYTORCH] = stack.enter_context(Worker(*other, platform))
         turns: dict[str, list[tuple[float, int]]] = {name: [] for name in workers}
-        for _ in tqdm(range(flags.rounds), desc=stage, unit="round"):
+        for _ in tqdm(range(rounds), desc=title, unit="round"):
             for name, worker in workers.items():
                 turns[name].append(worker.turn())
         measured = {name: Measurement([s for s, _ in taken], taken[-1][1]) for name, taken in turns.items()}

@@ -9,7 +9,7 @@ The smallest network keeps one channel per gate. Nothing is computed on a device
 from typing import NamedTuple
 
 from ddnp_jax import flops, models, trace
-from ddnp_jax.report import CONVENTIONS, markdown_table
+from ddnp_jax.report import CONVENTIONS, table
 from ddnp_jax.topology import Topology
 
 
@@ -83,7 +83,7 @@ def budgets_table(topologies: dict[Pair, Topology], convention: str) -> str:
             reductions = (100 * flops.reduction_for_p(network, p, convention) for p in values)
             rows[-1] += [" / ".join(f"{p:.2f}" for p in values) or "-"]
             rows[-1] += [" / ".join(f"{reduction:.1f}" for reduction in reductions) or "-"]
-    return markdown_table(header, rows, text_columns=2)
+    return table(header, rows, text_columns=2)
 
 
 def printed_table(topologies: dict[Pair, Topology]) -> str:
@@ -97,7 +97,7 @@ def printed_table(topologies: dict[Pair, Topology]) -> str:
                 wanted = flops.p_for_reduction(network, printed / 100, convention)
                 figures = (f"{reduction:.1f}", f"{printed:.1f}", f"{reduction - printed:+.1f}", f"{wanted:.4f}")
                 rows.append([pair.network, convention, f"{p:.2f}", *figures])
-    return markdown_table(header, rows, text_columns=2)
+    return table(header, rows, text_columns=2)
 
 
 def main() -> None:

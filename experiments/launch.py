@@ -3,7 +3,7 @@
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jaxlib
 from absl import app, flags, logging
@@ -59,11 +59,21 @@ def prune(config: ConfigDict, workdir: str) -> str:
     return f"{report['pruned_top1']:.2f} % (base {report['base_top1']:.2f} %); report: {workdir}/report.md"
 
 
-def run(default_config: str, job: Callable[[ConfigDict, str], str] = prune) -> None:
-    """Runs a job with --config (by default `default_config`) in --workdir, and prints the line that it returns."""
+def run(
+    default_config: str,
+    job: Callable[[ConfigDict, str], str] = prune,
+    required: Sequence[str] = ("workdir",),
+) -> None:
+    """Runs a job with --config (by default `default_config`) in --workdir, and prints what it returns.
+
+    Args:
+      default_config: path[:argument] of the configuration.
+      job: (configuration, workdir) -> text.
+      required: flags without which the job cannot run.
+    """
     with _known_fields():
         config = config_flags.DEFINE_config_file("config", default_config, "Configuration file, path[:argument].")
-    flags.mark_flag_as_required("workdir")
+    flags.mark_flags_as_required(required)
 
     def main(_: list[str]) -> None:
         os.environ["XLA_FLAGS"] = cpu_flags(config.value)  # before JAX starts its devices

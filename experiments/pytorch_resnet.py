@@ -87,12 +87,19 @@ def mask_gradients(model: CifarResNet, images: Tensor, labels: Tensor, masks: Se
     return torch.autograd.grad(F.cross_entropy(model(images, masks), labels), masks)
 
 
-def randomize(model: nn.Module, seed: int) -> nn.Module:
-    """Random weights and batch-norm statistics for which the logits stay of the order of one; evaluation mode."""
+def randomize(model: nn.Module, seed: int, images: Tensor | None = None) -> nn.Module:
+    """Random weights and batch-norm statistics for which the logits stay of the order of one; evaluation mode.
+
+    Args:
+      model: is changed in place.
+      seed: of the numbers.
+      images: (N, 3, H, W); with them the statistics are drawn around those of the images, without which the signal
+        fades in networks that have many layers outside residual branches.
+    """
     generator = torch.Generator().manual_seed(seed)
 
-    def uniform(tensor: Tensor, low: float, high: float) -> None:
-        tensor.copy_(low + (high - low) * torch.rand(tensor.shape, generator=generator))
+    def uniform(tensor: Tensor, low: float, high: float) -> Tensor:
+        return tensor.copy_(low + (high - low) * torch.rand(tensor.shape, generator=generator))
 
     with torch.no_grad():
         for module in model.modules():
@@ -106,4 +113,17 @@ def randomize(model: nn.Module, seed: int) -> nn.Module:
                 uniform(module.weight, -bound, bound)
                 if module.bias is not None:
                     uniform(module.bias, -1.0, 1.0)
+        if images is not None:
+            norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+            means, factors = (
+                [getattr(norm, name).clone() for norm in norms] for name in ("running_mean", "running_var")
+            )
+            paces = [norm.momentum for norm in norms]
+            for norm in norms:
+                norm.momentum = 1.0  # the statistics become those of the next batch
+            model.train()(images)
+            for norm, mean, factor, pace in zip(norms, means, factors, paces, strict=True):
+                norm.momentum = pace
+                norm.running_mean += mean * norm.running_var.sqrt()
+                norm.running_var.mul_(factor).add_(0.1)  # a channel may have been the same all over the batch
     return model.eval()

@@ -143,4 +143,4 @@ def summary(curves: Curves, metrics: Iterable[str]) -> str:
             _, mean, deviation = mean_and_deviation(curves, setting, metric)
             cells.append(f"{mean[-1]:.3f} ± {deviation[-1]:.3f}" if len(mean) else "-")
         rows.append(cells)
-    return report.markdown_table(header, rows)
+    return report.table(header, rows)

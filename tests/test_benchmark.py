@@ -149,4 +149,4 @@ def test_a_wrong_flag_ends_in_one_sentence(monkeypatch, argument, message):
 def test_a_refusal_of_a_measured_process_is_seen(capfd):
     with pytest.raises(SystemExit, match="a measured process ended early"):
         benchmark.Worker(benchmark.ours, "evaluation", "nonsense", 8)
-    assert "error: configs/cifar10_r56.py:nonsense is unknown; use one of " in capfd.readouterr().err
+    assert "error: the configuration's argument 'nonsense' is unknown; use ddnp, " in capfd.readouterr().err

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import cifar10_r56, digits_r20
-from ddnp_jax import data, pipeline, training
+from ddnp_jax import data, latency, pipeline, training
 from ddnp_jax.compact import load_pruned
 from experiments import launch
 
@@ -186,6 +186,7 @@ def test_budget_in_measured_latency_is_the_same_numbers_when_the_run_goes_on(con
     config.budget.update(kind="latency", p=1.0, latency_points=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "finetune", lambda *_: kill())
+        patch.setattr(latency, "_milliseconds", lambda module, x: x.size / 7 + module.features / 3)
         with pytest.raises(Killed):
             pipeline.run(config, tmp_path, model=Own((20, 12)), rebuild=Own)
     file = tmp_path / "latency.json"
@@ -198,15 +199,15 @@ def test_budget_in_measured_latency_is_the_same_numbers_when_the_run_goes_on(con
     assert report["budget"]["before"] == report["budget"]["after"] == pytest.approx(whole, rel=1e-12)
     assert report["budget"]["kind"] == "latency"
     assert report["widths"] == [20, 12]
-    assert report["budget"]["unit"] == f"ms (batch {config.eval_batch_size}, cpu)"
+    assert report["budget"]["unit"] == f"ms (batch {config.eval_batch_size // jax.device_count()}, cpu)"
     assert "the whole network was measured at" in (tmp_path / "report.md").read_text()
 
 
 def test_budget_in_parameters(config, tmp_path):
     config.budget.update(kind="params", p=0.3)
     budget = pipeline.prepare(config, tmp_path, model=Own((20, 12)), rebuild=Own).budget
-    assert budget.total == 27 * 20 + 20 + 40 + 9 * 20 * 12 + 12 + 12 * 10 + 10
-    assert budget.cost((3, 2)) == 27 * 3 + 3 + 6 + 9 * 3 * 2 + 2 + 2 * 10 + 10
+    assert budget.total == 9 * 20 + 20 + 40 + 9 * 20 * 12 + 12 + 12 * 10 + 10
+    assert budget.cost((3, 2)) == 9 * 3 + 3 + 6 + 9 * 3 * 2 + 2 + 2 * 10 + 10
 
 
 def refused(config, tmp_path, **fields):

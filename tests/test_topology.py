@@ -1,3 +1,5 @@
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -141,6 +143,55 @@ def test_channel_multiplier_and_flatten_of_channels_first():
 def test_layers_in_a_loop_are_refused():
     with pytest.raises(ValueError, match=r"inside `scan` \(Stacked\) cannot be counted"):
         trace(zoo.Stacked(), SHAPE)
+
+
+def test_layers_behind_a_condition_are_refused_and_behind_the_platform_followed():
+    class Branch(nn.Module):
+        choose: Any
+
+        @nn.compact
+        def __call__(self, x):
+            kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 4))
+            branches = (lambda x, kernel: x @ kernel, lambda x, kernel: 1 * (x @ kernel))
+            return nn.Dense(7, name="classifier")(self.choose(x.mean((1, 2)), kernel, *branches))
+
+    def by_platform(x, kernel, first, second):
+        return jax.lax.platform_dependent(x, kernel, cpu=second, tpu=second, default=first)
+
+    topology = trace(Branch(by_platform), SHAPE)
+    assert [(layer.name, layer.kernel_shape) for layer in topology.layers] == [("", (3, 4)), ("classifier", (4, 7))]
+    with pytest.raises(ValueError, match=r"inside `cond` .* cannot be counted"):
+        trace(Branch(lambda x, kernel, *branches: jax.lax.cond(x.sum() > 0, *branches, x, kernel)), SHAPE)
+
+
+class Sized(nn.Module):
+    """Two hidden layers, of which `widths` sizes the second."""
+
+    widths: Any = (8,)
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(6, name="first")(x.mean((1, 2))))
+        second = self.widths[0] if self.widths else 8
+        if second > 20:
+            raise ValueError("too wide")
+        return nn.Dense(7, name="classifier")(nn.relu(nn.Dense(second, name="second")(x)))
+
+
+def test_the_widths_of_a_model_say_what_is_a_gate():
+    topology = trace(Sized(), SHAPE)
+    assert gates_of(topology) == [("second", 8, ["classifier"])]
+    assert reason_of(topology, "first") == "the model's `widths` do not size it"
+    both = [("first", 6, ["second"]), ("second", 8, ["classifier"])]
+    assert gates_of(trace(Sized(), SHAPE, residual=True)) == both
+    assert gates_of(trace(Sized(widths=None), SHAPE)) == both
+    assert gates_of(trace(zoo.VGG(), SHAPE)) != []  # no attribute `widths`
+
+
+def test_widths_that_cannot_grow_are_explained():
+    with pytest.raises(ValueError, match="too wide") as caught:
+        trace(Sized(widths=(12,)), SHAPE)
+    assert caught.value.__notes__ == ["`trace` doubled the model's `widths`, to see which channels they size."]
 
 
 def mean(x):

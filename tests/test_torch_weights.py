@@ -1,5 +1,6 @@
 """PyTorch weights: the same logits and predictions as PyTorch, exact round trips, and refusals in one sentence."""
 
+import runpy
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from ddnp_jax import models, torch_weights
 from ddnp_jax.models.resnet_cifar import CifarResNet as FlaxCifarResNet
@@ -119,6 +121,30 @@ def test_another_architecture_needs_no_code():
     }
 
 
+def test_layer_sizes_are_those_of_pytorch():
+    variables = torch_weights.load(randomize(SeparableTorch(), seed=1).state_dict(), SeparableFlax(), (16, 20, 3))
+    assert torch_weights.layer_sizes(SeparableFlax(), variables, (16, 20, 3)) == {
+        "features.0.1": {"in_channels": 3, "out_channels": 12, "groups": 3},
+        "bn2": {"num_features": 12},
+        "features.1": {"in_channels": 12, "out_channels": 24, "groups": 12},
+        "classifier.10": {"in_features": 24, "out_features": 5},
+    }
+
+
+def test_a_saved_network_does_not_go_into_another_one(tmp_path):
+    """The file's own code says which layer is not what it was written for."""
+    torch_weights.save(tmp_path, tiny(), torch_weights.load(tiny_state(), tiny()))
+    namespace = runpy.run_path(str(tmp_path / "pytorch_layers.py"))
+    state = load_file(tmp_path / "weights.safetensors")
+    whole = CifarResNet(8, "subsample", num_classes=4)
+    whole.conv1 = torch.nn.BatchNorm2d(16)
+    with pytest.raises(ValueError, match="conv1 is a BatchNorm2d, which has no in_channels"):
+        namespace["load"](whole, state)
+    rebuilt = namespace["load"](CifarResNet(8, "subsample", num_classes=4), state)
+    assert rebuilt.layer2[0].conv1.out_channels == rebuilt.layer2[0].bn1.num_features == 5
+    assert all(torch.equal(tensor, state[name]) for name, tensor in rebuilt.named_parameters())
+
+
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(widths=st.tuples(*(st.integers(1, channels) for channels in (16, 32, 64))), seed=st.integers(0, 99))
 def test_load_undoes_export(widths, seed):
@@ -213,6 +239,24 @@ def test_every_form_of_a_state_dict_gives_the_same_variables(wrap):
     assert_same_variables(torch_weights.load(wrap(tiny_state()), tiny()), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_safetensors_are_read_without_pytorch(tmp_path, monkeypatch, dtype):
+    state = {f"module.{name}": tensor.to(dtype) for name, tensor in tiny_state().items() if tensor.is_floating_point()}
+    expected = torch_weights.load(state, tiny())
+    save_file(state, tmp_path / "weights.safetensors")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert_same_variables(torch_weights.load(tmp_path / "weights.safetensors", tiny()), expected)
+
+
+@pytest.mark.parametrize("damage", [lambda c: c[:100], lambda c: c[:-4], lambda c: b"", lambda c: b"text" + c[4:]])
+def test_damaged_safetensors_are_named(tmp_path, damage):
+    path = tmp_path / "weights.safetensors"
+    save_file(tiny_state(), path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"weights\.safetensors cannot be read: it is damaged"):
+        torch_weights.load(path, tiny())
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("accuracy", [90.2, np.float64(90.2), np.float32(90.2), np.int64(90)])
 def test_a_numpy_number_beside_the_weights_does_no_harm(tmp_path, accuracy, zipped):
@@ -256,6 +300,21 @@ def test_missing_pytorch_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ImportError, match=r"weights\.pth needs PyTorch; run `pip install ddnp_jax\[torch\]`"):
         torch_weights.load(path, tiny())
+
+
+def test_missing_safetensors_says_how_to_install_it(tmp_path, monkeypatch):
+    path = tmp_path / "weights.safetensors"
+    save_file(tiny_state(), path)
+    variables = torch_weights.load(tiny_state(), tiny())
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    with pytest.raises(
+        ImportError, match=r"weights\.safetensors needs safetensors; run `pip install ddnp_jax\[torch\]`"
+    ):
+        torch_weights.load(path, tiny())
+    with pytest.raises(
+        ImportError, match=r"weights\.safetensors needs safetensors; run `pip install ddnp_jax\[torch\]`"
+    ):
+        torch_weights.save(tmp_path / "out", tiny(), variables)
 
 
 class Anything:

@@ -93,7 +93,7 @@ def depthwise_conv(
     x: jax.Array,
     kernel: jax.Array,
     window_strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
+    padding: str | Sequence[tuple[int, int]],
     **arguments: Any,
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` of a depthwise convolution, in the form that suits the platform.
@@ -105,7 +105,7 @@ def depthwise_conv(
       x: (N, H, W, C).
       kernel: (h, w, 1, C).
       window_strides: of H and W.
-      padding: pixels before and after, of H and W.
+      padding: 'SAME', 'VALID', or pixels before and after, of H and W.
       **arguments: the others of `conv_general_dilated`; dilations are not supported.
 
     Returns:
@@ -120,6 +120,9 @@ def depthwise_conv(
             f"depthwise_conv needs an undilated kernel (h, w, 1, {x.shape[-1]}), got {kernel.shape} with dilations "
             f"{dilations}."
         )
+
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], window_strides, padding)
 
     def native(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return lax.conv_general_dilated(x, kernel, window_strides, padding, **arguments)

@@ -1,0 +1,184 @@
+"""The same test images through PyTorch's network and through ours, with the same trained weights.
+
+    python -m experiments.compare_pytorch --config=configs/cifar10_r56.py --torch_checkpoint=resnet56-base.pth.tar
+
+says how far the logits and predictions agree, the accuracy of both, and how fast both are; `--workdir` keeps the
+figures in `compare_pytorch.json`. The configuration names network and data; `eval_batch_size` and `precision` count.
+Speed is of the forward pass alone, on batches that are already where they are read; both sides take turns, batch by
+batch, so that a slow minute meets both. On a GPU both use TensorFloat-32 by default, which moves the logits:
+JAX_DEFAULT_MATMUL_PRECISION=float32 makes ours exact.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from experiments import launch
+
+_CHECKPOINT = flags.DEFINE_string("torch_checkpoint", None, "PyTorch weights of the network that --config names.")
+
+PYTORCH, OURS = "PyTorch", "ddnp_jax"
+
+Forward = Callable[[np.ndarray], tuple[np.ndarray, float]]  # images (N, H, W, C) -> logits (N, K), seconds
+
+
+def our_forward(config: ConfigDict, checkpoint: str, num_classes: int, image_shape: tuple[int, ...]) -> Forward:
+    """Our network, every batch split over all devices.
+
+    Raises:
+      ValueError: the checkpoint does not fit the network.
+    """
+    import jax
+
+    from ddnp_jax import models, parallel, torch_weights
+
+    attributes = {**config.model.attributes, "dtype": jax.numpy.dtype(config.precision)}
+    model = models.create(config.model.name, num_classes, **attributes)
+    variables = parallel.replicate(torch_weights.load(checkpoint, model, image_shape))
+    split = jax.sharding.NamedSharding(parallel.mesh(), jax.sharding.PartitionSpec(parallel.AXIS))
+    apply = jax.jit(lambda variables, x: model.apply(variables, x, train=False))
+
+    def forward(images: np.ndarray) -> tuple[np.ndarray, float]:
+        x = jax.block_until_ready(jax.device_put(images, split))
+        started = time.perf_counter()
+        logits = jax.block_until_ready(apply(variables, x))
+        return np.asarray(logits, np.float32), time.perf_counter() - started
+
+    return forward
+
+
+def pytorch_forward(config: ConfigDict, checkpoint: str, num_classes: int, channels: int, on_gpu: bool) -> Forward:
+    """PyTorch's network, channels last."""
+    import torch
+
+    from ddnp_jax import torch_weights
+    from experiments import pytorch_models
+
+    module = pytorch_models.create(config.model.name, num_classes, channels=channels, **config.model.attributes)
+    state = torch_weights.rename_aliases(torch_weights.read(checkpoint), module.state_dict())
+    module.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in state.items()})
+    device = torch.device("cuda" if on_gpu else "cpu")
+    module = module.to(device, memory_format=torch.channels_last).eval()
+
+    def wait() -> float:
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def forward(images: np.ndarray) -> tuple[np.ndarray, float]:
+        x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)  # channels last in memory, as the images are
+        with torch.inference_mode():
+            started = wait()
+            logits = module(x)
+            seconds = wait() - started
+        return logits.cpu().numpy(), seconds
+
+    return forward
+
+
+def compare(config: ConfigDict, checkpoint: str) -> dict[str, Any]:
+    """Runs every test image through both networks; see `statistics` for what comes back.
+
+    Raises:
+      ValueError: a field is wrong, or the checkpoint does not fit the network.
+      OSError: there are no such data, or no such checkpoint.
+      ImportError: PyTorch is not installed.
+    """
+    import jax
+    import torch
+    from tqdm import tqdm
+
+    from ddnp_jax import data, parallel
+
+    parallel.check_batch(config.eval_batch_size, "eval_batch_size")
+    dataset = data.load(config.data)
+    on_gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
+    sides = {
+        OURS: our_forward(config, checkpoint, dataset.num_classes, dataset.image_shape),
+        PYTORCH: pytorch_forward(config, checkpoint, dataset.num_classes, dataset.image_shape[-1], on_gpu),
+    }
+    logits: dict[str, list[np.ndarray]] = {name: [] for name in sides}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    labels = []
+    batches = data.evaluation_batches(np.arange(len(dataset.test)), config.eval_batch_size)
+    for draws, valid in tqdm(batches, desc="comparing", unit="batch"):
+        batch = dataset.test.batch(dataset.test.on_devices, dataset.test.read(draws, None), None)
+        images, targets = map(np.asarray, batch)
+        labels.append(targets[valid])
+        for name, forward in sides.items():
+            if not logits[name]:
+                forward(images)  # compiles
+            out, taken = forward(images)
+            logits[name].append(out[valid])
+            seconds[name].append(taken)
+    figures = statistics({name: np.concatenate(each) for name, each in logits.items()}, np.concatenate(labels))
+    for name, taken in seconds.items():
+        figures[name]["images_per_s"] = config.eval_batch_size / float(np.median(taken))
+    figures[OURS]["on"] = f"JAX {jax.__version__}, {jax.device_count()} x {jax.devices()[0].device_kind}"
+    device = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
+    figures[PYTORCH]["on"] = f"PyTorch {torch.__version__}, {device}"
+    return {"model": config.model.name, "dataset": config.data.label, "batch": config.eval_batch_size, **figures}
+
+
+def statistics(logits: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, Any]:
+    """How far two networks agree, and how well each predicts.
+
+    Args:
+      logits: (N, K) of `OURS` and of `PYTORCH`.
+      labels: (N,).
+
+    Returns:
+      "images"; "max_difference" and "mean_difference" of the logits; "agreement" of the predictions in percent; and
+      for each network its "top1" and "top5" in percent.
+    """
+    difference = np.abs(logits[OURS] - logits[PYTORCH])
+    order = {name: np.argsort(-each, axis=1, kind="stable") for name, each in logits.items()}
+    hits = {name: each[:, :5] == labels[:, None] for name, each in order.items()}
+    return {
+        "images": len(labels),
+        "max_difference": float(difference.max()),
+        "mean_difference": float(difference.mean()),
+        "agreement": 100 * float(np.mean(order[OURS][:, 0] == order[PYTORCH][:, 0])),
+        **{
+            name: {"top1": 100 * float(np.mean(hit[:, 0])), "top5": 100 * float(np.mean(hit.any(axis=1)))}
+            for name, hit in hits.items()
+        },
+    }
+
+
+def summary(figures: Mapping[str, Any]) -> str:
+    """The figures of `compare` for people."""
+    from ddnp_jax.report import markdown_table
+
+    header = ["network", "on", "top-1 (%)", "top-5 (%)", "images/s"]
+    rows = [
+        [name, own["on"], f"{own['top1']:.3f}", f"{own['top5']:.3f}", f"{own['images_per_s']:.0f}"]
+        for name, own in ((name, figures[name]) for name in (PYTORCH, OURS))
+    ]
+    n, batch = figures["images"], figures["batch"]
+    largest, mean = figures["max_difference"], figures["mean_difference"]
+    return (
+        f"{figures['model']} on {n:,} test images of {figures['dataset']}, batch {batch}.\n\n"
+        f"{markdown_table(header, rows, text_columns=2)}\n\n"
+        f"Predictions agree on {figures['agreement']:.3f} % of the images; "
+        f"logits differ by {largest:.2g} at most and {mean:.2g} in the mean."
+    )
+
+
+def main(config: ConfigDict, workdir: str | None) -> str:
+    """Compares, and keeps the figures where there is a workdir."""
+    figures = compare(config, _CHECKPOINT.value)
+    if workdir:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+        (Path(workdir) / "compare_pytorch.json").write_text(json.dumps(figures, indent=2) + "\n")
+    return summary(figures)
+
+
+if __name__ == "__main__":
+    launch.run("configs/cifar10_r56.py", main, required=("torch_checkpoint",))

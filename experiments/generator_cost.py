@@ -1,0 +1,71 @@
+"""What the generators cost, and NPPM's predictor and memory: seconds per search step (DDNP suppl. C, last paragraph).
+
+    python -m experiments.generator_cost [--rounds=20] [--only=resnet56,resnet50]
+
+The steps take turns, each in a process of its own, as in `experiments.benchmark`; images are synthetic. The paper has
+0.136 -> 0.143 s per iteration for ResNet-56 on CIFAR-10 (x1.051) and 1.08 -> 1.15 s for ResNet-50 on ImageNet (x1.065),
+on its hardware.
+"""
+
+import argparse
+from typing import NamedTuple
+
+from ddnp_jax.report import table
+from experiments import benchmark
+
+
+class Network(NamedTuple):
+    """A network's measurement: module of `configs`, image shape, images per step."""
+
+    experiment: str
+    image_shape: tuple[int, int, int]
+    batch_size: int
+
+
+NETWORKS = {
+    "resnet56": Network("cifar10_r56", (32, 32, 3), 256),
+    "resnet50": Network("imagenet_r50", (64, 64, 3), 64),  # small images, so that a CPU can
+}
+SCALARS = "DDNP, scalars"
+STEPS = {SCALARS: "scalar", "DDNP, generators": "ddnp", "DG": "dg", "NPPM": "nppm"}  # row -> configuration's argument
+
+
+def measure(name: str, rounds: int) -> str:
+    """Measures a network of `NETWORKS`; returns a Markdown table."""
+    network = NETWORKS[name]
+    sides = {
+        step: (benchmark.ours, "search", argument, network.batch_size, network.experiment, network.image_shape)
+        for step, argument in STEPS.items()
+    }
+    measured, _ = benchmark.take_turns(sides, rounds, name)
+    size = "x".join(map(str, network.image_shape[:2]))
+    rows = [
+        [
+            step,
+            f"{benchmark.median(own.seconds):.3f}",
+            f"{benchmark.ratio(own.seconds, measured[SCALARS].seconds):.3f}",
+            f"{own.peak_bytes / 2**20:.0f}",
+        ]
+        for step, own in measured.items()
+    ]
+    title = f"{name}, {network.batch_size} images of {size} per step, {rounds} rounds"
+    return f"{title}\n\n{table(['search step', 'seconds', 'ratio to scalars', 'peak MiB'], rows)}\n"
+
+
+def main() -> None:
+    """Measures what the command line names and prints the tables."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.generator_cost", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default=",".join(NETWORKS), help="networks, separated by commas")
+    parser.add_argument("--rounds", type=int, default=20, help="turns of each step")
+    flags = parser.parse_args()
+    names = flags.only.split(",")
+    if unknown := [name for name in names if name not in NETWORKS]:
+        parser.error(f"--only={unknown[0]} is unknown; use {', '.join(NETWORKS)}, separated by commas.")
+    if flags.rounds < 1:
+        parser.error(f"--rounds={flags.rounds} must be at least 1.")
+    for name in names:
+        print(measure(name, flags.rounds))
+
+
+if __name__ == "__main__":
+    main()

@@ -154,7 +154,7 @@ def statistics(logits: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str
 
 def summary(figures: Mapping[str, Any]) -> str:
     """The figures of `compare` for people."""
-    from ddnp_jax.report import markdown_table
+    from ddnp_jax.report import table
 
     header = ["network", "on", "top-1 (%)", "top-5 (%)", "images/s"]
     rows = [
@@ -165,7 +165,7 @@ def summary(figures: Mapping[str, Any]) -> str:
     largest, mean = figures["max_difference"], figures["mean_difference"]
     return (
         f"{figures['model']} on {n:,} test images of {figures['dataset']}, batch {batch}.\n\n"
-        f"{markdown_table(header, rows, text_columns=2)}\n\n"
+        f"{table(header, rows, text_columns=2)}\n\n"
         f"Predictions agree on {figures['agreement']:.3f} % of the images; "
         f"logits differ by {largest:.2g} at most and {mean:.2g} in the mean."
     )

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 import jaxlib
@@ -40,7 +41,7 @@ def _known_fields() -> Iterator[None]:
     try:
         yield
     except (AttributeError, KeyError) as error:
-        name = str(error.args[0]).strip("'\"")
+        name = re.search(r"[\w.]+", str(error.args[0]))[0]  # a suggestion may follow
         raise SystemExit(
             f"error: --config has no field {name!r}; configs/default.py and the search method's module list all fields."
         ) from error

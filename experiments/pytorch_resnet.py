@@ -125,5 +125,6 @@ def randomize(model: nn.Module, seed: int, images: Tensor | None = None) -> nn.M
             for norm, mean, factor, pace in zip(norms, means, factors, paces, strict=True):
                 norm.momentum = pace
                 norm.running_mean += mean * norm.running_var.sqrt()
-                norm.running_var.mul_(factor).add_(0.1)  # a channel may have been the same all over the batch
+                least = 0.1 * norm.running_var.mean()  # a channel may have been the same all over the batch
+                norm.running_var.mul_(factor).add_(least)
     return model.eval()

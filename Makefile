@@ -17,8 +17,9 @@ $(VENV)/dev: $(VENV)/demo
 demo: $(VENV)/demo
 	$(BIN)/python -m experiments.digits_r20 --config=configs/digits_r20.py --workdir=runs/demo
 
+# A file of tests stays in one process, because its tests share what takes long to make.
 test: $(VENV)/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -78,6 +78,7 @@ def get_config() -> ConfigDict:
     config.data.validation_fraction = 0.02  # of the training images: chooses the best checkpoint, never trained on
     config.data.mean = (0.4914, 0.4822, 0.4465)  # per channel, of images in [0, 1]
     config.data.std = (0.2023, 0.1994, 0.2010)
+    config.data.bgr = False  # whether the network sees blue first; mean and std are in its order
     config.data.pad = 4  # zero pixels on each side before the random crop of small images
     config.data.flip = True  # random horizontal flip
     config.data.crop_size = 224  # side of the crops that are made of photographs
@@ -131,7 +132,7 @@ def choose(
     Raises:
       ValueError: a name is unknown, or two searches are named.
     """
-    from ddnp_jax import methods  # here, because a process that only reads configurations does without JAX
+    from ddnp_jax import methods  # here, so that who reads only the common fields does without JAX
 
     words = list(filter(None, argument.split(",")))
     if unknown := [word for word in words if word not in (*SEARCHES, *forms)]:

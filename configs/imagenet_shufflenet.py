@@ -6,6 +6,8 @@
 Budget: p = 0.70 (NPPM Table 1); DDNP has no ShuffleNetV2+ and takes the same here. The table does not say which size;
 the other two are `--config.model.name=shufflenet_v2_plus_medium` and `_large`.
 
+Megvii's networks see 0..255 with blue first and without normalization, and so do these.
+
 No accuracy of the papers is among our sources; Megvii's small one has 74.1 % top-1.
 
 Hardware and time: the input decides: every step needs 1,024 decoded images, and little computation.
@@ -23,4 +25,6 @@ P = {"ddnp": 0.70, "nppm": 0.70}
 
 def get_config(argument: str = "") -> ConfigDict:
     """The experiment in the form that `argument` names."""
-    return imagenet.get_config("shufflenet_v2_plus_small", imagenet.MOBILE, P, argument)
+    config = imagenet.get_config("shufflenet_v2_plus_small", imagenet.MOBILE, P, argument)
+    config.data.update(mean=(0.0,) * 3, std=(1 / 255,) * 3, bgr=True)
+    return config

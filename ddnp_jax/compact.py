@@ -111,11 +111,15 @@ def verify(
       images: (N, *topology.input_shape).
       tolerance: allowed difference of the logits, relative to the largest absolute logit of the masked network.
 
+    Both compute in float32, where their modules have an attribute `dtype`.
+
     Raises:
       ValueError: the networks differ by more than the tolerance.
     """
     masks = selection.masks(topology)
     kwargs = dict(topology.call_kwargs)
+    # In bfloat16 another order of a sum would hide what is looked for; the parameters are float32 anyway.
+    model, small_model = (m.clone(dtype=jnp.float32) if hasattr(m, "dtype") else m for m in (model, small_model))
     with jax.default_matmul_precision("float32"):
         masked = jax.jit(lambda v, x: apply_masked(model, v, x, masks, topology))(variables, images)
         cut = jax.jit(lambda v, x: small_model.apply(v, x, **kwargs))(small_variables, images)

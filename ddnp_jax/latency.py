@@ -162,7 +162,13 @@ def measured_once(
             path.parent.mkdir(parents=True, exist_ok=True)
             _measure(calls, topology, batch, points, multiple).save(path)
         parallel.any_process(False)  # the others wait for the file
-    return LatencyTable.load(path, topology)
+    table = LatencyTable.load(path, topology)
+    if table.batch != batch:
+        raise ValueError(
+            f"{path} was measured with {table.batch} images per call, this run has {batch}; delete it, and it is "
+            "measured again."
+        )
+    return table
 
 
 def measure(model: nn.Module, topology: Topology, batch: int, points: int = 5, multiple: int = 1) -> LatencyTable:

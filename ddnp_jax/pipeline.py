@@ -89,9 +89,7 @@ def prepare(
     Raises:
       ValueError: a field is wrong, the budget cannot be met, or the workdir belongs to another run.
     """
-    dtype = {"float32": np.float32, "bfloat16": jax.numpy.bfloat16}
-    if config.precision not in dtype:
-        raise ValueError(f"precision={config.precision!r} is unknown; use {' or '.join(map(repr, dtype))}.")
+    dtype = computation_dtype(config.precision)
     for section in ("base", "search", "finetune"):
         _check_batch(section, config[section])
     parallel.check_batch(config.eval_batch_size, "eval_batch_size")
@@ -100,8 +98,9 @@ def prepare(
         training.schedule(config[section], updates_per_epoch=1)
     parallel.check_mode(config.parallel.mode)
     dataset = data.load(config.data)
+    _check_held_out(config, dataset)
     if model is None:
-        attributes = {**config.model.attributes, "dtype": dtype[config.precision]}
+        attributes = {**config.model.attributes, "dtype": dtype}
         model = models.create(config.model.name, dataset.num_classes, **attributes)
     topology = trace(model, dataset.image_shape)
     workdir = Path(workdir)
@@ -111,6 +110,33 @@ def prepare(
     return Run(
         config, workdir, dataset, model, rebuild, topology, budget, training.MetricsLog(workdir / "metrics.jsonl")
     )
+
+
+def computation_dtype(precision: str) -> Any:
+    """The data type that a configuration's `precision` names.
+
+    Raises:
+      ValueError: it is unknown.
+    """
+    dtypes = {"float32": np.float32, "bfloat16": jax.numpy.bfloat16}
+    if precision not in dtypes:
+        raise ValueError(f"precision={precision!r} is unknown; use {' or '.join(map(repr, dtypes))}.")
+    return dtypes[precision]
+
+
+def _check_held_out(config: ml_collections.ConfigDict, dataset: data.Dataset) -> None:
+    """Refuses held-out splits that a stage would miss later: a batch that they do not fill, or none to choose by."""
+    found = len(dataset.splits["search"])
+    if found < config.search.batch_size:
+        raise ValueError(
+            f"data.search_fraction={config.data.search_fraction} holds out {found} images, fewer than "
+            f"search.batch_size={config.search.batch_size}; hold out more, or take smaller batches."
+        )
+    if not len(dataset.splits["validation"]):
+        raise ValueError(
+            f"data.validation_fraction={config.data.validation_fraction} holds out no image to choose the best "
+            "checkpoint by; hold out some."
+        )
 
 
 def _check_batch(name: str, section: ml_collections.ConfigDict) -> None:

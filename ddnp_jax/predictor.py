@@ -1,6 +1,7 @@
 """PN, which predicts the accuracy of a sub-network from its gates, in the forms of NPPM and its supplement.
 
-Every form maps gates (N, Σ C_l), concatenated over l, to predicted accuracies (N,) in (0, 1).
+Every form maps gates (N, Σ C_l), concatenated over l, to logits (N,). The accuracy is their sigmoid, left to the caller
+because log(sigmoid(x)) is finite only in one piece.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from ddnp_jax.masks import split_gates
 
 
 class Predictor(nn.Module):
-    """PN of NPPM Table 2: FC_l(C_l, 16), batch norm, ReLU; GRU(16, 16) over the gates; average; FC(16, 1), sigmoid.
+    """PN of NPPM Table 2: FC_l(C_l, 16), batch norm, ReLU; GRU(16, 16) over the gates; average; FC(16, 1).
 
     Attributes:
       widths: C_l, channels per gate.
@@ -25,19 +26,18 @@ class Predictor(nn.Module):
 
     @nn.compact
     def __call__(self, gates: jax.Array, train: bool = False) -> jax.Array:
-        """Maps gates (N, Σ C_l) to accuracies (N,); in training mode by the batch's own statistics."""
+        """Maps gates (N, Σ C_l) to logits (N,); in training mode by the batch's own statistics."""
         parts = split_gates(gates, self.widths)
         x = jnp.stack([nn.Dense(self.features, name=f"fc{gate}")(part) for gate, part in enumerate(parts)], axis=1)
         x = nn.relu(nn.BatchNorm(use_running_average=not train, axis=(1, 2), momentum=0.9)(x))
         x = jnp.mean(nn.RNN(gru_cell(self.features, "gru"))(x), axis=1)
-        return _accuracy(nn.Dense(1, name="head")(x))
+        return nn.Dense(1, name="head")(x)[:, 0]
 
 
 class AuthorsPredictor(nn.Module):
     """PN of the authors' published code, wider than Table 2.
 
-    Weight-normalized FC_l(C_l, 128), layer norm, ReLU; the last states of a bidirectional GRU(128, 64); FC(128, 1),
-    sigmoid.
+    Weight-normalized FC_l(C_l, 128), layer norm, ReLU; the last states of a bidirectional GRU(128, 64); FC(128, 1).
 
     Attributes:
       widths: C_l, channels per gate.
@@ -48,7 +48,7 @@ class AuthorsPredictor(nn.Module):
 
     @nn.compact
     def __call__(self, gates: jax.Array, train: bool = False) -> jax.Array:
-        """Maps gates (N, Σ C_l) to accuracies (N,); both modes are the same."""
+        """Maps gates (N, Σ C_l) to logits (N,); both modes are the same."""
         del train
         parts = split_gates(gates, self.widths)
         dense = [weight_norm(nn.Dense(self.features), name=f"fc{gate}")(part) for gate, part in enumerate(parts)]
@@ -57,11 +57,11 @@ class AuthorsPredictor(nn.Module):
             nn.RNN(gru_cell(self.features // 2, name), return_carry=True, reverse=reverse)(x)[0]
             for name, reverse in (("forward_gru", False), ("backward_gru", True))
         ]
-        return _accuracy(nn.Dense(1, name="head")(jnp.concatenate(last, axis=-1)))
+        return nn.Dense(1, name="head")(jnp.concatenate(last, axis=-1))[:, 0]
 
 
 class LinearRegression(nn.Module):
-    """LR of NPPM suppl. Fig. 1: a linear function of all gates, and a sigmoid.
+    """LR of NPPM suppl. Fig. 1: a linear function of all gates.
 
     Attributes:
       widths: C_l, channels per gate.
@@ -71,13 +71,9 @@ class LinearRegression(nn.Module):
 
     @nn.compact
     def __call__(self, gates: jax.Array, train: bool = False) -> jax.Array:
-        """Maps gates (N, Σ C_l) to accuracies (N,); both modes are the same."""
+        """Maps gates (N, Σ C_l) to logits (N,); both modes are the same."""
         del train
-        return _accuracy(nn.Dense(1, name="head")(gates))
-
-
-def _accuracy(logit: jax.Array) -> jax.Array:
-    return nn.sigmoid(logit[:, 0])
+        return nn.Dense(1, name="head")(gates)[:, 0]
 
 
 PREDICTORS = {"gru": Predictor, "authors": AuthorsPredictor, "linear": LinearRegression}

@@ -363,7 +363,7 @@ def _search_figure(report: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]
 
     figure = Figure(figsize=(8.0, 4.5), layout="constrained")
     axes = plain_axes(figure)
-    axes.plot(*curve("top1"), color=_BLUE, alpha=0.35, linewidth=1, label="top-1, search images (soft masks)")
+    axes.plot(*curve("top1"), color=_BLUE, alpha=0.35, linewidth=1, label="top-1, search images (masks of the search)")
     axes.plot(
         *curve("validation_top1"), color=_BLUE, marker="o", markersize=4, label="top-1, held-out images (cut to p)"
     )

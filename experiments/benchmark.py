@@ -38,7 +38,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from configs import cifar10_r56
+from configs import default
 from experiments import launch, loading
 
 # JAX and PyTorch are imported in the measured processes only: the maximum resident set of a process starts from that of
@@ -229,8 +229,8 @@ def _pytorch_step(stage: str, batch_size: int, device: Any) -> Callable[[], Any]
 
     from experiments.pytorch_resnet import CifarResNet, mask_gradients
 
-    config = cifar10_r56.get_config()
-    model = CifarResNet(56, config.model.attributes.shortcut).to(device, memory_format=torch.channels_last)
+    config = default.get_config()  # of a whole configuration JAX would be part
+    model = CifarResNet(56, "avgpool").to(device, memory_format=torch.channels_last)
     height, width, channels = IMAGE_SHAPE
     images = torch.randn(batch_size, channels, height, width, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(CLASSES, (batch_size,), device=device)

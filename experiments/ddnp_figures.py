@@ -14,16 +14,23 @@ from configs import default
 from experiments import launch, sweep
 from experiments.sweep import Panel
 
-FULL = "λ = 4, ρ = 1, g_s and g_k"  # the default: a member of every sweep
-LAMBDAS = {f"λ = {value:g}": {"search.resource_weight": value} for value in (0.25, 1.0, 16.0)}
-RHOS = {f"ρ = {value:g}": {"search.tie_weight": value} for value in (0.0, 0.1, 10.0)}
-FORMS = {
-    "Fix S": {"search.importance": "l1"},
-    "Fix k": {"search.width": "half"},
-    "channel-wise-ks": default.SEARCHES["scalar"][1],
+FULL = "λ = 4, ρ = 1, g_s and g_k"  # a member of every sweep
+BASE = {
+    "search.resource_weight": 4.0,
+    "search.tie_weight": 1.0,
+    "search.importance": "generator",
+    "search.width": "generator",
+    "search.learned_inputs": False,
 }
-INPUTS = {"learned inputs": {"search.learned_inputs": True}}
-SETTINGS = {FULL: {}, **LAMBDAS, **RHOS, **FORMS, **INPUTS}
+LAMBDAS = {f"λ = {value:g}": {**BASE, "search.resource_weight": value} for value in (0.25, 1.0, 16.0)}
+RHOS = {f"ρ = {value:g}": {**BASE, "search.tie_weight": value} for value in (0.0, 0.1, 10.0)}
+FORMS = {
+    "Fix S": {**BASE, "search.importance": "l1"},
+    "Fix k": {**BASE, "search.width": "half"},
+    "channel-wise-ks": {**BASE, **default.SEARCHES["scalar"][1]},
+}
+INPUTS = {"learned inputs": {**BASE, "search.learned_inputs": True}}
+SETTINGS = {FULL: BASE, **LAMBDAS, **RHOS, **FORMS, **INPUTS}
 
 
 def panels(p: float) -> tuple[Panel, ...]:

@@ -26,7 +26,7 @@ def cpu_flags(config: ConfigDict) -> str:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     sections = (config.base, config.search, config.finetune)
-    batches = (config.eval_batch_size, *(s.batch_size // s.get("micro_batches", 1) for s in sections))
+    batches = (config.eval_batch_size, *(s.batch_size // max(s.get("micro_batches", 1), 1) for s in sections))
     devices = max(count for count in range(1, cores + 1) if math.gcd(*batches) % count == 0)
     added = [f"--xla_force_host_platform_device_count={devices}"]
     if jaxlib.__version__.startswith("0.10."):

@@ -13,12 +13,13 @@ from ml_collections import ConfigDict
 from experiments import launch, sweep
 from experiments.sweep import Panel
 
+PN = {"search.predictor": "gru", "search.memory_balanced": True, "search.projection": True}
 SETTINGS = {
-    "PN": {},
-    "DG": {"search.predictor": "none"},
-    "LR": {"search.predictor": "linear"},
-    "PN, no memory sampling": {"search.memory_balanced": False},
-    "PN, no projection": {"search.projection": False},
+    "PN": PN,
+    "DG": {**PN, "search.predictor": "none"},
+    "LR": {**PN, "search.predictor": "linear"},
+    "PN, no memory sampling": {**PN, "search.memory_balanced": False},
+    "PN, no projection": {**PN, "search.projection": False},
 }
 PANELS = (
     Panel("Fig. 1 left: settings", "test_top1", "test top-1 (%)", tuple(SETTINGS)),

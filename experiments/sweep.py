@@ -13,12 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from ddnp_jax import pipeline, report
+from ddnp_jax import parallel, pipeline, report
 from ddnp_jax.compact import DESCRIPTION, save_pruned
 
 SEEDS = flags.DEFINE_integer("seeds", 3, "Searches per setting.", lower_bound=1)
@@ -63,23 +64,37 @@ def run(config: ConfigDict, workdir: str | Path, settings: Settings, seeds: int)
         pipeline.search(job, pipeline.base(job))
         lines = map(json.loads, (job.workdir / "metrics.jsonl").read_text().splitlines())
         curves[name, seed] = [line for line in lines if line["stage"] == "search"]
-    _write_csv(workdir / "curves.csv", curves)
+    if jax.process_index() == 0:
+        _write_csv(workdir / "curves.csv", curves)
     return curves
 
 
 def setting_config(config: ConfigDict, fields: Mapping[str, Any], seed: int) -> ConfigDict:
-    """The configuration of one search; raises KeyError for a field that there is not."""
+    """The configuration of one search.
+
+    Raises:
+      ValueError: the configuration lacks a field of the setting.
+    """
     own = ConfigDict(config.copy_and_resolve_references())
-    own.update_from_flattened_dict({**fields, "seed": seed, "search.test_curve": True})
+    try:
+        own.update_from_flattened_dict({**fields, "seed": seed, "search.test_curve": True})
+    except KeyError as error:
+        raise ValueError(
+            f"this figure sets a field that search.method={config.search.method!r} lacks ({error}); give the "
+            "configuration the argument of the figure's method, as in the command of its module."
+        ) from error
     return own
 
 
 def _base(config: ConfigDict, workdir: Path) -> Path:
     """The base network, in a folder of `save_pruned`; all seeds search in the same one."""
     folder = workdir / "network"
-    if not (folder / DESCRIPTION).exists():
+    if parallel.any_process(not (folder / DESCRIPTION).exists()):
         job = pipeline.prepare(config, workdir)
-        save_pruned(folder, job.model, pipeline.base(job))
+        variables = pipeline.base(job)
+        if jax.process_index() == 0:
+            save_pruned(folder, job.model, variables)
+        parallel.any_process(False)  # the others wait for the folder
     return folder
 
 
@@ -107,9 +122,10 @@ def mean_and_deviation(curves: Curves, setting: str, metric: str) -> tuple[np.nd
 
 def publish(workdir: Path, title: str, panels: Sequence[Panel], curves: Curves) -> str:
     """Writes `figures.png` and `summary.md`; returns the line that the command ends with."""
-    figure(title, panels, curves).savefig(workdir / "figures.png", dpi=150)
-    metrics = dict.fromkeys(panel.metric for panel in panels)
-    (workdir / "summary.md").write_text(summary(curves, metrics) + "\n")
+    if jax.process_index() == 0:
+        figure(title, panels, curves).savefig(workdir / "figures.png", dpi=150)
+        metrics = dict.fromkeys(panel.metric for panel in panels)
+        (workdir / "summary.md").write_text(summary(curves, metrics) + "\n")
     return f"figure: {workdir}/figures.png; last values: {workdir}/summary.md"
 
 

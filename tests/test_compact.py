@@ -248,3 +248,14 @@ def test_damaged_files_are_named(tmp_path):
     description.write_text(text[:20])
     with pytest.raises(ValueError, match=r"model\.json is damaged"):
         load_pruned(tmp_path)
+
+
+def test_verify_sees_as_much_where_the_network_computes_in_bfloat16():
+    model = models.create("resnet20", 10, dtype=jnp.bfloat16)
+    topology = trace(model, (8, 8, 3))
+    variables = model.init(jax.random.key(0), np.zeros((1, 8, 8, 3)))
+    selection = Selection(tuple(tuple(range(0, width, 3)) for width in topology.widths))
+    small_model, small_variables = compact(model, variables, selection, topology)
+    assert small_model.dtype == jnp.bfloat16
+    x = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
+    assert verify(model, variables, small_model, small_variables, selection, topology, x).max_difference < 1e-5

@@ -468,3 +468,13 @@ def test_importing_starts_no_device():
     code = "import jax; from ddnp_jax import data; from jax._src import xla_bridge; print(len(xla_bridge._backends))"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "0"
+
+
+def test_networks_that_see_blue_first_get_it_so():
+    pixels = np.arange(12, dtype=np.uint8).reshape(1, 2, 2, 3)
+    section = ml_collections.ConfigDict(
+        {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3, "pad": 0, "flip": False, "bgr": True}
+    )
+    arrays = pixels, np.zeros(1, np.int32)
+    images, _ = data.InMemory(*arrays, section).batch(arrays, np.array([0]), None)
+    np.testing.assert_allclose(images[0, 0], [[2, 1, 0], [5, 4, 3]], atol=1e-5)

@@ -201,6 +201,16 @@ def test_the_resource_term_alone_leads_to_the_budget(monkeypatch):
     assert abs(np.mean(remaining[300:]) - 0.3) < 0.05
 
 
+def test_an_accuracy_that_rounds_to_zero_has_a_finite_gradient():
+    search = make_search(make_problem(predictor="linear", predictor_noise=0.0))
+    own = search.init.__self__
+    hopeless = {"params": {"head": {"kernel": np.full((D, 1), -9.0, np.float32), "bias": np.float32([-50.0])}}}
+    gates = jnp.full(D, -3.0)
+    value, gradient = jax.value_and_grad(own.performance)(gates, hopeless, jax.random.key(0), jax.random.key(1))
+    assert 50 < value < 400
+    assert np.all(np.isfinite(gradient)) and np.all(gradient > 0)
+
+
 def test_proposal_keeps_the_most_open_gates():
     search = make_search(make_problem(predictor="none"))
     gates = np.float32([-2, -4, -3.1, 0, -9, -2.9, -5, -6, *[-4.0] * 24])

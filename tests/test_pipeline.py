@@ -236,6 +236,13 @@ def test_unknown_data(config, tmp_path):
     assert "data.name='mnist' is unknown" in refused(config, tmp_path, **{"data.name": "mnist"})
 
 
+def test_held_out_images_are_enough(config, tmp_path):
+    few = refused(config, tmp_path, **{"data.search_fraction": 0.1})
+    assert "data.search_fraction=0.1 holds out 144 images, fewer than search.batch_size=256" in few
+    none = refused(config, tmp_path, **{"data.search_fraction": 0.6, "data.validation_fraction": 0.0})
+    assert "data.validation_fraction=0.0 holds out no image" in none
+
+
 def test_missing_data_folder(tmp_path):
     config = cifar10_r56.get_config()
     assert "data.data_dir" in refused(config, tmp_path, **{"data.data_dir": str(tmp_path / "nowhere")})

@@ -53,7 +53,7 @@ def test_table_2(train):
     rows = (rows - mean) / torch.sqrt(var + 1e-5)
     rows = functional.relu(rows * norm["scale"] + norm["bias"])
     outputs, _ = torch_gru(params["gru"], 16, 16)(rows)
-    wanted = torch.sigmoid(dense(params["head"], outputs.mean(1)))[:, 0].detach().numpy()
+    wanted = dense(params["head"], outputs.mean(1))[:, 0].detach().numpy()
 
     found, updated = module.apply(variables, GATES, train=train, mutable=["batch_stats"])
     np.testing.assert_allclose(found, wanted, atol=2e-6)
@@ -77,7 +77,7 @@ def test_authors_form():
         torch_gru(params[name], 128, 64, reverse)(x)[1][0]
         for name, reverse in (("forward_gru", False), ("backward_gru", True))
     ]
-    wanted = torch.sigmoid(dense(params["head"], torch.cat(last, -1)))[:, 0].detach().numpy()
+    wanted = dense(params["head"], torch.cat(last, -1))[:, 0].detach().numpy()
     np.testing.assert_allclose(module.apply(variables, GATES), wanted, atol=5e-6)
 
 
@@ -85,7 +85,7 @@ def test_linear_regression():
     params = {
         "head": {"kernel": np.linspace(-1, 1, sum(WIDTHS), dtype=np.float32)[:, None], "bias": np.float32([0.25])}
     }
-    wanted = 1 / (1 + np.exp(-(GATES @ params["head"]["kernel"][:, 0] + 0.25)))
+    wanted = GATES @ params["head"]["kernel"][:, 0] + 0.25
     np.testing.assert_allclose(LinearRegression(WIDTHS).apply({"params": params}, GATES), wanted, rtol=1e-5)
 
 
@@ -94,4 +94,4 @@ def test_every_form_starts_without_an_opinion(name):
     module = PREDICTORS[name](WIDTHS)
     predicted = module.apply(module.init(jax.random.key(0), jnp.asarray(GATES)), GATES)
     assert predicted.shape == (6,)
-    assert np.all((predicted > 0.05) & (predicted < 0.95))
+    assert np.all(np.abs(predicted) < 3)

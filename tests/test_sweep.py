@@ -46,6 +46,11 @@ def test_every_setting_is_a_field_that_exists_and_every_panel_draws_settings(fig
     assert {name for panel in panels for name in panel.settings} == set(figures.SETTINGS)
 
 
+def test_a_figure_of_another_method_is_refused():
+    with pytest.raises(ValueError, match=r"lacks .*predictor.*; give the configuration the argument"):
+        sweep.setting_config(digits_r20.get_config("ddnp"), nppm_figures.PN, seed=0)
+
+
 def test_a_setting_changes_nothing_else():
     config = digits_r20.get_config("nppm")
     own = sweep.setting_config(config, {"search.predictor": "none"}, seed=3)

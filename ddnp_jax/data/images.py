@@ -32,9 +32,9 @@ class Images(abc.ABC):
 
     threads = 0
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Sets the normalization, per channel in units of [0, 1]."""
-        self._mean, self._std = tuple(mean), tuple(std)
+    def __init__(self, config: ml_collections.ConfigDict) -> None:
+        """Sets the normalization of the `data` section: mean and std per channel in units of [0, 1], and bgr."""
+        self._mean, self._std, self._bgr = tuple(config.mean), tuple(config.std), config.get("bgr", False)
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -69,6 +69,7 @@ class Images(abc.ABC):
           Normalized images, float32 (N, H, W, C), and labels, int32 (N,).
         """
         images, labels = self._pixels(on_devices, sent, rng)
+        images = images[..., ::-1] if self._bgr else images
         return normalize(images, self._mean, self._std), labels
 
     def first(self, count: int) -> jax.Array:
@@ -95,7 +96,7 @@ class InMemory(Images):
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, config: ml_collections.ConfigDict) -> None:
         """Takes arrays on the host; `config` is the `data` section: mean, std, pad and flip."""
-        super().__init__(config.mean, config.std)
+        super().__init__(config)
         self.images, self.labels = images, labels
         self._pad, self._flip = config.pad, config.flip
 
@@ -129,7 +130,7 @@ class Streamed(Images):
           records: with random access, from several threads.
           config: the `data` section: mean, std, flip, crop_size, resize_size and threads.
         """
-        super().__init__(config.mean, config.std)
+        super().__init__(config)
         self._records = records
         self._size, self._resize, self._flip = config.crop_size, config.resize_size, config.flip
         # Where a scheduler gives the process some of the cores, these are what it may use.

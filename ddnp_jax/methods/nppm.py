@@ -137,8 +137,8 @@ class _NPPM:
         """log(1 / PN(a')), a' = clip(a + σ n, 0, 1)."""
         relaxed, _ = self.networks(gates, rng)
         noise = self.problem.config.predictor_noise * jax.random.normal(noise_rng, relaxed.shape)
-        accuracy = self.predictor.apply(predictor, jnp.clip(relaxed + noise, 0.0, 1.0)[None])[0]
-        return -jnp.log(accuracy)
+        logit = self.predictor.apply(predictor, jnp.clip(relaxed + noise, 0.0, 1.0)[None])[0]
+        return -jax.nn.log_sigmoid(logit)
 
     def init(self, rng: jax.Array) -> State:
         """The state before the first step: every gate open, the memory empty."""
@@ -207,11 +207,11 @@ class _NPPM:
         self, params: Any, variables: Any, gates: jax.Array, accuracy: jax.Array
     ) -> tuple[jax.Array, Any]:
         """Mean absolute or squared error of PN; returns it with PN's new batch statistics."""
-        predicted, statistics = self.predictor.apply(
+        logits, statistics = self.predictor.apply(
             {**variables, "params": params}, gates, train=True, mutable=["batch_stats"]
         )
         error = {"absolute": jnp.abs, "squared": jnp.square}[self.problem.config.predictor_loss]
-        return jnp.mean(error(predicted - accuracy)), statistics
+        return jnp.mean(error(jax.nn.sigmoid(logits) - accuracy)), statistics
 
     def propose(self, state: State) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
         """Importance θ, and the fraction of gates that are open without noise."""

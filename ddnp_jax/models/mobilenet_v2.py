@@ -44,10 +44,7 @@ class MobileNetV2(Backbone, kw_only=True):
 
     Attributes:
       widths: expanded channels of each block but the first, whose depthwise convolution is on the stem's output.
-      dropout: before the classifier, in training; 0.2 in the published training, which needs the rng "dropout".
     """
-
-    dropout: float = 0.0
 
     def whole_widths(self) -> tuple[int, ...]:
         """`widths` of the whole network."""
@@ -66,7 +63,6 @@ class MobileNetV2(Backbone, kw_only=True):
             x = InvertedResidual(width, channels, stride, layer, name=f"features_{i}")(x)
         last = f"features_{len(rows) + 1}"
         x = nn.relu6(layer(x, HEAD, 1, names=(f"{last}_0", f"{last}_1"))).mean((1, 2))
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.num_classes, dtype=self.dtype, name="classifier_1")(x)
 
 

@@ -76,10 +76,7 @@ class MobileNetV3Small(Backbone, kw_only=True):
 
     Attributes:
       widths: expanded channels of each block but the first. What squeeze-excite squeezes them to stays as it is.
-      dropout: before the classifier, in training; 0.2 in the published training, which needs the rng "dropout".
     """
-
-    dropout: float = 0.0
 
     def whole_widths(self) -> tuple[int, ...]:
         """`widths` of the whole network."""
@@ -98,7 +95,6 @@ class MobileNetV3Small(Backbone, kw_only=True):
         last = f"features_{len(BLOCKS) + 1}"
         x = nn.hard_swish(layer(x, LAST, 1, names=(f"{last}_0", f"{last}_1"))).mean((1, 2))
         x = nn.hard_swish(nn.Dense(HIDDEN, dtype=self.dtype, name="classifier_0")(x))
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.num_classes, dtype=self.dtype, name="classifier_3")(x)
 
 

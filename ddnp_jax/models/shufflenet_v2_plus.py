@@ -91,11 +91,9 @@ class ShuffleNetV2Plus(Backbone, kw_only=True):
     Attributes:
       stages: output channels of each stage.
       widths: inner channels of the units' main branches; two numbers of an Xception-like unit.
-      dropout: before the classifier, in training; 0.2 in the published training, which needs the rng "dropout".
     """
 
     stages: tuple[int, ...]
-    dropout: float = 0.0
 
     def whole_widths(self) -> tuple[int, ...]:
         """`widths` of the whole network."""
@@ -118,7 +116,6 @@ class ShuffleNetV2Plus(Backbone, kw_only=True):
         x = nn.hard_swish(layer(x, HEAD, 1, names=("conv_last_0", "conv_last_1")))
         x = SqueezeExcite(layer, name="LastSE")(x.mean((1, 2), keepdims=True)).squeeze((1, 2))
         x = nn.hard_swish(nn.Dense(HEAD, use_bias=False, dtype=self.dtype, name="fc_0")(x))
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.num_classes, use_bias=False, dtype=self.dtype, name="classifier_0")(x)
 
 

@@ -5,6 +5,7 @@ or truncated file. So each checkpoint carries a record with a SHA-256 per leaf, 
 is set aside for the one before it.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -148,12 +149,10 @@ class Checkpoints:
         for step, reason in damaged.items():
             logging.warning("Checkpoint %d in %s is damaged and set aside: %s", step, self.directory, reason)
             self._metrics.pop(step)
-            if jax.process_index() == 0:
-                names = (f"{step}.damaged{suffix}" for suffix in itertools.chain([""], itertools.count(2)))
-                target = next(path for path in map(self.directory.joinpath, names) if not path.exists())
-                (self.directory / str(step)).rename(target)
+            names = (f"{step}.damaged{suffix}" for suffix in itertools.chain([""], itertools.count(2)))
+            target = next(path for path in map(self.directory.joinpath, names) if not path.exists())
+            parallel.on_first_process(functools.partial((self.directory / str(step)).rename, target))
         if damaged:
-            parallel.any_process(False)  # the others wait for the renaming
             self._manager.reload()
 
     def _read(self, step: int, template: Any) -> Any:
@@ -278,11 +277,18 @@ def claim_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequen
     Raises:
       ValueError: if the workdir belongs to a run with another config; the message lists the fields that differ.
     """
-    path = Path(workdir) / "config.json"
-    if jax.process_index() == 0 and not path.exists():
+    path = _identity(workdir)
+    if parallel.any_process(not path.exists()):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(path, config)
-    parallel.any_process(False)  # the others wait for the file
+        parallel.on_first_process(lambda: write_json_atomic(path, config))
+    check_workdir(workdir, config, ignore)
+
+
+def check_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequence[str] = ()) -> None:
+    """Like `claim_workdir`, but writes nothing: a workdir that no run has claimed is free."""
+    path = _identity(workdir)
+    if not path.exists():
+        return
     try:
         theirs = _fields(json.loads(path.read_text()))
     except ValueError as error:
@@ -296,6 +302,10 @@ def claim_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequen
     if differing:
         lines = "\n".join([f"{workdir} belongs to a run with another config:", *differing])
         raise ValueError(f"{lines}\nGive this run another workdir, or the workdir's values.")
+
+
+def _identity(workdir: str | Path) -> Path:
+    return Path(workdir) / "config.json"
 
 
 def _fields(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -158,10 +158,8 @@ def measured_once(
     """
     if parallel.any_process(not path.exists()):
         calls = _calls(model, topology, batch)  # every process refuses what cannot be measured, or none
-        if jax.process_index() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _measure(calls, topology, batch, points, multiple).save(path)
-        parallel.any_process(False)  # the others wait for the file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parallel.on_first_process(lambda: _measure(calls, topology, batch, points, multiple).save(path))
     table = LatencyTable.load(path, topology)
     if table.batch != batch:
         raise ValueError(

@@ -103,6 +103,13 @@ def any_process(flag: bool) -> bool:
         return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
+def on_first_process(write: Callable[[], Any]) -> None:
+    """Calls `write` in the first process alone; the others go on when it has returned. Every process must call."""
+    if jax.process_index() == 0:
+        write()
+    any_process(False)
+
+
 def check_mode(mode: str) -> None:
     """Refuses an unknown mode of `data_parallel`.
 

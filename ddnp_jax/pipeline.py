@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from ddnp_jax.interception import apply_masked
 from ddnp_jax.topology import Selection, Topology, trace
 
 Rebuild = Callable[[tuple[int, ...]], nn.Module]
+
+_MAY_DIFFER = ("data.threads",)  # fields of the configuration that may change when a run goes on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +107,10 @@ def prepare(
     topology = trace(model, dataset.image_shape)
     workdir = Path(workdir)
     measured = functools.partial(latency.measured_once, workdir / "latency.json", model, topology, _local_batch(config))
+    identity = config.to_dict()
+    checkpoint.check_workdir(workdir, identity, _MAY_DIFFER)  # a measured budget writes its table there
     budget = make_budget(config.budget, topology, measured)
-    checkpoint.claim_workdir(workdir, config.to_dict(), ignore=("data.threads",))
+    checkpoint.claim_workdir(workdir, identity, _MAY_DIFFER)
     return Run(
         config, workdir, dataset, model, rebuild, topology, budget, training.MetricsLog(workdir / "metrics.jsonl")
     )
@@ -164,14 +168,12 @@ def run(
       What `report.json` holds.
     """
     job = prepare(config, workdir, model, rebuild)
-    if jax.process_index() == 0:
-        print(job.topology.describe())
+    parallel.on_first_process(lambda: print(job.topology.describe()))
     variables = base(job)
     selection = search(job, variables)
     small_model, small_variables = cut(job, variables, selection)
     tuned = finetune(job, variables, small_model, small_variables)
-    if jax.process_index() == 0:
-        save_pruned(job.workdir / "pruned", small_model, tuned)
+    parallel.on_first_process(lambda: save_pruned(job.workdir / "pruned", small_model, tuned))
     return report.write(job.workdir, summarize(job, selection))
 
 
@@ -196,28 +198,51 @@ def load_weights(path: str, model: nn.Module, image_shape: tuple[int, int, int])
 
 def search(job: Run, variables: Any) -> Selection:
     """Learns which channels stay; writes selection.json."""
-    steps, _ = job.stage_steps("search")
-    problem = methods.Problem(job.model, variables, job.topology, job.budget, job.config.search, steps)
-    method = methods.build(job.config.search.method, problem)
+    method = _method(job, variables)
     state = method.init(jax.random.key(job.config.seed))
     if method.steps:
-        held_out = _masked_evaluator(job, job.dataset.train)
-        test = _masked_evaluator(job, job.dataset.test)
-
-        def evaluate(state: Any) -> dict[str, float]:
-            masks = methods.select(method, state, job.budget).masks(job.topology)
-            constants = {"variables": variables, "masks": masks}
-            found = _named("validation", held_out(constants, job.dataset.splits["validation"]))
-            if job.config.search.test_curve:
-                found |= _named("test", test(constants, np.arange(len(job.dataset.test))))
-            return found
-
+        evaluate = _cut_evaluator(job, method, variables)
         state = _run_stage(job, "search", method.step, state, variables, evaluate)
     _once(job, "proposed_p", lambda: methods.proposed_cost(method, state, job.budget) / job.budget.total)
     selection = methods.select(method, state, job.budget)
-    if jax.process_index() == 0:
-        selection.save(job.workdir / "selection.json")
+    parallel.on_first_process(lambda: selection.save(job.workdir / "selection.json"))
     return selection
+
+
+def search_curves(job: Run, variables: Any, seeds: Sequence[int]) -> None:
+    """Searches from several seeds at once, for the log alone: `methods.seed_metric` names what it holds of each."""
+    method = _method(job, variables)
+    evaluate_one = _cut_evaluator(job, method, variables)
+
+    def evaluate(state: methods.Seeds) -> dict[str, float]:
+        found = {seed: evaluate_one(state.of(place)) for place, seed in enumerate(seeds)}
+        named = {methods.seed_metric(seed, k): value for seed, metrics in found.items() for k, value in metrics.items()}
+        return named | {"validation_top1": float(np.mean([m["validation_top1"] for m in found.values()]))}
+
+    state, step = methods.over_seeds(method, seeds)
+    _run_stage(job, "search", step, state, variables, evaluate)
+
+
+def _method(job: Run, variables: Any) -> methods.Search:
+    steps, _ = job.stage_steps("search")
+    problem = methods.Problem(job.model, variables, job.topology, job.budget, job.config.search, steps)
+    return methods.build(job.config.search.method, problem)
+
+
+def _cut_evaluator(job: Run, method: methods.Search, variables: Any) -> Callable[[Any], dict[str, float]]:
+    """What the network that a search's state proposes does, on held-out images and, where asked for, on the test's."""
+    held_out = _masked_evaluator(job, job.dataset.train)
+    test = _masked_evaluator(job, job.dataset.test)
+
+    def evaluate(state: Any) -> dict[str, float]:
+        masks = methods.select(method, state, job.budget).masks(job.topology)
+        constants = {"variables": variables, "masks": masks}
+        found = _named("validation", held_out(constants, job.dataset.splits["validation"]))
+        if job.config.search.test_curve:
+            found |= _named("test", test(constants, np.arange(len(job.dataset.test))))
+        return found
+
+    return evaluate
 
 
 def cut(job: Run, variables: Any, selection: Selection) -> tuple[nn.Module, Any]:
@@ -414,6 +439,4 @@ def _once(job: Run, name: str, compute: Callable[[], Any]) -> None:
     results = _results(job)
     if parallel.any_process(name not in results):  # all processes measure, or none
         results[name] = compute()
-        if jax.process_index() == 0:
-            checkpoint.write_json_atomic(job.workdir / "results.json", results)
-        parallel.any_process(False)  # the others wait for the file
+        parallel.on_first_process(lambda: checkpoint.write_json_atomic(job.workdir / "results.json", results))

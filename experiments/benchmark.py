@@ -6,11 +6,10 @@
 The steps are those of ResNet-56 on synthetic images of CIFAR's size. What is loaded, `experiments.loading` says; its
 seconds are those of a core, all threads of the process together.
 
-Everything measured is a process of its own, started with the flags that `experiments.launch` gives a run. The processes
-take turns, A B A B ..., so that each has the whole machine while the others wait and a slow minute meets all of them. A
-turn is one step on CPU and ten elsewhere, where they are one dispatch. Images/s come from the median turn, ratios are
-medians of each round's ratio, and peak memory is the maximum resident set of the process (interpreter, libraries and
-compiler included), on a GPU the most bytes in use on the device.
+Everything measured is a process of its own (`experiments.turns`), started with the flags that `experiments.launch`
+gives a run. A turn is one step on CPU and ten elsewhere, where they are one dispatch. Images/s come from the median
+turn, ratios are medians of each round's ratio, and peak memory is the maximum resident set of the process (interpreter,
+libraries and compiler included), on a GPU the most bytes in use on the device.
 
 Our side is the run's own code: the search step with learners, soft top-k, optimizer and all losses, the training step
 with augmentation, the evaluation with its counting. PyTorch's side (eager, channels_last, float32) is what the backbone
@@ -22,27 +21,21 @@ set CUDA_VISIBLE_DEVICES to one, because PyTorch's side uses one. Runs on GPUs b
 import argparse
 import importlib.util
 import json
-import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from configs import default
 from experiments import launch, loading
+from experiments.turns import Measurement, Side, ratio, resident_bytes, take_turns
 
-# JAX and PyTorch are imported in the measured processes only: the maximum resident set of a process starts from that of
-# its parent.
+# JAX and PyTorch are imported in the measured processes only, as `experiments.turns` says.
 
 # What is measured: stage -> name of the row -> argument of configs/cifar10_r56.py
 OURS = {
@@ -56,31 +49,6 @@ BATCH_SIZE = {"search": "search.batch_size", "training": "base.batch_size", "eva
 PYTORCH = "PyTorch"
 IMAGE_SHAPE = (32, 32, 3)
 CLASSES = 10
-
-
-class Side(NamedTuple):
-    """One measured thing, in its own process.
-
-    Attributes:
-      turn: runs `steps` steps and waits for their end.
-      steps: per turn.
-      peak_bytes: the most memory used so far.
-      about: "platform" (of JAX), "device" and "version".
-      clock: by which turns are timed, in seconds.
-    """
-
-    turn: Callable[[], Any]
-    steps: int
-    peak_bytes: Callable[[], int]
-    about: dict[str, str]
-    clock: Callable[[], float] = time.perf_counter
-
-
-class Measurement(NamedTuple):
-    """Seconds per step in each round, and bytes."""
-
-    seconds: list[float]
-    peak_bytes: int
 
 
 def steps_per_turn(platform: str) -> int:
@@ -117,7 +85,7 @@ def ours(
     steps = steps_per_turn(device.platform)
 
     def peak_bytes() -> int:
-        return _resident_bytes() if device.platform == "cpu" else device.memory_stats()["peak_bytes_in_use"]
+        return resident_bytes() if device.platform == "cpu" else device.memory_stats()["peak_bytes_in_use"]
 
     about = {
         "platform": device.platform,
@@ -221,7 +189,7 @@ def pytorch(stage: str, batch_size: int, platform: str) -> Side:
         "device": torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads",
         "version": f"PyTorch {torch.__version__}",
     }
-    return Side(turn, steps, torch.cuda.max_memory_allocated if on_gpu else _resident_bytes, about)
+    return Side(turn, steps, torch.cuda.max_memory_allocated if on_gpu else resident_bytes, about)
 
 
 def _pytorch_step(stage: str, batch_size: int, device: Any) -> Callable[[], Any]:
@@ -264,63 +232,7 @@ def photographs(name: str, data_dir: str, batch_size: int) -> Side:
     about = {"platform": "cpu", "device": "1 core", "version": loading.VERSION}
     steps = 20  # a run starts its threads once, so their start must not weigh
     turn = loading.make_turn(name, data_dir, batch_size, steps)
-    return Side(turn, steps, _resident_bytes, about, clock=time.process_time)  # a core's seconds, whoever else uses it
-
-
-def _resident_bytes() -> int:
-    """The maximum resident set of this process so far."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-class Worker:
-    """A side in a process of its own, which runs a turn when it is asked to."""
-
-    def __init__(self, side: Callable[..., Side], *arguments: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, other_end = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other_end, side, *arguments), daemon=True)
-        self._process.start()
-        other_end.close()  # so that the end of the process ends a wait for its answer
-        self.about: dict[str, str] = self._receive()
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._pipe.close()
-        self._process.join()
-
-    def turn(self) -> tuple[float, int]:
-        """Runs a turn; returns seconds per step and the peak memory so far."""
-        self._pipe.send("turn")
-        return self._receive()
-
-    def _receive(self) -> Any:
-        try:
-            return self._pipe.recv()
-        except (EOFError, ConnectionResetError):
-            self._process.join()
-            reason = f"exit code {self._process.exitcode}"
-            raise SystemExit(f"error: a measured process ended early ({reason}); its message is above.") from None
-
-
-def _serve(pipe: Connection, side: Callable[..., Side], *arguments: Any) -> None:
-    try:
-        turn, steps, peak_bytes, about, clock = side(*arguments)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
-    turn()  # compiles
-    turn()  # settles allocators and caches
-    pipe.send(about)
-    try:
-        while pipe.recv():
-            started = clock()
-            turn()
-            pipe.send(((clock() - started) / steps, peak_bytes()))
-    except EOFError:
-        return  # the parent wants no more turns
+    return Side(turn, steps, resident_bytes, about, clock=time.process_time)  # a core's seconds, whoever else uses it
 
 
 def measure(
@@ -337,40 +249,12 @@ def measure(
         sides = {n: (photographs, n, flags.data_dir, batch_size) for n in (loading.OURS, *loading.LOOPS)}
     else:
         sides = {name: (ours, stage, variant, batch_size) for name, variant in OURS[stage].items()}
-    compared = with_pytorch and stage != DATA
-    return take_turns(sides, flags.rounds, stage, (pytorch, stage, batch_size) if compared else None)
 
+    def rivals(platform: str) -> dict[str, tuple[Any, ...]]:
+        compared = with_pytorch and stage != DATA and platform in ("cpu", "gpu")
+        return {PYTORCH: (pytorch, stage, batch_size, platform)} if compared else {}
 
-def take_turns(
-    sides: Mapping[str, tuple[Any, ...]], rounds: int, title: str, other: tuple[Any, ...] | None = None
-) -> tuple[dict[str, Measurement], dict[str, dict[str, str]]]:
-    """Runs sides in processes of their own, one turn of each after the other.
-
-    Args:
-      sides: by name, a function that returns a `Side`, and its arguments.
-      rounds: turns of each.
-      title: of the progress bar.
-      other: the side `PYTORCH`, without its last argument, the platform.
-
-    Returns:
-      As for `measure`.
-    """
-    with ExitStack() as stack:
-        workers = {name: stack.enter_context(Worker(*side)) for name, side in sides.items()}
-        platform = next(iter(workers.values())).about["platform"]
-        if other is not None and platform in ("cpu", "gpu"):
-            workers[PYTORCH] = stack.enter_context(Worker(*other, platform))
-        turns: dict[str, list[tuple[float, int]]] = {name: [] for name in workers}
-        for _ in tqdm(range(rounds), desc=title, unit="round"):
-            for name, worker in workers.items():
-                turns[name].append(worker.turn())
-        measured = {name: Measurement([s for s, _ in taken], taken[-1][1]) for name, taken in turns.items()}
-        return measured, {name: worker.about for name, worker in workers.items()}
-
-
-def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
-    """The median of the rounds' ratios."""
-    return median(a / b for a, b in zip(numerator, denominator, strict=True))
+    return take_turns(sides, flags.rounds, stage, rivals)
 
 
 def summarize(measured: Mapping[str, Measurement], batch_size: int) -> dict[str, dict[str, float]]:

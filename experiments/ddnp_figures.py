@@ -47,7 +47,7 @@ def panels(p: float) -> tuple[Panel, ...]:
 
 def draw(config: ConfigDict, workdir: str) -> str:
     """Runs the searches and draws them."""
-    curves = sweep.run(config, workdir, SETTINGS, sweep.SEEDS.value)
+    curves = sweep.run(config, workdir, SETTINGS, sweep.SEEDS.value, sweep.AT_ONCE.value)
     title = f"DDNP Fig. A1, {config.model.name}, {config.data.label}"
     return sweep.publish(Path(workdir), title, panels(config.budget.p), curves)
 

@@ -2,16 +2,17 @@
 
     python -m experiments.generator_cost [--rounds=20] [--only=resnet56,resnet50]
 
-The steps take turns, each in a process of its own, as in `experiments.benchmark`; images are synthetic. The paper has
+The steps take turns, each in a process of its own, as `experiments.turns` has it; images are synthetic. The paper has
 0.136 -> 0.143 s per iteration for ResNet-56 on CIFAR-10 (x1.051) and 1.08 -> 1.15 s for ResNet-50 on ImageNet (x1.065),
 on its hardware.
 """
 
 import argparse
+from statistics import median
 from typing import NamedTuple
 
 from ddnp_jax.report import table
-from experiments import benchmark
+from experiments import benchmark, turns
 
 
 class Network(NamedTuple):
@@ -37,13 +38,13 @@ def measure(name: str, rounds: int) -> str:
         step: (benchmark.ours, "search", argument, network.batch_size, network.experiment, network.image_shape)
         for step, argument in STEPS.items()
     }
-    measured, _ = benchmark.take_turns(sides, rounds, name)
+    measured, _ = turns.take_turns(sides, rounds, name)
     size = "x".join(map(str, network.image_shape[:2]))
     rows = [
         [
             step,
-            f"{benchmark.median(own.seconds):.3f}",
-            f"{benchmark.ratio(own.seconds, measured[SCALARS].seconds):.3f}",
+            f"{median(own.seconds):.3f}",
+            f"{turns.ratio(own.seconds, measured[SCALARS].seconds):.3f}",
             f"{own.peak_bytes / 2**20:.0f}",
         ]
         for step, own in measured.items()

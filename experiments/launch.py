@@ -17,17 +17,21 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the r
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, unless JAX finds it.")
 
 
-def cpu_flags(config: ConfigDict) -> str:
+def cpu_flags(config: ConfigDict, processes: int = 1) -> str:
     """XLA flags that make a run without accelerator faster; they change nothing on an accelerator.
 
     Every core becomes a device of its own, as far as the batches can be shared: XLA:CPU uses cores better so than
     within one operation (a search step takes 0.7 of the time). The fusions halve the time of a training step; a
     version of jaxlib that does not know the flag would refuse to start, so only versions that were measured get it.
+
+    Args:
+      config: with the batch sizes.
+      processes: that share each batch, with as many devices each.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     sections = (config.base, config.search, config.finetune)
     batches = (config.eval_batch_size, *(s.batch_size // max(s.get("micro_batches", 1), 1) for s in sections))
-    devices = max(count for count in range(1, cores + 1) if math.gcd(*batches) % count == 0)
+    devices = max((n for n in range(1, cores + 1) if math.gcd(*batches) % (n * processes) == 0), default=1)
     added = [f"--xla_force_host_platform_device_count={devices}"]
     if jaxlib.__version__.startswith("0.10."):
         added.append("--xla_cpu_experimental_ynn_fusion_type=individual_convolution,individual_dot,dot,eltwise,reduce")
@@ -77,7 +81,7 @@ def run(
     flags.mark_flags_as_required(required)
 
     def main(_: list[str]) -> None:
-        os.environ["XLA_FLAGS"] = cpu_flags(config.value)  # before JAX starts its devices
+        os.environ["XLA_FLAGS"] = cpu_flags(config.value, _NUM_PROCESSES.value or 1)  # before JAX starts its devices
         from ddnp_jax import parallel
 
         logging.set_verbosity(logging.WARNING)  # orbax writes a page per checkpoint

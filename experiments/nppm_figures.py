@@ -31,7 +31,7 @@ PANELS = (
 
 def draw(config: ConfigDict, workdir: str) -> str:
     """Runs the searches and draws them."""
-    curves = sweep.run(config, workdir, SETTINGS, sweep.SEEDS.value)
+    curves = sweep.run(config, workdir, SETTINGS, sweep.SEEDS.value, sweep.AT_ONCE.value)
     return sweep.publish(Path(workdir), f"NPPM, {config.model.name}, {config.data.label}", PANELS, curves)
 
 

@@ -1,8 +1,8 @@
 """Searches of several settings and seeds from one base, their curves as CSV, and the curves as a picture.
 
-Every search is a run of its own in the workdir, made by the pipeline: the same command goes on where it was stopped.
-The base is trained (or read) once. Networks during a search are cut to the budget and evaluated on the test images; the
-curves decide nothing.
+The seeds of a setting are one vmapped search, or several one after another, and each such search is a run of its own in
+the workdir, made by the pipeline: the same command goes on where it was stopped. The base is trained (or read) once.
+Networks during a search are cut to the budget and evaluated on the test images; the curves decide nothing.
 """
 
 import csv
@@ -19,10 +19,11 @@ from absl import flags
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from ddnp_jax import parallel, pipeline, report
+from ddnp_jax import methods, parallel, pipeline, report
 from ddnp_jax.compact import DESCRIPTION, save_pruned
 
 SEEDS = flags.DEFINE_integer("seeds", 3, "Searches per setting.", lower_bound=1)
+AT_ONCE = flags.DEFINE_integer("seeds_at_once", 3, "Of these, searched as one; 1 where memory is short.", lower_bound=1)
 
 Settings = Mapping[str, Mapping[str, Any]]  # fields of the configuration that differ, by the setting's name
 Curves = Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]  # lines of the search's log, by (setting, seed)
@@ -46,27 +47,44 @@ class Panel(NamedTuple):
     scale: float = 1.0
 
 
-def run(config: ConfigDict, workdir: str | Path, settings: Settings, seeds: int) -> Curves:
+def run(config: ConfigDict, workdir: str | Path, settings: Settings, seeds: int, at_once: int) -> Curves:
     """Runs, or goes on with, the search of every setting for seeds 0, 1, ...; writes `curves.csv`.
+
+    Args:
+      config: of all searches.
+      workdir: of all of them.
+      settings: what differs.
+      seeds: searches per setting.
+      at_once: how many of these are one vmapped search, on the same batches.
 
     Raises:
       ValueError: a setting does not fit the configuration.
     """
     workdir = Path(workdir)
+    groups = [range(first, min(first + at_once, seeds)) for first in range(0, seeds, at_once)]
     runs = {
-        (name, seed): setting_config(config, fields, seed) for name, fields in settings.items() for seed in range(seeds)
+        (name, group): setting_config(config, fields, group[0]) for name, fields in settings.items() for group in groups
     }
     weights = _base(config, workdir / "base")
     curves = {}
-    for (name, seed), own in runs.items():
+    for (name, group), own in runs.items():
         own.base.weights = str(weights)
-        job = pipeline.prepare(own, workdir / re.sub(r"\W+", "-", name) / str(seed))
-        pipeline.search(job, pipeline.base(job))
-        lines = map(json.loads, (job.workdir / "metrics.jsonl").read_text().splitlines())
-        curves[name, seed] = [line for line in lines if line["stage"] == "search"]
-    if jax.process_index() == 0:
-        _write_csv(workdir / "curves.csv", curves)
+        job = pipeline.prepare(own, workdir / re.sub(r"\W+", "-", name) / "-".join(map(str, group)))
+        pipeline.search_curves(job, pipeline.base(job), group)
+        curves |= {(name, seed): _curve(job.workdir / "metrics.jsonl", seed) for seed in group}
+    parallel.on_first_process(lambda: _write_csv(workdir / "curves.csv", curves))
     return curves
+
+
+def _curve(log: Path, seed: int) -> list[dict[str, Any]]:
+    """The lines of one seed's search."""
+    prefix = methods.seed_metric(seed, "")
+    lines = map(json.loads, log.read_text().splitlines())
+    return [
+        {"step": line["step"]} | {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
+        for line in lines
+        if line["stage"] == "search"
+    ]
 
 
 def setting_config(config: ConfigDict, fields: Mapping[str, Any], seed: int) -> ConfigDict:
@@ -92,17 +110,15 @@ def _base(config: ConfigDict, workdir: Path) -> Path:
     if parallel.any_process(not (folder / DESCRIPTION).exists()):
         job = pipeline.prepare(config, workdir)
         variables = pipeline.base(job)
-        if jax.process_index() == 0:
-            save_pruned(folder, job.model, variables)
-        parallel.any_process(False)  # the others wait for the folder
+        parallel.on_first_process(lambda: save_pruned(folder, job.model, variables))
     return folder
 
 
 def _write_csv(path: Path, curves: Curves) -> None:
     rows = [{"setting": name, "seed": seed, **line} for (name, seed), lines in curves.items() for line in lines]
-    columns = list(dict.fromkeys(column for row in rows for column in row if column != "stage"))
+    columns = list(dict.fromkeys(column for row in rows for column in row))
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
 

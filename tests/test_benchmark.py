@@ -13,9 +13,9 @@ import torch
 
 import ddnp_jax
 from ddnp_jax import losses, models, torch_weights
-from experiments import benchmark, loading
-from experiments.benchmark import Measurement
+from experiments import benchmark, loading, turns
 from experiments.pytorch_resnet import CifarResNet, mask_gradients, randomize
+from experiments.turns import Measurement
 
 
 def test_both_search_steps_give_the_masks_the_same_gradients():
@@ -148,5 +148,5 @@ def test_a_wrong_flag_ends_in_one_sentence(monkeypatch, argument, message):
 
 def test_a_refusal_of_a_measured_process_is_seen(capfd):
     with pytest.raises(SystemExit, match="a measured process ended early"):
-        benchmark.Worker(benchmark.ours, "evaluation", "nonsense", 8)
+        turns.Worker(benchmark.ours, "evaluation", "nonsense", 8)
     assert "error: the configuration's argument 'nonsense' is unknown; use ddnp, " in capfd.readouterr().err

@@ -231,3 +231,24 @@ def test_proposal_keeps_the_most_open_gates():
 def test_refusals_name_the_field(fields, message):
     with pytest.raises(ValueError, match=message):
         nppm.build(make_problem(**fields))
+
+
+def test_seeds_at_once_are_searches_of_their_own():
+    search = nppm.build(make_problem(memory_size=4, memory_steps=1, predictor_batch_size=2))
+    seeds = (3, 5)
+    states = [search.init(jax.random.key(seed)) for seed in seeds]
+    state, step = methods.over_seeds(search, seeds)
+    for n in range(4):  # PN takes part in the last
+        state, metrics = compiled(search._replace(step=step))(state, VARIABLES, (IMAGES, LABELS), jax.random.key(n))
+        keys = [jax.random.fold_in(jax.random.key(n), seed) for seed in seeds]
+        found = [compiled(search)(own, VARIABLES, (IMAGES, LABELS), key) for own, key in zip(states, keys, strict=True)]
+        states, own_metrics = [list(part) for part in zip(*found, strict=True)]
+        assert metrics["loss"] == pytest.approx(np.mean([own["loss"] for own in own_metrics]), rel=1e-5)
+        for seed, own in zip(seeds, own_metrics, strict=True):
+            wanted = {f"seed{seed}/{name}": pytest.approx(float(x), rel=1e-4, abs=1e-5) for name, x in own.items()}
+            assert {name: float(x) for name, x in metrics.items() if name.startswith(f"seed{seed}/")} == wanted
+    assert own_metrics[0]["predictor_loss"] > 0
+    assert int(state.step) == 4
+    for place, own in enumerate(states):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), state.of(place), own)
+    assert np.abs(states[0].gates - states[1].gates).max() > 1e-2

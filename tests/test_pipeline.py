@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import cifar10_r56, digits_r20
+from configs import cifar10_r56, default, digits_r20
 from ddnp_jax import data, latency, pipeline, training
 from ddnp_jax.compact import load_pruned
 from experiments import launch
@@ -66,6 +66,12 @@ def assert_same_network(workdir, other):
         np.testing.assert_array_equal(value, theirs[name], err_msg=name)
 
 
+def log_of(workdir):
+    """The log without rates."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name != "images_per_s"} for line in lines]
+
+
 def interrupt_at(monkeypatch, section, step, action):
     """Calls `action` before the stage takes `step`."""
     run = training.run
@@ -116,15 +122,7 @@ def test_killed_run_goes_on_bit_for_bit(finished, config, tmp_path, monkeypatch,
     report = pipeline.run(config, tmp_path)
     assert_same_network(tmp_path, finished[0])
     assert report["pruned_top1"] == finished[1]["pruned_top1"]
-    deterministic = [
-        {name: value for name, value in json.loads(line).items() if name != "images_per_s"}
-        for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
-    ]
-    expected = [
-        {name: value for name, value in json.loads(line).items() if name != "images_per_s"}
-        for line in (finished[0] / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert deterministic == expected
+    assert log_of(tmp_path) == log_of(finished[0])
 
 
 def test_sigterm_saves_and_the_run_goes_on(finished, config, tmp_path, monkeypatch):
@@ -201,6 +199,36 @@ def test_budget_in_measured_latency_is_the_same_numbers_when_the_run_goes_on(con
     assert report["widths"] == [20, 12]
     assert report["budget"]["unit"] == f"ms (batch {config.eval_batch_size // jax.device_count()}, cpu)"
     assert "the whole network was measured at" in (tmp_path / "report.md").read_text()
+
+
+def test_searches_from_several_seeds_go_on_and_leave_their_curves_in_the_log(config, tmp_path, monkeypatch):
+    config.update_from_flattened_dict(default.SEARCHES["scalar"][1] | {"search.epochs": 2, "search.test_curve": True})
+    seeds = (0, 4)
+
+    def run(workdir):
+        job = pipeline.prepare(config, workdir, model=Own((20, 12)), rebuild=Own)
+        variables = job.model.init(jax.random.key(0), np.zeros((1, *job.dataset.image_shape)), train=False)
+        pipeline.search_curves(job, variables, seeds)
+        return log_of(workdir)
+
+    whole = run(tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        interrupt_at(patch, "search", 3, kill)
+        run(tmp_path / "killed")
+    assert run(tmp_path / "killed") == whole
+    measured = whole[-1]
+    for name in ("validation_top1", "validation_loss", "test_top1"):
+        assert {f"seed{seed}/{name}" for seed in seeds} <= set(measured)
+    assert measured["validation_top1"] == np.mean([measured[f"seed{seed}/validation_top1"] for seed in seeds])
+    assert measured["seed0/validation_loss"] != measured["seed4/validation_loss"]
+
+
+def test_a_latency_table_is_not_written_into_the_workdir_of_another_run(config, tmp_path):
+    pipeline.prepare(config, tmp_path, model=Own((20, 12)), rebuild=Own)
+    config.budget.kind = "latency"
+    with pytest.raises(ValueError, match=r"budget\.kind: workdir has 'flops', this run has 'latency'"):
+        pipeline.prepare(config, tmp_path, model=Own((20, 12)), rebuild=Own)
+    assert not (tmp_path / "latency.json").exists()
 
 
 def test_budget_in_parameters(config, tmp_path):
@@ -280,5 +308,6 @@ def test_cpu_devices_share_every_batch(config, monkeypatch):
     assert launch.cpu_flags(config).startswith("--xla_force_host_platform_device_count=12")
     config.search.batch_size = 128
     assert launch.cpu_flags(config).startswith("--xla_force_host_platform_device_count=4")
+    assert launch.cpu_flags(config, processes=2).startswith("--xla_force_host_platform_device_count=2")
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     assert launch.cpu_flags(config).count("device_count") == 1

@@ -66,21 +66,22 @@ def test_the_searches_share_a_base(tmp_path, monkeypatch):
         def __init__(self, config, workdir):
             self.config, self.workdir, self.model = config, workdir, None
 
-    def search(job, variables):
-        searched.append((job.config.search.predictor, job.config.seed, job.config.base.weights))
+    def search(job, variables, seeds):
+        searched.append((job.config.search.predictor, job.config.seed, [*seeds], job.config.base.weights))
         job.workdir.mkdir(parents=True)
-        lines = [{"stage": "base", "step": 1}, {"stage": "search", "step": 5, "loss": float(job.config.seed)}]
+        own = {f"seed{seed}/loss": float(seed) for seed in seeds}
+        lines = [{"stage": "base", "step": 1}, {"stage": "search", "step": 5, "loss": 9.0, **own}]
         (job.workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     monkeypatch.setattr(sweep.pipeline, "prepare", Job)
     monkeypatch.setattr(sweep.pipeline, "base", lambda job: None)
-    monkeypatch.setattr(sweep.pipeline, "search", search)
+    monkeypatch.setattr(sweep.pipeline, "search_curves", search)
     monkeypatch.setattr(sweep, "save_pruned", lambda path, model, variables: None)
     settings = {"PN": {}, "DG": {"search.predictor": "none"}}
-    curves = sweep.run(digits_r20.get_config("nppm"), tmp_path, settings, seeds=2)
+    curves = sweep.run(digits_r20.get_config("nppm"), tmp_path, settings, seeds=3, at_once=2)
     network = str(tmp_path / "base" / "network")
-    assert searched == [("gru", 0, network), ("gru", 1, network), ("none", 0, network), ("none", 1, network)]
-    assert curves["DG", 1] == [{"stage": "search", "step": 5, "loss": 1.0}]
+    assert searched == [(p, g[0], g, network) for p in ("gru", "none") for g in ([0, 1], [2])]
+    assert curves["DG", 1] == [{"step": 5, "loss": 1.0}]
     with (tmp_path / "curves.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert rows[3] == {"setting": "DG", "seed": "1", "step": "5", "loss": "1.0"}
+    assert rows[4] == {"setting": "DG", "seed": "1", "step": "5", "loss": "1.0"}

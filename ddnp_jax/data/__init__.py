@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,8 @@ __all__ = [
     "evaluation_batches",
     "load",
     "normalize",
+    "open_builder",
+    "open_records",
     "read_ahead",
     "split",
     "steps_per_epoch",
@@ -82,7 +85,7 @@ def load(config: ml_collections.ConfigDict) -> Dataset:
     if config.name not in BUILDERS:
         raise ValueError(f"data.name={config.name!r} is unknown; known data sets: {', '.join(sorted(BUILDERS))}.")
     _check_splits(config.seed, config.search_fraction, config.validation_fraction)
-    builder = _open_builder(config.name, os.path.expanduser(config.data_dir or "") or None)
+    builder = open_builder(config.name, config.data_dir)
     features = builder.info.features
     height, width, channels = features["image"].shape
     _check_pixels(config, channels)
@@ -128,8 +131,14 @@ def _check_pixels(config: ml_collections.ConfigDict, channels: int) -> None:
         raise ValueError(f"data.threads={config.threads} must be a number of threads, or 0 for one per core.")
 
 
-def _open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
-    """The TFDS builder of a data set whose files are in place, preparing them where that is allowed."""
+def open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+    """The TFDS builder of a data set whose files are in place, preparing them where that is allowed; raises as `load`.
+
+    Args:
+      name: a key of `BUILDERS`.
+      data_dir: as in `load`.
+    """
+    data_dir = os.path.expanduser(data_dir or "") or None
     builder = BUILDERS[name](data_dir=data_dir)
     if data_dir and name != "digits" and not _is_prepared(builder):
         raise FileNotFoundError(
@@ -159,9 +168,14 @@ def _is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
     return os.path.exists(os.path.join(builder.data_dir, "dataset_info.json"))
 
 
+def open_records(builder: tfds.core.DatasetBuilder, split: str) -> Sequence[dict[str, Any]]:
+    """The records of a split, with random access, their images encoded as they are stored."""
+    # TFDS's choice of a decoder depends on what else is installed.
+    return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+
+
 def _images(builder: tfds.core.DatasetBuilder, split: str, config: ml_collections.ConfigDict) -> Images:
-    # Not decoded by TFDS, because its choice of a decoder depends on what else is installed.
-    records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    records = open_records(builder, split)
     shape = builder.info.features["image"].shape
     return Streamed(records, config) if None in shape else InMemory(*_read_all(records, shape), config)
 

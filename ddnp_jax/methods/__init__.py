@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -77,6 +78,49 @@ class Search(NamedTuple):
     init: Callable[[jax.Array], Any]
     step: Callable[..., tuple[Any, dict[str, jax.Array]]]
     propose: Callable[[Any], tuple[tuple[np.ndarray, ...], np.ndarray]]
+
+
+class Seeds(flax.struct.PyTreeNode):
+    """The state of one search from several seeds at once.
+
+    Attributes:
+      step: number of steps taken, int32.
+      states: of all seeds, along a leading axis.
+    """
+
+    step: jax.Array
+    states: Any
+
+    def of(self, place: int) -> Any:
+        """The state of one seed, by its place among them."""
+        return jax.tree.map(lambda x: x[place], self.states)
+
+
+def over_seeds(search: Search, seeds: Sequence[int]) -> tuple[Seeds, Callable[..., Any]]:
+    """The same search from several seeds, as one `jax.vmap`: all see the same batches, each draws for itself.
+
+    Args:
+      search: with at least one step.
+      seeds: of the initial states and of what the steps draw.
+
+    Returns:
+      The state before the first step, and the step. Its metrics are "loss", the mean over the seeds, and every metric
+      of each seed under `seed_metric`.
+    """
+
+    def step(state: Seeds, variables: Any, batch: Any, rng: jax.Array) -> tuple[Seeds, dict[str, jax.Array]]:
+        rngs = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, jnp.array(seeds))
+        states, metrics = jax.vmap(search.step, in_axes=(0, None, None, 0))(state.states, variables, batch, rngs)
+        named = {seed_metric(seed, name): values[i] for name, values in metrics.items() for i, seed in enumerate(seeds)}
+        return Seeds(state.step + 1, states), {"loss": jnp.mean(metrics["loss"]), **named}
+
+    states = [search.init(jax.random.key(seed)) for seed in seeds]
+    return Seeds(jnp.int32(0), jax.tree.map(lambda *parts: jnp.stack(parts), *states)), step
+
+
+def seed_metric(seed: int, name: str) -> str:
+    """The name of a seed's metric where several are searched at once."""
+    return f"seed{seed}/{name}"
 
 
 def names() -> list[str]:

@@ -1,0 +1,132 @@
+"""Fair timing: everything measured is a process of its own, and the processes take turns, A B A B ...
+
+So each has the whole machine while the others wait, and a slow minute meets all of them. Neither JAX nor PyTorch is
+imported here: the maximum resident set of a process starts from that of its parent.
+"""
+
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
+from statistics import median
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from tqdm import tqdm
+
+
+class Side(NamedTuple):
+    """One measured thing, in its own process.
+
+    Attributes:
+      turn: runs `steps` steps and waits for their end.
+      steps: per turn.
+      peak_bytes: the most memory used so far.
+      about: "platform" (of JAX), "device" and "version".
+      clock: by which turns are timed, in seconds.
+    """
+
+    turn: Callable[[], Any]
+    steps: int
+    peak_bytes: Callable[[], int]
+    about: dict[str, str]
+    clock: Callable[[], float] = time.perf_counter
+
+
+class Measurement(NamedTuple):
+    """Seconds per step in each round, and bytes."""
+
+    seconds: list[float]
+    peak_bytes: int
+
+
+class Worker:
+    """A side in a process of its own, which runs a turn when it is asked to."""
+
+    def __init__(self, side: Callable[..., Side], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other_end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other_end, side, *arguments), daemon=True)
+        self._process.start()
+        other_end.close()  # so that the end of the process ends a wait for its answer
+        self.about: dict[str, str] = self._receive()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._pipe.close()
+        self._process.join()
+
+    def turn(self) -> tuple[float, int]:
+        """Runs a turn; returns seconds per step and the peak memory so far."""
+        self._pipe.send("turn")
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            reason = f"exit code {self._process.exitcode}"
+            raise SystemExit(f"error: a measured process ended early ({reason}); its message is above.") from None
+
+
+def _serve(pipe: Connection, side: Callable[..., Side], *arguments: Any) -> None:
+    try:
+        turn, steps, peak_bytes, about, clock = side(*arguments)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    turn()  # compiles
+    turn()  # settles allocators and caches
+    pipe.send(about)
+    try:
+        while pipe.recv():
+            started = clock()
+            turn()
+            pipe.send(((clock() - started) / steps, peak_bytes()))
+    except EOFError:
+        return  # the parent wants no more turns
+
+
+def take_turns(
+    sides: Mapping[str, tuple[Any, ...]],
+    rounds: int,
+    title: str,
+    rivals: Callable[[str], Mapping[str, tuple[Any, ...]]] = lambda platform: {},
+) -> tuple[dict[str, Measurement], dict[str, dict[str, str]]]:
+    """Runs sides in processes of their own, one turn of each after the other.
+
+    Args:
+      sides: by name, a function that returns a `Side`, and its arguments.
+      rounds: turns of each.
+      title: of the progress bar.
+      rivals: more sides, where they depend on the platform of the first.
+
+    Returns:
+      Per name: the measurement, and what the process says of itself.
+    """
+    with ExitStack() as stack:
+        workers = {name: stack.enter_context(Worker(*side)) for name, side in sides.items()}
+        platform = next(iter(workers.values())).about["platform"]
+        workers |= {name: stack.enter_context(Worker(*side)) for name, side in rivals(platform).items()}
+        turns: dict[str, list[tuple[float, int]]] = {name: [] for name in workers}
+        for _ in tqdm(range(rounds), desc=title, unit="round"):
+            for name, worker in workers.items():
+                turns[name].append(worker.turn())
+        measured = {name: Measurement([s for s, _ in taken], taken[-1][1]) for name, taken in turns.items()}
+        return measured, {name: worker.about for name, worker in workers.items()}
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
+    """The median of the rounds' ratios."""
+    return median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def resident_bytes() -> int:
+    """The maximum resident set of this process so far."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

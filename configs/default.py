@@ -36,6 +36,16 @@ SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# The whole job on the first images of CIFAR-10: a test of everything but accuracy.
+TINY = {
+    "data.train_split": "train[:2000]",
+    "data.search_fraction": 0.2,
+    "data.validation_fraction": 0.1,
+    **{f"{stage}.epochs": 1 for stage in ("base", "search", "finetune")},
+    **{f"{stage}.chunk_steps": 2 for stage in ("base", "search", "finetune")},
+}
+
+
 def trainer(**fields: object) -> ConfigDict:
     """A section of the trainer, used for base training and for fine-tuning."""
     config = ConfigDict()
@@ -73,6 +83,7 @@ def get_config() -> ConfigDict:
     config.data.name = "cifar10"  # TFDS data set
     config.data.label = "CIFAR-10"  # how reports call it
     config.data.data_dir = ""  # folder of prepared TFDS data; '' is TFDS's own folder and download
+    config.data.train_split = "train"  # the training images to use; 'train[:2000]' are the first ones
     config.data.seed = 0  # draws the held-out splits
     config.data.search_fraction = 0.05  # of the training images: read by the search, held out from base training
     config.data.validation_fraction = 0.02  # of the training images: chooses the best checkpoint, never trained on

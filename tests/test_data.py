@@ -28,7 +28,8 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 def make_config(**fields):
-    defaults = dict(name="digits", data_dir="", seed=0, search_fraction=0.05, validation_fraction=0.1)
+    defaults = dict(name="digits", data_dir="", train_split="train", seed=0)
+    defaults |= dict(search_fraction=0.05, validation_fraction=0.1)
     pixels = dict(mean=(0.305,), std=(0.376,), pad=2, flip=False, crop_size=224, resize_size=256, threads=0)
     return ml_collections.ConfigDict(defaults | pixels | fields)
 
@@ -76,10 +77,22 @@ def test_digits_are_the_scans_of_scikit_learn(digits):
     assert np.bincount(digits.test.labels).tolist() == [35, 36, 35, 36, 36, 36, 36, 35, 34, 36]
 
 
+def test_a_slice_of_the_training_images(digits_dir):
+    whole = data.load(make_config(data_dir=str(digits_dir)))
+    part = data.load(make_config(data_dir=str(digits_dir), train_split="train[100:300]", search_fraction=0.25))
+    np.testing.assert_array_equal(part.train.images, whole.train.images[100:300])
+    assert {name: len(indices) for name, indices in part.splits.items()} == {
+        "train": 130,
+        "search": 50,
+        "validation": 20,
+    }
+    assert len(part.test) == 355
+
+
 def test_two_processes_prepare_digits_at_once(tmp_path):
     code = (
         "import sys, ml_collections; from ddnp_jax import data; sys.stdin.readline();"
-        "config = ml_collections.ConfigDict(dict(name='digits', data_dir=sys.argv[1], seed=0, search_fraction=0.1,"
+        "config = ml_collections.ConfigDict(dict(name='digits', data_dir=sys.argv[1], train_split='train', seed=0, search_fraction=0.1,"
         "validation_fraction=0.1, mean=(0.3,), std=(0.4,), pad=0, flip=False, crop_size=224,"
         "resize_size=256, threads=0)); print(data.load(config).train.images.sum())"
     )
@@ -211,6 +224,15 @@ def test_cifar10_keeps_the_published_checksum():
             "their sum must be below 1.",
         ),
         ({"mean": (0.5, 0.5, 0.5)}, ValueError, "data.mean has 3 entries; the images of digits have 1 channels."),
+        *(
+            (
+                {"train_split": split},
+                ValueError,
+                f"data.train_split={split!r} is no part of the 1442 training images; use 'train', or a slice in TFDS's "
+                "form, 'train[:2000]' or 'train[10%:20%]'.",
+            )
+            for split in ("trian", "train+test", "test", "train[:x]", "train[:0]", "train[:1443]")
+        ),
         ({"seed": -1}, ValueError, "data.seed=-1 must be a whole number, 0 or more."),
         ({"std": (0.0,)}, ValueError, "data.std=(0.0,) must be positive in every channel."),
         ({"pad": -1}, ValueError, "data.pad=-1 must be a number of pixels, 0 or more."),

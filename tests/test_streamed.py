@@ -120,7 +120,7 @@ def write_tar(path, files):
 
 
 def make_config(folder, **fields):
-    held_out = {"name": "imagenet2012", "data_dir": str(folder), "seed": 0}
+    held_out = {"name": "imagenet2012", "data_dir": str(folder), "train_split": "train", "seed": 0}
     held_out |= {"search_fraction": 0.2, "validation_fraction": 0.1, "crop_size": 224, "resize_size": 256}
     return ml_collections.ConfigDict({**CONFIG.to_dict(), **held_out, **fields})
 

@@ -1,7 +1,9 @@
 """Data sets of TFDS: what is read, its held-out splits, the order of its images and how they come to the devices."""
 
+import contextlib
 import io
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,8 +71,8 @@ def load(config: ml_collections.ConfigDict) -> Dataset:
 
     Args:
       config: the `data` section: `name`; `data_dir`, the folder of TFDS's prepared data (None or "": TFDS's own folder,
-        where cifar10 is downloaded to and imagenet2012 prepared; digits is prepared wherever it is missing); `seed` of
-        the held-out splits; `search_fraction` and `validation_fraction` of the training images; `mean` and `std` per
+        where cifar10 is downloaded to and imagenet2012 prepared; digits is prepared wherever it is missing);
+        `train_split`, the training images to use, in TFDS's form; `seed` of the held-out splits; `search_fraction` and `validation_fraction` of the training images; `mean` and `std` per
         channel in units of [0, 1]; `pad` in pixels and `flip`; for photographs `crop_size` and `resize_size` in pixels
         and `threads`.
 
@@ -89,7 +91,8 @@ def load(config: ml_collections.ConfigDict) -> Dataset:
     features = builder.info.features
     height, width, channels = features["image"].shape
     _check_pixels(config, channels)
-    train, test = (_images(builder, name, config) for name in ("train", builder.TEST_SPLIT))
+    train = _images(_train_records(builder, config.train_split), features["image"].shape, config)
+    test = _images(open_records(builder, builder.TEST_SPLIT), features["image"].shape, config)
     return Dataset(
         name=config.name,
         num_classes=features["label"].num_classes,
@@ -174,9 +177,18 @@ def open_records(builder: tfds.core.DatasetBuilder, split: str) -> Sequence[dict
     return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
 
 
-def _images(builder: tfds.core.DatasetBuilder, split: str, config: ml_collections.ConfigDict) -> Images:
-    records = open_records(builder, split)
-    shape = builder.info.features["image"].shape
+def _train_records(builder: tfds.core.DatasetBuilder, split: str) -> Sequence[dict[str, Any]]:
+    """The training records or a slice of them, and nothing of other splits."""
+    if re.fullmatch(r"train(\[[^\]]*\])?", split):
+        with contextlib.suppress(ValueError):  # TFDS's messages do not know the field
+            return open_records(builder, split)
+    raise ValueError(
+        f"data.train_split={split!r} is no part of the {builder.info.splits['train'].num_examples} training images; "
+        "use 'train', or a slice in TFDS's form, 'train[:2000]' or 'train[10%:20%]'."
+    )
+
+
+def _images(records: Any, shape: tuple[int | None, ...], config: ml_collections.ConfigDict) -> Images:
     return Streamed(records, config) if None in shape else InMemory(*_read_all(records, shape), config)
 
 

@@ -92,8 +92,8 @@ def test_a_slice_of_the_training_images(digits_dir):
 def test_two_processes_prepare_digits_at_once(tmp_path):
     code = (
         "import sys, ml_collections; from ddnp_jax import data; sys.stdin.readline();"
-        "config = ml_collections.ConfigDict(dict(name='digits', data_dir=sys.argv[1], train_split='train', seed=0, search_fraction=0.1,"
-        "validation_fraction=0.1, mean=(0.3,), std=(0.4,), pad=0, flip=False, crop_size=224,"
+        "config = ml_collections.ConfigDict(dict(name='digits', data_dir=sys.argv[1], train_split='train', seed=0,"
+        "search_fraction=0.1,validation_fraction=0.1, mean=(0.3,), std=(0.4,), pad=0, flip=False, crop_size=224,"
         "resize_size=256, threads=0)); print(data.load(config).train.images.sum())"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]

@@ -72,9 +72,9 @@ def load(config: ml_collections.ConfigDict) -> Dataset:
     Args:
       config: the `data` section: `name`; `data_dir`, the folder of TFDS's prepared data (None or "": TFDS's own folder,
         where cifar10 is downloaded to and imagenet2012 prepared; digits is prepared wherever it is missing);
-        `train_split`, the training images to use, in TFDS's form; `seed` of the held-out splits; `search_fraction` and `validation_fraction` of the training images; `mean` and `std` per
-        channel in units of [0, 1]; `pad` in pixels and `flip`; for photographs `crop_size` and `resize_size` in pixels
-        and `threads`.
+        `train_split`, the training images to use, in TFDS's form; `seed` of the held-out splits; `search_fraction` and
+        `validation_fraction` of these images; `mean` and `std` per channel in units of [0, 1]; `pad` in pixels and
+        `flip`; for photographs `crop_size` and `resize_size` in pixels and `threads`.
 
     Returns:
       The data set.

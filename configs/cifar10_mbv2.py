@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from configs import default
 
 P = {"ddnp": 0.56, "nppm": 0.55}
-FORMS = {"tiny": default.TINY}
+FORMS = {"tiny": default.SHORT_CIFAR10}
 
 
 def get_config(argument: str = "") -> ConfigDict:

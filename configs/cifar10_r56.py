@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from configs import default
 
 P = {"ddnp": 0.48, "nppm": 0.50}
-FORMS = {"tiny": {**default.TINY, "model.name": "resnet20"}}
+FORMS = {"tiny": {**default.SHORT_CIFAR10, "model.name": "resnet20"}}
 
 
 def get_config(argument: str = "") -> ConfigDict:

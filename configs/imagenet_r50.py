@@ -11,7 +11,8 @@ Hardware and time: 8 H100 or a TPU v4-16; the hours are arithmetic in docs/scali
 
 Arguments, joined by commas: a search as in configs/cifar10_r56.py; `55` and `62` choose the
 budget by the FLOPs removed (`imagenet_r50.py:62`); `tiny` runs the whole job at 64 pixels on
-a few hundred images, in minutes on a CPU. What is the authors' and what is ours, and why: configs/imagenet.py.
+the first 500 training images, in minutes on a CPU where few test images are prepared. What is the authors' and what is
+ours, and why: configs/imagenet.py.
 """
 
 from ml_collections import ConfigDict

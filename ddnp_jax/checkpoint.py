@@ -275,12 +275,14 @@ def claim_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequen
       ignore: fields, or prefixes of fields ('parallel' for all 'parallel.*'), that may differ when a run goes on.
 
     Raises:
-      ValueError: if the workdir belongs to a run with another config; the message lists the fields that differ.
+      ValueError: if the workdir belongs to a run with another config (the message lists the fields that differ), or
+        is not shared by all processes.
     """
     path = _identity(workdir)
-    if parallel.any_process(not path.exists()):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        parallel.on_first_process(lambda: write_json_atomic(path, config))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parallel.on_first_process(lambda: path.exists() or write_json_atomic(path, config))
+    if not path.exists():
+        raise ValueError(f"{workdir} is not the same folder in every process; put it where all of them see it.")
     check_workdir(workdir, config, ignore)
 
 

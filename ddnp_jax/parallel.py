@@ -104,10 +104,19 @@ def any_process(flag: bool) -> bool:
 
 
 def on_first_process(write: Callable[[], Any]) -> None:
-    """Calls `write` in the first process alone; the others go on when it has returned. Every process must call."""
+    """Calls `write` in the first process alone; the others go on when it has returned. Every process must call.
+
+    Raises:
+      OSError: `write` failed, in the processes that did not call it; in the first one, what it raised.
+    """
+    error = None
     if jax.process_index() == 0:
-        write()
-    any_process(False)
+        try:
+            write()
+        except Exception as caught:  # whatever it is, the others must not wait for ever
+            error = caught
+    if any_process(error is not None):
+        raise error or OSError("the first process could not write; its own message says why.")
 
 
 def check_mode(mode: str) -> None:

@@ -58,10 +58,7 @@ class Run:
 
     def indices(self, section: str) -> np.ndarray:
         """Training images of a stage: base training leaves the search's images out, fine-tuning adds them."""
-        splits = self.dataset.splits
-        if section == "search":
-            return splits["search"]
-        return splits["train"] if section == "base" else np.sort(np.concatenate([splits["train"], splits["search"]]))
+        return _indices(self.dataset, section)
 
     def send(self, section: str, augment: bool, first: int, last: int) -> Any:
         """What is sent to the devices for the steps `first` to `last` - 1 of a stage, this process's part."""
@@ -73,6 +70,13 @@ class Run:
     def constants(self, step_constants: Any) -> dict[str, Any]:
         """The constants of `training.over_chunk` on every device."""
         return {"images": self.dataset.train.on_devices, "step": parallel.replicate(step_constants)}
+
+
+def _indices(dataset: data.Dataset, section: str) -> np.ndarray:
+    splits = dataset.splits
+    if section == "search":
+        return splits["search"]
+    return splits["train"] if section == "base" else np.sort(np.concatenate([splits["train"], splits["search"]]))
 
 
 def step_batch(section: ml_collections.ConfigDict) -> int:
@@ -100,7 +104,7 @@ def prepare(
         training.schedule(config[section], updates_per_epoch=1)
     parallel.check_mode(config.parallel.mode)
     dataset = data.load(config.data)
-    _check_held_out(config, dataset)
+    _check_splits(config, dataset)
     if model is None:
         attributes = {**config.model.attributes, "dtype": dtype}
         model = models.create(config.model.name, dataset.num_classes, **attributes)
@@ -128,14 +132,16 @@ def computation_dtype(precision: str) -> Any:
     return dtypes[precision]
 
 
-def _check_held_out(config: ml_collections.ConfigDict, dataset: data.Dataset) -> None:
-    """Refuses held-out splits that a stage would miss later: a batch that they do not fill, or none to choose by."""
-    found = len(dataset.splits["search"])
-    if found < config.search.batch_size:
-        raise ValueError(
-            f"data.search_fraction={config.data.search_fraction} holds out {found} images, fewer than "
-            f"search.batch_size={config.search.batch_size}; hold out more, or take smaller batches."
-        )
+def _check_splits(config: ml_collections.ConfigDict, dataset: data.Dataset) -> None:
+    """Refuses splits that a stage would miss later: a batch that they do not fill, or none to choose by."""
+    for section in ("search", "finetune") if config.base.weights else ("base", "search", "finetune"):
+        found, batch_size = len(_indices(dataset, section)), config[section].batch_size
+        if found < batch_size:
+            raise ValueError(
+                f"data.search_fraction={config.data.search_fraction} of data.train_split={config.data.train_split!r} "
+                f"leaves {found} images to {section}, fewer than {section}.batch_size={batch_size}; divide the images "
+                "differently, or take smaller batches."
+            )
     if not len(dataset.splits["validation"]):
         raise ValueError(
             f"data.validation_fraction={config.data.validation_fraction} holds out no image to choose the best "
@@ -168,7 +174,8 @@ def run(
       What `report.json` holds.
     """
     job = prepare(config, workdir, model, rebuild)
-    parallel.on_first_process(lambda: print(job.topology.describe()))
+    if jax.process_index() == 0:
+        print(job.topology.describe())
     variables = base(job)
     selection = search(job, variables)
     small_model, small_variables = cut(job, variables, selection)
@@ -210,7 +217,16 @@ def search(job: Run, variables: Any) -> Selection:
 
 
 def search_curves(job: Run, variables: Any, seeds: Sequence[int]) -> None:
-    """Searches from several seeds at once, for the log alone: `methods.seed_metric` names what it holds of each."""
+    """Searches from several seeds at once, for the log alone: `methods.seed_metric` names what it holds of each.
+
+    The order of the images and their augmentation are those of the configuration's seed, the same for all.
+
+    Raises:
+      ValueError: the workdir's search has other seeds.
+    """
+    _once(job, "seeds", lambda: list(seeds))
+    if _results(job)["seeds"] != list(seeds):
+        raise ValueError(f"{job.workdir} searches from seeds {_results(job)['seeds']}, not {list(seeds)}.")
     method = _method(job, variables)
     evaluate_one = _cut_evaluator(job, method, variables)
 
@@ -275,7 +291,7 @@ def summarize(job: Run, selection: Selection) -> dict[str, Any]:
         "method": config.search.method,
         "variant": config.variant,
         "model": config.model.name,
-        "dataset": config.data.label,
+        "dataset": data.label(config.data),
         "seed": config.seed,
         "p": budget.p,
         "budget": {

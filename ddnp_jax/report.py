@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ddnp_jax import parallel
 from ddnp_jax.checkpoint import write_json_atomic
 
 STAGES = {"base": "base training", "search": "search", "finetune": "fine-tuning"}
@@ -68,15 +68,17 @@ def write(workdir: str | Path, results: Mapping[str, Any]) -> dict[str, Any]:
     """
     _check(results)
     report = {**results, **_derived(results)}
-    if jax.process_index() == 0:
-        workdir = Path(workdir)
-        search = _search_lines(workdir / "metrics.jsonl")
-        _widths_figure(report).savefig(workdir / "widths.png", dpi=150)
-        if search:
-            _search_figure(report, search).savefig(workdir / "search.png", dpi=150)
-        (workdir / "report.md").write_text(_markdown(report, has_search=bool(search)))
-        write_json_atomic(workdir / "report.json", report)
+    parallel.on_first_process(lambda: _write_files(Path(workdir), report))
     return report
+
+
+def _write_files(workdir: Path, report: Mapping[str, Any]) -> None:
+    search = _search_lines(workdir / "metrics.jsonl")
+    _widths_figure(report).savefig(workdir / "widths.png", dpi=150)
+    if search:
+        _search_figure(report, search).savefig(workdir / "search.png", dpi=150)
+    (workdir / "report.md").write_text(_markdown(report, has_search=bool(search)))
+    write_json_atomic(workdir / "report.json", report)
 
 
 def compare(reports: Sequence[Mapping[str, Any]]) -> str:

@@ -246,7 +246,8 @@ def measure(
     """
     batch_size = flags.batch_size
     if stage == DATA:
-        sides = {n: (photographs, n, flags.data_dir, batch_size) for n in (loading.OURS, *loading.LOOPS)}
+        names = [n for n in (loading.OURS, *loading.LOOPS) if flags.data_dir or n != loading.READING]
+        sides = {name: (photographs, name, flags.data_dir, batch_size) for name in names}
     else:
         sides = {name: (ours, stage, variant, batch_size) for name, variant in OURS[stage].items()}
 

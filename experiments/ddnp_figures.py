@@ -11,6 +11,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from configs import default
+from ddnp_jax import data
 from experiments import launch, sweep
 from experiments.sweep import Panel
 
@@ -48,7 +49,7 @@ def panels(p: float) -> tuple[Panel, ...]:
 def draw(config: ConfigDict, workdir: str) -> str:
     """Runs the searches and draws them."""
     curves = sweep.run(config, workdir, SETTINGS, sweep.SEEDS.value, sweep.AT_ONCE.value)
-    title = f"DDNP Fig. A1, {config.model.name}, {config.data.label}"
+    title = f"DDNP Fig. A1, {config.model.name}, {data.label(config.data)}"
     return sweep.publish(Path(workdir), title, panels(config.budget.p), curves)
 
 

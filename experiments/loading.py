@@ -94,7 +94,8 @@ def make_turn(name: str, data_dir: str, batch_size: int, steps: int) -> Callable
 
     Args:
       name: `OURS` or a key of `LOOPS`.
-      data_dir: with prepared imagenet2012, of which a few hundred photographs are used; "" makes some of 375 x 500.
+      data_dir: with prepared imagenet2012, of which the loops in memory use the first 1,024 at most; "" makes some
+        photographs of 375 x 500, all in memory.
       batch_size: photographs per step.
       steps: per turn.
     """

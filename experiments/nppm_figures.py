@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from ddnp_jax import data
 from experiments import launch, sweep
 from experiments.sweep import Panel
 
@@ -32,7 +33,7 @@ PANELS = (
 def draw(config: ConfigDict, workdir: str) -> str:
     """Runs the searches and draws them."""
     curves = sweep.run(config, workdir, SETTINGS, sweep.SEEDS.value, sweep.AT_ONCE.value)
-    return sweep.publish(Path(workdir), f"NPPM, {config.model.name}, {config.data.label}", PANELS, curves)
+    return sweep.publish(Path(workdir), f"NPPM, {config.model.name}, {data.label(config.data)}", PANELS, curves)
 
 
 if __name__ == "__main__":

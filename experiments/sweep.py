@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
@@ -23,7 +22,9 @@ from ddnp_jax import methods, parallel, pipeline, report
 from ddnp_jax.compact import DESCRIPTION, save_pruned
 
 SEEDS = flags.DEFINE_integer("seeds", 3, "Searches per setting.", lower_bound=1)
-AT_ONCE = flags.DEFINE_integer("seeds_at_once", 3, "Of these, searched as one; 1 where memory is short.", lower_bound=1)
+AT_ONCE = flags.DEFINE_integer(
+    "seeds_at_once", 3, "Of these, how many are one search on the same batches; 1 if memory is short.", lower_bound=1
+)
 
 Settings = Mapping[str, Mapping[str, Any]]  # fields of the configuration that differ, by the setting's name
 Curves = Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]  # lines of the search's log, by (setting, seed)
@@ -138,10 +139,13 @@ def mean_and_deviation(curves: Curves, setting: str, metric: str) -> tuple[np.nd
 
 def publish(workdir: Path, title: str, panels: Sequence[Panel], curves: Curves) -> str:
     """Writes `figures.png` and `summary.md`; returns the line that the command ends with."""
-    if jax.process_index() == 0:
+    metrics = dict.fromkeys(panel.metric for panel in panels)
+
+    def write() -> None:
         figure(title, panels, curves).savefig(workdir / "figures.png", dpi=150)
-        metrics = dict.fromkeys(panel.metric for panel in panels)
         (workdir / "summary.md").write_text(summary(curves, metrics) + "\n")
+
+    parallel.on_first_process(write)
     return f"figure: {workdir}/figures.png; last values: {workdir}/summary.md"
 
 

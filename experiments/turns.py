@@ -62,13 +62,14 @@ class Worker:
 
     def turn(self) -> tuple[float, int]:
         """Runs a turn; returns seconds per step and the peak memory so far."""
-        self._pipe.send("turn")
-        return self._receive()
+        return self._receive("turn")
 
-    def _receive(self) -> Any:
+    def _receive(self, request: str | None = None) -> Any:
         try:
+            if request:
+                self._pipe.send(request)
             return self._pipe.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, ConnectionResetError, BrokenPipeError):
             self._process.join()
             reason = f"exit code {self._process.exitcode}"
             raise SystemExit(f"error: a measured process ended early ({reason}); its message is above.") from None
@@ -77,7 +78,7 @@ class Worker:
 def _serve(pipe: Connection, side: Callable[..., Side], *arguments: Any) -> None:
     try:
         turn, steps, peak_bytes, about, clock = side(*arguments)
-    except ValueError as error:
+    except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"error: {error}") from error
     turn()  # compiles
     turn()  # settles allocators and caches

@@ -231,7 +231,10 @@ def test_cifar10_keeps_the_published_checksum():
                 f"data.train_split={split!r} is no part of the 1442 training images; use 'train', or a slice in TFDS's "
                 "form, 'train[:2000]' or 'train[10%:20%]'.",
             )
-            for split in ("trian", "train+test", "test", "train[:x]", "train[:0]", "train[:1443]")
+            for split in (
+                *("trian", "test", "train+test", "train[:9]+test"),
+                *("train[:x]", "train[:0]", "train[:1443]", "train[5:5]", "train[101:100]"),
+            )
         ),
         ({"seed": -1}, ValueError, "data.seed=-1 must be a whole number, 0 or more."),
         ({"std": (0.0,)}, ValueError, "data.std=(0.0,) must be positive in every channel."),

@@ -189,10 +189,11 @@ def test_two_processes_with_a_device_each_equal_one_with_two(tmp_path):
         for process in processes:
             process.kill()
     one, first, second = (np.load(tmp_path / f"{name}.npz") for name in ("1-0", "2-0", "2-1"))
-    assert len(one.files) == 10
+    assert len(one.files) == 12
     for name in one.files:  # bit for bit
         np.testing.assert_array_equal(first[name], one[name], err_msg=name)
         np.testing.assert_array_equal(second[name], one[name], err_msg=name)
     assert first["asked by the last"] and not first["asked by none"]
+    assert first["written by"] == 0 and first["failed everywhere"]
     assert first["restored step"] == 1  # step 2 was damaged by process 0: both fell back
     assert (tmp_path / "2" / "2.damaged").exists()

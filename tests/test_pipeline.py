@@ -1,7 +1,9 @@
 """The main job on scanned digits: its report, going on after every kind of end, and its refusals."""
 
+import importlib
 import json
 import os
+import re
 import signal
 
 import flax.linen as nn
@@ -221,6 +223,9 @@ def test_searches_from_several_seeds_go_on_and_leave_their_curves_in_the_log(con
         assert {f"seed{seed}/{name}" for seed in seeds} <= set(measured)
     assert measured["validation_top1"] == np.mean([measured[f"seed{seed}/validation_top1"] for seed in seeds])
     assert measured["seed0/validation_loss"] != measured["seed4/validation_loss"]
+    seeds = (0, 1)
+    with pytest.raises(ValueError, match=r"searches from seeds \[0, 4\], not \[0, 1\]"):
+        run(tmp_path / "whole")
 
 
 def test_a_latency_table_is_not_written_into_the_workdir_of_another_run(config, tmp_path):
@@ -266,7 +271,12 @@ def test_unknown_data(config, tmp_path):
 
 def test_held_out_images_are_enough(config, tmp_path):
     few = refused(config, tmp_path, **{"data.search_fraction": 0.1})
-    assert "data.search_fraction=0.1 holds out 144 images, fewer than search.batch_size=256" in few
+    assert few == (
+        "data.search_fraction=0.1 of data.train_split='train' leaves 144 images to search, fewer than "
+        "search.batch_size=256; divide the images differently, or take smaller batches."
+    )
+    fewer = refused(config, tmp_path, **{"data.search_fraction": 0.9, "data.validation_fraction": 0.05})
+    assert "leaves 72 images to base, fewer than base.batch_size=128" in fewer
     none = refused(config, tmp_path, **{"data.search_fraction": 0.6, "data.validation_fraction": 0.0})
     assert "data.validation_fraction=0.0 holds out no image" in none
 
@@ -291,6 +301,21 @@ def test_missing_weights(config, tmp_path):
     config.base.weights = str(tmp_path / "none.pth")
     with pytest.raises(ValueError, match=r"none\.pth' does not exist"):
         pipeline.run(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar10_mbv2", "cifar10_r56", "imagenet_mbv2", "imagenet_r50", "imagenet_shufflenet"]
+)
+def test_tiny_forms_fill_the_batches_of_every_stage(name):
+    config = importlib.import_module(f"configs.{name}").get_config("nppm,tiny")
+    count = int(re.fullmatch(r"train\[:(\d+)\]", config.data.train_split)[1])
+    splits = data.split(count, 0, config.data.search_fraction, config.data.validation_fraction)
+    assert len(splits["search"]) >= config.search.batch_size
+    assert len(splits["train"]) >= config.base.batch_size
+    assert len(splits["validation"]) > 0
+    for section in (config.base, config.search, config.finetune):
+        assert section.epochs == 1
+    assert data.label(config.data).endswith(f", train[:{count}]")
 
 
 def test_configurations_are_locked_and_name_their_variants():

@@ -25,6 +25,15 @@ def descend(mode, mine, weights, rate):
     return state, metrics
 
 
+def fails(call):
+    """Whether a call ends in an OSError."""
+    try:
+        call()
+    except OSError:
+        return True
+    return False
+
+
 def main(port, num_processes, process_id, folder):
     """Runs this process's part of everything that needs more than one process."""
     if num_processes > 1:
@@ -47,6 +56,10 @@ def main(port, num_processes, process_id, folder):
 
     workdir = Path(folder) / str(num_processes)
     claim_workdir(workdir, {"seed": 1})
+    written = Path(folder) / f"{num_processes} written"
+    parallel.on_first_process(lambda: written.write_text(str(process_id)))
+    results["written by"] = int(written.read_text())
+    results["failed everywhere"] = fails(lambda: parallel.on_first_process((written / "no folder").touch))
     with Checkpoints(workdir) as checkpoints:
         checkpoints.save(1, state, metric=0.5)
         checkpoints.save(2, state, metric=0.6)

@@ -30,6 +30,7 @@ __all__ = [
     "augment",
     "batches",
     "evaluation_batches",
+    "label",
     "load",
     "normalize",
     "open_builder",
@@ -101,6 +102,11 @@ def load(config: ml_collections.ConfigDict) -> Dataset:
         test=test,
         splits=split(len(train), config.seed, config.search_fraction, config.validation_fraction),
     )
+
+
+def label(config: ml_collections.ConfigDict) -> str:
+    """How reports call the data of a `data` section; they do not hide that it is a slice."""
+    return config.label if config.train_split == "train" else f"{config.label}, {config.train_split}"
 
 
 def _check_splits(seed: int, search: float, validation: float) -> None:
@@ -179,11 +185,14 @@ def open_records(builder: tfds.core.DatasetBuilder, split: str) -> Sequence[dict
 
 def _train_records(builder: tfds.core.DatasetBuilder, split: str) -> Sequence[dict[str, Any]]:
     """The training records or a slice of them, and nothing of other splits."""
+    count = builder.info.splits["train"].num_examples
     if re.fullmatch(r"train(\[[^\]]*\])?", split):
         with contextlib.suppress(ValueError):  # TFDS's messages do not know the field
-            return open_records(builder, split)
+            (part,) = tfds.core.splits.AbstractSplit.from_spec(split).to_absolute(builder.info.splits)
+            if (part.from_ or 0) < (count if part.to is None else part.to):  # TFDS reads backward slices as others
+                return open_records(builder, split)
     raise ValueError(
-        f"data.train_split={split!r} is no part of the {builder.info.splits['train'].num_examples} training images; "
+        f"data.train_split={split!r} is no part of the {count} training images; "
         "use 'train', or a slice in TFDS's form, 'train[:2000]' or 'train[10%:20%]'."
     )
 

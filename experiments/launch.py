@@ -21,11 +21,11 @@ def cpu_flags(config: ConfigDict, processes: int = 1) -> str:
     """XLA flags that make a run without accelerator faster; they change nothing on an accelerator.
 
     Every core becomes a device of its own, as far as the batches can be shared: XLA:CPU uses cores better so than
-    within one operation (a search step takes 0.7 of the time). The fusions halve the time of a training step; a
-    version of jaxlib that does not know the flag would refuse to start, so only versions that were measured get it.
+    within one operation (a search step takes 0.7 of the time). A version of jaxlib that does not know the flag of the
+    fusions would refuse to start, so only versions that were measured get it.
 
     Args:
-      config: with the batch sizes.
+      config: with the batch sizes and `parallel.cpu_fusions`.
       processes: that share each batch, with as many devices each.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -33,8 +33,8 @@ def cpu_flags(config: ConfigDict, processes: int = 1) -> str:
     batches = (config.eval_batch_size, *(s.batch_size // max(s.get("micro_batches", 1), 1) for s in sections))
     devices = max((n for n in range(1, cores + 1) if math.gcd(*batches) % (n * processes) == 0), default=1)
     added = [f"--xla_force_host_platform_device_count={devices}"]
-    if jaxlib.__version__.startswith("0.10."):
-        added.append("--xla_cpu_experimental_ynn_fusion_type=individual_convolution,individual_dot,dot,eltwise,reduce")
+    if config.parallel.cpu_fusions and jaxlib.__version__.startswith("0.10."):
+        added.append(f"--xla_cpu_experimental_ynn_fusion_type={config.parallel.cpu_fusions}")
     given = os.environ.get("XLA_FLAGS", "")
     return " ".join([given, *(flag for flag in added if flag.split("=")[0] not in given)]).strip()
 

@@ -336,3 +336,10 @@ def test_cpu_devices_share_every_batch(config, monkeypatch):
     assert launch.cpu_flags(config, processes=2).startswith("--xla_force_host_platform_device_count=2")
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     assert launch.cpu_flags(config).count("device_count") == 1
+    monkeypatch.setattr(launch.jaxlib, "__version__", "0.10.2")
+    assert launch.cpu_flags(config).endswith("_fusion_type=individual_convolution,individual_dot,dot,eltwise,reduce")
+    config.parallel.cpu_fusions = ""
+    assert "fusion" not in launch.cpu_flags(config)
+    config.parallel.cpu_fusions = "dot"
+    monkeypatch.setattr(launch.jaxlib, "__version__", "0.12.0")
+    assert "fusion" not in launch.cpu_flags(config)

@@ -8,8 +8,8 @@ are kept here. The rest is ours:
   few more than the 2,000 of the CIFAR-10 run.
 - 1 % of the training images choose the best checkpoint and are never trained on.
 - 1,024 images per step, a step that 8 devices share, with 5 epochs of warm-up; ResNets with the learning rate 0.1 per
-  256 images (Goyal et al. 2017), mobile networks with half of it.
-  On smaller ones `--config.finetune.micro_batches=4` needs a quarter of the memory.
+  256 images (Goyal et al. 2017), mobile networks with half of it. On smaller devices
+  `--config.finetune.micro_batches=4` needs a quarter of the memory.
 - `RESNET` and `MOBILE` below.
 """
 

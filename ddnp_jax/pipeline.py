@@ -52,18 +52,16 @@ class Run:
     def stage_steps(self, section: str) -> tuple[int, int]:
         """(steps in all, steps per epoch) of a section of the configuration; an update may take several."""
         config = self.config[section]
-        updates = data.steps_per_epoch(len(self.indices(section)), config.batch_size)
+        updates = data.steps_per_epoch(len(_indices(self.dataset, section)), config.batch_size)
         per_epoch = updates * config.get("micro_batches", 1)
         return config.epochs * per_epoch, per_epoch
-
-    def indices(self, section: str) -> np.ndarray:
-        """Training images of a stage: base training leaves the search's images out, fine-tuning adds them."""
-        return _indices(self.dataset, section)
 
     def send(self, section: str, augment: bool, first: int, last: int) -> Any:
         """What is sent to the devices for the steps `first` to `last` - 1 of a stage, this process's part."""
         config, images = self.config[section], self.dataset.train
-        batches = data.batches(self.indices(section), step_batch(config), self.config.seed, process=parallel.process())
+        batches = data.batches(
+            _indices(self.dataset, section), step_batch(config), self.config.seed, process=parallel.process()
+        )
         read = functools.partial(images.read, seed=self.config.seed if augment else None)
         return data.read_ahead(batches[first:last], read, images.threads, config.chunk_steps)
 
@@ -73,6 +71,7 @@ class Run:
 
 
 def _indices(dataset: data.Dataset, section: str) -> np.ndarray:
+    """Training images of a stage: base training leaves the search's images out, fine-tuning adds them."""
     splits = dataset.splits
     if section == "search":
         return splits["search"]
@@ -224,9 +223,9 @@ def search_curves(job: Run, variables: Any, seeds: Sequence[int]) -> None:
     Raises:
       ValueError: the workdir's search has other seeds.
     """
-    _once(job, "seeds", lambda: list(seeds))
-    if _results(job)["seeds"] != list(seeds):
-        raise ValueError(f"{job.workdir} searches from seeds {_results(job)['seeds']}, not {list(seeds)}.")
+    begun = _once(job, "seeds", lambda: list(seeds))
+    if begun != list(seeds):
+        raise ValueError(f"{job.workdir} searches from seeds {begun}, not {list(seeds)}.")
     method = _method(job, variables)
     evaluate_one = _cut_evaluator(job, method, variables)
 
@@ -450,9 +449,10 @@ def _results(job: Run) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _once(job: Run, name: str, compute: Callable[[], Any]) -> None:
+def _once(job: Run, name: str, compute: Callable[[], Any]) -> Any:
     """Keeps the result of a finished stage in results.json, so that a resumed run does not measure it again."""
     results = _results(job)
     if parallel.any_process(name not in results):  # all processes measure, or none
         results[name] = compute()
         parallel.on_first_process(lambda: checkpoint.write_json_atomic(job.workdir / "results.json", results))
+    return results[name]

@@ -100,7 +100,15 @@ def make_turn(name: str, data_dir: str, batch_size: int, steps: int) -> Callable
       steps: per turn.
     """
     cv2.setNumThreads(0)
-    pixels = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "flip": True, "crop_size": SIZE, "resize_size": 256, "threads": 1}
+    pixels = {
+        "mean": (0.5,) * 3,
+        "std": (0.25,) * 3,
+        "bgr": False,
+        "flip": True,
+        "crop_size": SIZE,
+        "resize_size": 256,
+        "threads": 1,
+    }
     records = _records(data_dir)
     if name == OURS:
         return ours(records, ConfigDict(pixels), batch_size, steps)

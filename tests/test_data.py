@@ -30,7 +30,7 @@ REPOSITORY = Path(__file__).parents[1]
 def make_config(**fields):
     defaults = dict(name="digits", data_dir="", train_split="train", seed=0)
     defaults |= dict(search_fraction=0.05, validation_fraction=0.1)
-    pixels = dict(mean=(0.305,), std=(0.376,), pad=2, flip=False, crop_size=224, resize_size=256, threads=0)
+    pixels = dict(mean=(0.305,), std=(0.376,), bgr=False, pad=2, flip=False, crop_size=224, resize_size=256, threads=0)
     return ml_collections.ConfigDict(defaults | pixels | fields)
 
 
@@ -93,8 +93,8 @@ def test_two_processes_prepare_digits_at_once(tmp_path):
     code = (
         "import sys, ml_collections; from ddnp_jax import data; sys.stdin.readline();"
         "config = ml_collections.ConfigDict(dict(name='digits', data_dir=sys.argv[1], train_split='train', seed=0,"
-        "search_fraction=0.1,validation_fraction=0.1, mean=(0.3,), std=(0.4,), pad=0, flip=False, crop_size=224,"
-        "resize_size=256, threads=0)); print(data.load(config).train.images.sum())"
+        "search_fraction=0.1,validation_fraction=0.1, mean=(0.3,), std=(0.4,), bgr=False, pad=0, flip=False,"
+        "crop_size=224, resize_size=256, threads=0)); print(data.load(config).train.images.sum())"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)

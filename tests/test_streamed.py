@@ -20,6 +20,7 @@ CONFIG = ml_collections.ConfigDict(
     {
         "mean": (0.485, 0.456, 0.406),
         "std": (0.229, 0.224, 0.225),
+        "bgr": False,
         "pad": 0,
         "flip": True,
         "crop_size": 12,

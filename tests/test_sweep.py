@@ -77,6 +77,7 @@ def test_the_searches_share_a_base(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep.pipeline, "base", lambda job: None)
     monkeypatch.setattr(sweep.pipeline, "search_curves", search)
     monkeypatch.setattr(sweep, "save_pruned", lambda path, model, variables: None)
+    monkeypatch.setattr(sweep, "load_pruned", lambda path: (None, None))
     settings = {"PN": {}, "DG": {"search.predictor": "none"}}
     curves = sweep.run(digits_r20.get_config("nppm"), tmp_path, settings, seeds=3, at_once=2)
     network = str(tmp_path / "base" / "network")

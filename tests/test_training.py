@@ -16,7 +16,7 @@ from torch.nn import functional
 from ddnp_jax import data, parallel, training
 from ddnp_jax.checkpoint import Checkpoints
 
-PIXELS = ConfigDict({"mean": (0.5, 0.25, 0.4), "std": (0.2, 0.5, 0.25), "pad": 1, "flip": True})
+PIXELS = ConfigDict({"mean": (0.5, 0.25, 0.4), "std": (0.2, 0.5, 0.25), "bgr": False, "pad": 1, "flip": True})
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (40, 4, 4, 3), dtype=np.uint8)
 LABELS = np.int32(RNG.integers(0, 10, 40))

@@ -34,7 +34,7 @@ class Images(abc.ABC):
 
     def __init__(self, config: ml_collections.ConfigDict) -> None:
         """Sets the normalization of the `data` section: mean and std per channel in units of [0, 1], and bgr."""
-        self._mean, self._std, self._bgr = tuple(config.mean), tuple(config.std), config.get("bgr", False)
+        self._mean, self._std, self._bgr = tuple(config.mean), tuple(config.std), config.bgr
 
     @abc.abstractmethod
     def __len__(self) -> int:

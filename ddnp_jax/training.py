@@ -298,6 +298,8 @@ def run(
 ) -> Any:
     """Runs a stage to its end, from its newest undamaged checkpoint if there is one.
 
+    The log gets the mean of every metric over the steps of a chunk that have it; NaN says that a step has none.
+
     Args:
       stage: what to run.
       chunk: `over_chunk` mapped over devices by `parallel.data_parallel`.
@@ -337,7 +339,8 @@ def run(
             length = len(metrics["loss"])
             step += length
             rate = length * stage.batch_size / (time.monotonic() - started)
-            means = {name: float(np.mean(values)) for name, values in metrics.items()}
+            known = {name: values[~np.isnan(values)] for name, values in metrics.items()}
+            means = {name: float(np.mean(values)) for name, values in known.items() if values.size}
             log.write(stage.name, step, epoch=step / stage.steps_per_epoch, images_per_s=round(rate, 1), **means)
             bar.set_postfix_str(f"loss {means['loss']:.3f}, {rate:.0f} images/s", refresh=False)
             bar.update(length)

@@ -170,7 +170,7 @@ def test_pn_waits_until_the_memory_has_more_than_a_batch(monkeypatch):
         )
         without = step_of(alone, alone.init(jax.random.key(0)).replace(gates=state.gates), seed)[0]
         np.testing.assert_array_equal(after.gates, without.gates)  # PN has no say before it has learned
-        assert (metrics["predictor_loss"] > 0) == moved[-1]
+        assert np.isfinite(metrics["predictor_loss"]) == moved[-1]
         state = after
     assert counts == [0, 1, 1, 2, 2, 3, 3, 4]
     assert moved == [False] * 7 + [True]
@@ -245,8 +245,9 @@ def test_seeds_at_once_are_searches_of_their_own():
         states, own_metrics = [list(part) for part in zip(*found, strict=True)]
         assert metrics["loss"] == pytest.approx(np.mean([own["loss"] for own in own_metrics]), rel=1e-5)
         for seed, own in zip(seeds, own_metrics, strict=True):
-            wanted = {f"seed{seed}/{name}": pytest.approx(float(x), rel=1e-4, abs=1e-5) for name, x in own.items()}
-            assert {name: float(x) for name, x in metrics.items() if name.startswith(f"seed{seed}/")} == wanted
+            mine = {name: float(x) for name, x in metrics.items() if name.startswith(f"seed{seed}/")}
+            wanted = {f"seed{seed}/{name}": float(x) for name, x in own.items()}
+            assert mine == pytest.approx(wanted, rel=1e-4, abs=1e-5, nan_ok=True)
     assert own_metrics[0]["predictor_loss"] > 0
     assert int(state.step) == 4
     for place, own in enumerate(states):

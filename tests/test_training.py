@@ -241,6 +241,7 @@ def recording_step(state, constants, batch, rng):
     draw = jax.random.uniform(rng)
     w = 0.9 * state.params + constants * jnp.sum(seen) + draw
     metrics = {"loss": w, "draw": draw, "red": seen[0], "label": jax.lax.pmean(jnp.mean(1.0 * labels), "data")}
+    metrics["late"] = jnp.where(state.step < 4, jnp.nan, 1.0 * state.step)  # not there in the first four steps
     return state.replace(step=state.step + 1, params=w), metrics
 
 
@@ -377,6 +378,7 @@ def test_a_stage_logs_its_steps_and_evaluations(tmp_path):
         assert line["stage"] == "search"
         assert line["epoch"] == pytest.approx(line["step"] / 3)
         assert line["loss"] == pytest.approx(np.mean(part), rel=1e-6)
+    assert [line.get("late") for line in steps] == [None, 4.5, 7.0, 9.0]
 
 
 @pytest.mark.parametrize("at", [1, 4, 7, 9])

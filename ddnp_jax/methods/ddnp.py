@@ -259,7 +259,7 @@ class _DDNP:
 
 
 def build(problem: Problem) -> Search:
-    """The search of `problem.config`; `configs/default.py` describes every field."""
+    """The search of `problem.config`, whose fields `default_config` describes."""
     check(problem.config)
     learners = {"importance": importance_learner(problem), "width": width_learner(problem)}
     search = _DDNP(problem, learners, make_optimizer(problem.config, problem.steps))

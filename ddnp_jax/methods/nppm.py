@@ -184,7 +184,7 @@ class _NPPM:
         """Adds the step's sub-network to the memory and, once it has enough, takes one step of PN.
 
         Returns:
-          The state, and PN's loss on its batch, 0 before it learns.
+          The state, and PN's loss on its batch, NaN before it learns.
         """
         config = self.problem.config
         hard = self.networks(state.gates, gate_rng)[1]
@@ -201,7 +201,7 @@ class _NPPM:
             lambda new, old: jnp.where(ready, new, old), learned, (state.predictor, state.predictor_opt_state)
         )
         state = state.replace(memory=memory, predictor=predictor, predictor_opt_state=opt_state)
-        return state, jnp.where(ready, loss, 0.0)
+        return state, jnp.where(ready, loss, jnp.nan)
 
     def predictor_objective(
         self, params: Any, variables: Any, gates: jax.Array, accuracy: jax.Array

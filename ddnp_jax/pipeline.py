@@ -37,6 +37,7 @@ class Run:
       rebuild: makes the smaller module from the channels per gate; None where the model has `widths`.
       topology: of the model.
       budget: what may remain.
+      weights: the unpruned network's, of `base.weights`; None where it is trained.
       log: metrics.jsonl.
     """
 
@@ -47,6 +48,7 @@ class Run:
     rebuild: Rebuild | None
     topology: Topology
     budget: Budget
+    weights: Any
     log: training.MetricsLog
 
     def stage_steps(self, section: str) -> tuple[int, int]:
@@ -89,10 +91,11 @@ def prepare(
     model: nn.Module | None = None,
     rebuild: Rebuild | None = None,
 ) -> Run:
-    """Checks the whole configuration and reads the data; arguments as for `run`.
+    """Checks the whole configuration and reads data and given weights; arguments as for `run`.
 
     Raises:
-      ValueError: a field is wrong, the budget cannot be met, or the workdir belongs to another run.
+      ValueError: a field is wrong, the budget cannot be met, the weights are not the model's, or the workdir belongs to
+        another run.
     """
     dtype = computation_dtype(config.precision)
     for section in ("base", "search", "finetune"):
@@ -113,10 +116,10 @@ def prepare(
     identity = config.to_dict()
     checkpoint.check_workdir(workdir, identity, _MAY_DIFFER)  # a measured budget writes its table there
     budget = make_budget(config.budget, topology, measured)
+    weights = _given_weights(config.base.weights, model, dataset.image_shape)
     checkpoint.claim_workdir(workdir, identity, _MAY_DIFFER)
-    return Run(
-        config, workdir, dataset, model, rebuild, topology, budget, training.MetricsLog(workdir / "metrics.jsonl")
-    )
+    log = training.MetricsLog(workdir / "metrics.jsonl")
+    return Run(config, workdir, dataset, model, rebuild, topology, budget, weights, log)
 
 
 def computation_dtype(precision: str) -> Any:
@@ -185,16 +188,15 @@ def run(
 
 def base(job: Run) -> Any:
     """The trained weights of the unpruned network: from the workdir, from `base.weights`, or trained from scratch."""
-    if job.config.base.weights:
-        variables = load_weights(job.config.base.weights, job.model, job.dataset.image_shape)
-    else:
-        variables = _train(job, "base", job.model, _initial_variables(job))
+    variables = job.weights or _train(job, "base", job.model, _initial_variables(job))
     _once(job, "base", lambda: _test(job, job.model, variables))
     return variables
 
 
-def load_weights(path: str, model: nn.Module, image_shape: tuple[int, int, int]) -> Any:
-    """Weights of `model` from a PyTorch checkpoint, or from a folder written by `save_pruned`."""
+def _given_weights(path: str, model: nn.Module, image_shape: tuple[int, int, int]) -> Any:
+    """Weights of `model` from a PyTorch checkpoint, or from a folder written by `save_pruned`; None for ''."""
+    if not path:
+        return None
     if not Path(path).exists():
         raise ValueError(f"base.weights={path!r} does not exist; give a PyTorch checkpoint, or '' to train.")
     if Path(path).is_dir():

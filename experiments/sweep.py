@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from ddnp_jax import methods, parallel, pipeline, report
-from ddnp_jax.compact import DESCRIPTION, load_pruned, save_pruned
+from ddnp_jax.compact import DESCRIPTION, save_pruned
 
 SEEDS = flags.DEFINE_integer("seeds", 3, "Searches per setting.", lower_bound=1)
 AT_ONCE = flags.DEFINE_integer(
@@ -67,12 +67,11 @@ def run(config: ConfigDict, workdir: str | Path, settings: Settings, seeds: int,
         (name, group): setting_config(config, fields, group[0]) for name, fields in settings.items() for group in groups
     }
     weights = _base(config, workdir / "base")
-    _, variables = load_pruned(weights)
     curves = {}
     for (name, group), own in runs.items():
         own.base.weights = str(weights)
         job = pipeline.prepare(own, workdir / re.sub(r"\W+", "-", name) / "-".join(map(str, group)))
-        pipeline.search_curves(job, variables, group)
+        pipeline.search_curves(job, job.weights, group)
         curves |= {(name, seed): _curve(job.workdir / "metrics.jsonl", seed) for seed in group}
     parallel.on_first_process(lambda: _write_csv(workdir / "curves.csv", curves))
     return curves

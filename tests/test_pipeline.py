@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+import torch
 
 from configs import cifar10_r56, default, digits_r20
 from ddnp_jax import data, latency, pipeline, training
@@ -297,10 +298,16 @@ def test_batch_that_has_no_equal_parts(config, tmp_path):
     assert message.startswith("base.batch_size / base.micro_batches=4 cannot be shared equally by 8 devices")
 
 
-def test_missing_weights(config, tmp_path):
+def test_unusable_weights_leave_the_workdir_to_the_corrected_command(config, tmp_path):
     config.base.weights = str(tmp_path / "none.pth")
     with pytest.raises(ValueError, match=r"none\.pth' does not exist"):
-        pipeline.run(config, tmp_path / "run")
+        pipeline.prepare(config, tmp_path / "run")
+    config.base.weights = str(tmp_path / "other.pth")
+    torch.save({"conv1.weight": torch.zeros(8, 1, 3, 3)}, config.base.weights)
+    with pytest.raises(ValueError, match=r"other\.pth .*'conv1\.weight' has shape \(8, 1, 3, 3\)"):
+        pipeline.prepare(config, tmp_path / "run")
+    config.base.weights = ""
+    assert pipeline.prepare(config, tmp_path / "run").weights is None
 
 
 @pytest.mark.parametrize(

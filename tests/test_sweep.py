@@ -64,10 +64,10 @@ def test_the_searches_share_a_base(tmp_path, monkeypatch):
 
     class Job:
         def __init__(self, config, workdir):
-            self.config, self.workdir, self.model = config, workdir, None
+            self.config, self.workdir, self.model, self.weights = config, workdir, None, config.base.weights
 
     def search(job, variables, seeds):
-        searched.append((job.config.search.predictor, job.config.seed, [*seeds], job.config.base.weights))
+        searched.append((job.config.search.predictor, job.config.seed, [*seeds], variables))
         job.workdir.mkdir(parents=True)
         own = {f"seed{seed}/loss": float(seed) for seed in seeds}
         lines = [{"stage": "base", "step": 1}, {"stage": "search", "step": 5, "loss": 9.0, **own}]
@@ -77,7 +77,6 @@ def test_the_searches_share_a_base(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep.pipeline, "base", lambda job: None)
     monkeypatch.setattr(sweep.pipeline, "search_curves", search)
     monkeypatch.setattr(sweep, "save_pruned", lambda path, model, variables: None)
-    monkeypatch.setattr(sweep, "load_pruned", lambda path: (None, None))
     settings = {"PN": {}, "DG": {"search.predictor": "none"}}
     curves = sweep.run(digits_r20.get_config("nppm"), tmp_path, settings, seeds=3, at_once=2)
     network = str(tmp_path / "base" / "network")

@@ -73,7 +73,7 @@ def trainer(**fields: object) -> ConfigDict:
 def get_config() -> ConfigDict:
     """The common configuration; an experiment fills `data` and `model` and ends with `choose`."""
     config = ConfigDict()
-    config.seed = 0  # of weights, splits, order, augmentation and search
+    config.seed = 0  # of weights, order, augmentation and search; data.seed draws the splits
     config.variant = "default"  # name of this form in reports
     config.precision = "float32"  # of the computation: 'float32' or 'bfloat16'; parameters stay float32
     config.eval_batch_size = 512  # images per evaluation step, over all devices

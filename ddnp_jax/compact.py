@@ -47,20 +47,13 @@ def compact(
     if rebuild is None and not hasattr(model, "widths"):
         raise ValueError(f"{type(model).__name__} has no attribute `widths`; pass rebuild=, a function of the widths.")
     small_model = model.clone(widths=selection.widths) if rebuild is None else rebuild(selection.widths)
+    topology.check(variables)
     leaves = flax.traverse_util.flatten_dict(jax.device_get(variables))
-    _check_leaves(leaves, topology)
     for gate, kept in zip(topology.gates, selection.kept, strict=True):
         for cut in gate.slices:
             leaves[cut.path] = np.take(leaves[cut.path], cut.indices(gate.channels, kept), cut.axis)
     _check_shapes(small_model, leaves, topology)
     return small_model, jax.tree.map(jnp.asarray, flax.traverse_util.unflatten_dict(leaves))
-
-
-def _check_leaves(leaves: dict[tuple[str, ...], Any], topology: Topology) -> None:
-    for path, shape in topology.variables:
-        found = leaves[path].shape if path in leaves else None
-        if found != shape:
-            raise ValueError(f"variable {'/'.join(path)} has shape {found}; the topology was traced with {shape}.")
 
 
 def _check_shapes(small_model: nn.Module, leaves: dict[tuple[str, ...], Any], topology: Topology) -> None:
@@ -179,7 +172,8 @@ def load_pruned(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Mo
       The module and its variables.
 
     Raises:
-      ValueError: the folder holds no such network, it is damaged, or its module cannot be built again.
+      ValueError: the folder holds no such network, it is damaged, its module cannot be built again, or `model` has
+        other attributes; the data type may differ.
     """
     file = Path(path) / DESCRIPTION
     if not file.exists():
@@ -195,6 +189,8 @@ def load_pruned(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Mo
         raise ValueError(f"{weights_file} is damaged or missing: its checksum is not that of {DESCRIPTION}.")
     if model is None:
         model = _build(cls, attributes, missing, file)
+    else:
+        _check_attributes(model, attributes, missing, file)
     return model, jax.tree.map(jnp.asarray, flax.serialization.msgpack_restore(weights))
 
 
@@ -216,6 +212,14 @@ def _attributes(model: nn.Module) -> tuple[dict[str, Any], list[str]]:
         except TypeError:
             missing.append(name)
     return attributes, missing
+
+
+def _check_attributes(model: nn.Module, attributes: dict[str, Any], missing: list[str], file: Path) -> None:
+    own, _ = _attributes(model)
+    for name in attributes | own:
+        if name not in ("dtype", *missing) and attributes.get(name) != own.get(name):
+            theirs, ours = (repr(each[name]) if name in each else "its default" for each in (attributes, own))
+            raise ValueError(f"{file} holds a network with {name}={theirs}, and the model has {ours}.")
 
 
 def _to_json(value: Any) -> Any:

@@ -116,7 +116,7 @@ def prepare(
     identity = config.to_dict()
     checkpoint.check_workdir(workdir, identity, _MAY_DIFFER)  # a measured budget writes its table there
     budget = make_budget(config.budget, topology, measured)
-    weights = _given_weights(config.base.weights, model, dataset.image_shape)
+    weights = _given_weights(config.base.weights, model, topology)
     checkpoint.claim_workdir(workdir, identity, _MAY_DIFFER)
     log = training.MetricsLog(workdir / "metrics.jsonl")
     return Run(config, workdir, dataset, model, rebuild, topology, budget, weights, log)
@@ -193,15 +193,20 @@ def base(job: Run) -> Any:
     return variables
 
 
-def _given_weights(path: str, model: nn.Module, image_shape: tuple[int, int, int]) -> Any:
+def _given_weights(path: str, model: nn.Module, topology: Topology) -> Any:
     """Weights of `model` from a PyTorch checkpoint, or from a folder written by `save_pruned`; None for ''."""
     if not path:
         return None
     if not Path(path).exists():
         raise ValueError(f"base.weights={path!r} does not exist; give a PyTorch checkpoint, or '' to train.")
-    if Path(path).is_dir():
-        return load_pruned(path, model)[1]
-    return torch_weights.load(path, model, image_shape)
+    if not Path(path).is_dir():
+        return torch_weights.load(path, model, topology.input_shape)
+    _, variables = load_pruned(path, model)
+    try:
+        topology.check(variables)
+    except ValueError as error:
+        raise ValueError(f"base.weights={path!r} is of another network: {error}") from error
+    return variables
 
 
 def search(job: Run, variables: Any) -> Selection:
@@ -212,6 +217,7 @@ def search(job: Run, variables: Any) -> Selection:
         evaluate = _cut_evaluator(job, method, variables)
         state = _run_stage(job, "search", method.step, state, variables, evaluate)
     _once(job, "proposed_p", lambda: methods.proposed_cost(method, state, job.budget) / job.budget.total)
+    _once(job, "search_notes", lambda: method.notes)
     selection = methods.select(method, state, job.budget)
     parallel.on_first_process(lambda: selection.save(job.workdir / "selection.json"))
     return selection
@@ -227,7 +233,7 @@ def search_curves(job: Run, variables: Any, seeds: Sequence[int]) -> None:
     """
     begun = _once(job, "seeds", lambda: list(seeds))
     if begun != list(seeds):
-        raise ValueError(f"{job.workdir} searches from seeds {begun}, not {list(seeds)}.")
+        raise ValueError(f"{job.workdir} searches from seeds {begun}, not {list(seeds)}; use another workdir.")
     method = _method(job, variables)
     evaluate_one = _cut_evaluator(job, method, variables)
 
@@ -321,7 +327,7 @@ def summarize(job: Run, selection: Selection) -> dict[str, Any]:
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "latency_ms": results["latency_ms"],
         "verification": results["verification"],
-        "notes": [*config.notes, *_fitted(job, results["proposed_p"])],
+        "notes": [*config.notes, *results["search_notes"], *_fitted(job, results["proposed_p"])],
     }
 
 

@@ -17,6 +17,8 @@ from ddnp_jax.masks import split_gates
 class Predictor(nn.Module):
     """PN of NPPM Table 2: FC_l(C_l, 16), batch norm, ReLU; GRU(16, 16) over the gates; average; FC(16, 1).
 
+    Batch norm has statistics per gate and feature.
+
     Attributes:
       widths: C_l, channels per gate.
     """

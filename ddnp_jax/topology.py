@@ -140,6 +140,19 @@ class Topology:
         """Channels of each gate in the whole network."""
         return tuple(gate.channels for gate in self.gates)
 
+    def check(self, variables: Any) -> None:
+        """Refuses variables of another network.
+
+        Raises:
+          ValueError: names the first leaf that is missing, extra or misshapen.
+        """
+        found = {path: np.shape(leaf) for path, leaf in flax.traverse_util.flatten_dict(variables).items()}
+        traced = dict(self.variables)
+        for path in traced | found:
+            shapes = [shape.get(path, "absent") for shape in (found, traced)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"variable {'/'.join(path)} is {shapes[0]}; the topology was traced with {shapes[1]}.")
+
     def describe(self) -> str:
         """Gates, layers, and what stays whole and why, as text."""
         lines = [f"gates: {len(self.gates)}"]

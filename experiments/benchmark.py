@@ -115,7 +115,7 @@ def _our_turn(
 
     if stage == "search":
         step, state = _search(config, model, variables, image_shape)
-        constants, augment = variables, config.search.augment
+        constants, augment = variables, False  # NPPM's would count as its step's
     else:
         step, state = _training(config, model, variables)
         constants, augment = None, config.base.augment

@@ -1,17 +1,14 @@
 """DDNP's Figure A1 for one network: searches over λ, ρ, what is learned, and the generators' inputs.
 
-    python -m experiments.ddnp_figures --config=configs/cifar10_r56.py --workdir=runs/figures --seeds=3
+    python -m experiments.ddnp_figures --config=configs/cifar10_r56.py --workdir=runs/ddnp_figures --seeds=3
 
 Writes `figures.png`, `curves.csv` and `summary.md`. Shorter: `--config.search.epochs=...`.
 """
 
-import math
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
 from configs import default
-from ddnp_jax import data
+from ddnp_jax import losses
 from experiments import launch, sweep
 from experiments.sweep import Panel
 
@@ -34,12 +31,19 @@ INPUTS = {"learned inputs": {**BASE, "search.learned_inputs": True}}
 SETTINGS = {FULL: BASE, **LAMBDAS, **RHOS, **FORMS, **INPUTS}
 
 
-def panels(p: float) -> tuple[Panel, ...]:
-    """The pictures; R is normalized by its value for the whole network, log(1 / p)."""
-    accuracy = ("test_top1", "test top-1 (%)")
+def panels(config: ConfigDict) -> tuple[Panel, ...]:
+    """The pictures; R is normalized by its value for the whole network, log(1 / p) for the default form.
+
+    Raises:
+      ValueError: that value is 0.
+    """
+    whole = float(losses.resource(config.search.resource_loss, 1.0, 1.0, config.budget.p))
+    if not whole:
+        raise ValueError(f"budget.p={config.budget.p} leaves nothing to remove; this figure needs a p below 1.")
+    accuracy = sweep.TEST_TOP1
     return (
         Panel("(a) resource weight λ", *accuracy, (FULL, *LAMBDAS)),
-        Panel("(b) resource weight λ", "resource_loss", "R / log(1/p)", (FULL, *LAMBDAS), 1 / math.log(1 / p)),
+        Panel("(b) resource weight λ", "resource_loss", "R / R of the whole", (FULL, *LAMBDAS), 1 / whole),
         Panel("(c) tie ρ", *accuracy, (FULL, *RHOS)),
         Panel("(d) what is learned", *accuracy, (FULL, *FORMS)),
         Panel("(e) inputs of the generators", *accuracy, (FULL, *INPUTS)),
@@ -48,9 +52,7 @@ def panels(p: float) -> tuple[Panel, ...]:
 
 def draw(config: ConfigDict, workdir: str) -> str:
     """Runs the searches and draws them."""
-    curves = sweep.run(config, workdir, SETTINGS, sweep.SEEDS.value, sweep.AT_ONCE.value)
-    title = f"DDNP Fig. A1, {config.model.name}, {data.label(config.data)}"
-    return sweep.publish(Path(workdir), title, panels(config.budget.p), curves)
+    return sweep.draw(config, workdir, "DDNP Fig. A1", SETTINGS, panels(config))
 
 
 if __name__ == "__main__":

@@ -2,17 +2,19 @@
 
     python -m experiments.generator_cost [--rounds=20] [--only=resnet56,resnet50]
 
-The steps take turns, each in a process of its own, as `experiments.turns` has it; images are synthetic. The paper has
-0.136 -> 0.143 s per iteration for ResNet-56 on CIFAR-10 (x1.051) and 1.08 -> 1.15 s for ResNet-50 on ImageNet (x1.065),
-on its hardware.
+The steps take turns, each in a process of its own, as `experiments.turns` has it; images are synthetic, of 10 classes,
+and not augmented. The paper has 0.136 -> 0.143 s per iteration for ResNet-56 on CIFAR-10 (x1.051) and 1.08 -> 1.15 s
+for ResNet-50 on ImageNet (x1.065), on its hardware.
 """
 
 import argparse
+from collections.abc import Mapping
 from statistics import median
 from typing import NamedTuple
 
 from ddnp_jax.report import table
 from experiments import benchmark, turns
+from experiments.turns import Measurement
 
 
 class Network(NamedTuple):
@@ -27,30 +29,40 @@ NETWORKS = {
     "resnet56": Network("cifar10_r56", (32, 32, 3), 256),
     "resnet50": Network("imagenet_r50", (64, 64, 3), 64),  # small images, so that a CPU can
 }
-SCALARS = "DDNP, scalars"
-STEPS = {SCALARS: "scalar", "DDNP, generators": "ddnp", "DG": "dg", "NPPM": "nppm"}  # row -> configuration's argument
+SCALARS, GENERATORS, DG, NPPM = "DDNP, scalars", "DDNP, generators", "DG", "NPPM"
+STEPS = {SCALARS: "scalar", GENERATORS: "ddnp", DG: "dg", NPPM: "nppm"}  # row -> configuration's argument
+RATIOS = {
+    (GENERATORS, SCALARS): "the generators",
+    (NPPM, GENERATORS): "the method",
+    (NPPM, DG): "PN and memory",
+}
 
 
 def measure(name: str, rounds: int) -> str:
-    """Measures a network of `NETWORKS`; returns a Markdown table."""
+    """Measures a network of `NETWORKS`; returns Markdown."""
     network = NETWORKS[name]
     sides = {
         step: (benchmark.ours, "search", argument, network.batch_size, network.experiment, network.image_shape)
         for step, argument in STEPS.items()
     }
-    measured, _ = turns.take_turns(sides, rounds, name)
+    measured, about = turns.take_turns(sides, rounds, name)
     size = "x".join(map(str, network.image_shape[:2]))
-    rows = [
-        [
-            step,
-            f"{median(own.seconds):.3f}",
-            f"{turns.ratio(own.seconds, measured[SCALARS].seconds):.3f}",
-            f"{own.peak_bytes / 2**20:.0f}",
-        ]
-        for step, own in measured.items()
+    where = f"{about[SCALARS]['device']}, {about[SCALARS]['version']}"
+    title = f"{name}, {network.batch_size} images of {size} per step, {rounds} rounds, on {where}"
+    return f"{title}\n\n{tables(measured)}\n"
+
+
+def tables(measured: Mapping[str, Measurement]) -> str:
+    """Seconds per step (medians) and peak memory, and the medians of each round's `RATIOS`, as Markdown."""
+    steps = [[step, f"{median(own.seconds):.3f}", f"{own.peak_bytes / 2**20:.0f}"] for step, own in measured.items()]
+    ratios = [
+        [what, f"{step} / {other}", f"{turns.ratio(measured[step].seconds, measured[other].seconds):.3f}"]
+        for (step, other), what in RATIOS.items()
     ]
-    title = f"{name}, {network.batch_size} images of {size} per step, {rounds} rounds"
-    return f"{title}\n\n{table(['search step', 'seconds', 'ratio to scalars', 'peak MiB'], rows)}\n"
+    return (
+        f"{table(['search step', 'seconds', 'peak MiB'], steps)}\n\n"
+        f"{table(['what', 'steps', 'ratio of seconds'], ratios, text_columns=2)}"
+    )
 
 
 def main() -> None:

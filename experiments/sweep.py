@@ -2,10 +2,12 @@
 
 The seeds of a setting are one vmapped search, or several one after another, and each such search is a run of its own in
 the workdir, made by the pipeline: the same command goes on where it was stopped. The base is trained (or read) once.
-Networks during a search are cut to the budget and evaluated on the test images; the curves decide nothing.
+Networks during a search are cut to the budget and evaluated on the test images; the curves decide nothing. So an early
+accuracy is that of a cut which the search has not yet come to, and a search that ends above the budget is cut further.
 """
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -18,12 +20,15 @@ from absl import flags
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from ddnp_jax import methods, parallel, pipeline, report
+from ddnp_jax import data, methods, parallel, pipeline, report
 from ddnp_jax.compact import DESCRIPTION, save_pruned
 
 SEEDS = flags.DEFINE_integer("seeds", 3, "Searches per setting.", lower_bound=1)
 AT_ONCE = flags.DEFINE_integer(
     "seeds_at_once", 3, "Of these, how many are one search on the same batches; 1 if memory is short.", lower_bound=1
+)
+CHOSEN = flags.DEFINE_multi_string(
+    "setting", [], "A setting to run, by its name in the figure; may be repeated; all if left out."
 )
 
 Settings = Mapping[str, Mapping[str, Any]]  # fields of the configuration that differ, by the setting's name
@@ -48,6 +53,35 @@ class Panel(NamedTuple):
     scale: float = 1.0
 
 
+TEST_TOP1 = ("test_top1", "test top-1, cut to p (%)")  # metric and label of a panel
+
+
+def draw(config: ConfigDict, workdir: str | Path, title: str, settings: Settings, panels: Sequence[Panel]) -> str:
+    """Runs the searches that the command line asks for and draws every picture whose settings are among them.
+
+    Args:
+      config: of all searches.
+      workdir: of all of them.
+      title: of the figure; network and data set are added.
+      settings: of the whole figure.
+      panels: of the whole figure.
+
+    Returns:
+      The line that the command ends with.
+
+    Raises:
+      ValueError: a setting is unknown or does not fit the configuration, or no picture is left.
+    """
+    chosen = list(dict.fromkeys(CHOSEN.value)) or list(settings)
+    if unknown := [name for name in chosen if name not in settings]:
+        raise ValueError(f"--setting={unknown[0]!r} is unknown; use one of {', '.join(map(repr, settings))}.")
+    drawn = [panel for panel in panels if set(panel.settings) <= set(chosen)]
+    if not drawn:
+        raise ValueError("no picture of the figure shows only the settings of --setting; name all of a picture's.")
+    curves = run(config, workdir, {name: settings[name] for name in chosen}, SEEDS.value, AT_ONCE.value)
+    return publish(Path(workdir), f"{title}, {config.model.name}, {data.label(config.data)}", drawn, curves)
+
+
 def run(config: ConfigDict, workdir: str | Path, settings: Settings, seeds: int, at_once: int) -> Curves:
     """Runs, or goes on with, the search of every setting for seeds 0, 1, ...; writes `curves.csv`.
 
@@ -61,7 +95,7 @@ def run(config: ConfigDict, workdir: str | Path, settings: Settings, seeds: int,
     Raises:
       ValueError: a setting does not fit the configuration.
     """
-    workdir = Path(workdir)
+    workdir = Path(workdir).absolute()
     groups = [range(first, min(first + at_once, seeds)) for first in range(0, seeds, at_once)]
     runs = {
         (name, group): setting_config(config, fields, group[0]) for name, fields in settings.items() for group in groups
@@ -108,8 +142,8 @@ def setting_config(config: ConfigDict, fields: Mapping[str, Any], seed: int) -> 
 def _base(config: ConfigDict, workdir: Path) -> Path:
     """The base network, in a folder of `save_pruned`; all seeds search in the same one."""
     folder = workdir / "network"
+    job = pipeline.prepare(config, workdir)
     if parallel.any_process(not (folder / DESCRIPTION).exists()):
-        job = pipeline.prepare(config, workdir)
         variables = pipeline.base(job)
         parallel.on_first_process(lambda: save_pruned(folder, job.model, variables))
     return folder
@@ -155,10 +189,11 @@ def figure(title: str, panels: Sequence[Panel], curves: Curves) -> Figure:
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5.0 * columns, 3.8 * rows), layout="constrained")
     seeds = len({seed for _, seed in curves})
-    figure.suptitle(f"{title}; {seeds} seed{'s' if seeds > 1 else ''}, mean and standard deviation", fontsize=11)
+    spread = f"{seeds} seeds, mean and standard deviation" if seeds > 1 else "one seed"
+    figure.suptitle(f"{title}; {spread}", fontsize=11)
     for place, panel in enumerate(panels):
         axes = report.plain_axes(figure, rows, columns, place)
-        for setting, color in zip(panel.settings, report.COLORS, strict=False):
+        for setting, color in zip(panel.settings, itertools.cycle(report.COLORS), strict=False):
             steps, mean, deviation = mean_and_deviation(curves, setting, panel.metric)
             mean, deviation = panel.scale * mean, panel.scale * deviation
             axes.plot(steps, mean, color=color, label=setting)

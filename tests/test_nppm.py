@@ -13,16 +13,19 @@ from test_ddnp import (
     WIDTHS,
     Tiny,
     compiled,
+    convolutions,
     leaves,
     reference_forward,
     topology,
 )
+from test_predictor import dense, make_variables, reference_table_2
 from torch.nn import functional
 
 from ddnp_jax import memory as episodic
 from ddnp_jax import methods
 from ddnp_jax.budget import Budget
 from ddnp_jax.methods import nppm
+from ddnp_jax.predictor import PREDICTORS
 
 D = sum(WIDTHS)
 NO_LOSS = {"cross_entropy": jnp.float32(0), "top1": jnp.float32(0)}
@@ -82,6 +85,13 @@ def test_projection_of_a_tiny_gradient_is_finite():
 # One step against the equations, written in PyTorch
 
 
+def predict(form, variables, gates, train):
+    """Logits of PN in PyTorch."""
+    if form == "gru":
+        return reference_table_2(variables, gates, WIDTHS, train)[0]
+    return dense(variables["params"]["head"], gates)[:, 0]
+
+
 def reference_step(state, config, key, p):
     """The three gradients of the gates, per term."""
     theta = torch.tensor(np.asarray(state.gates), requires_grad=True)
@@ -99,9 +109,8 @@ def reference_step(state, config, key, p):
         pixels * 27 * 8 + pixels * 9 * 8 * 24 + CLASSES * 24
     )
     resource = torch.clamp(ratio / p, min=1).log()
-    head = {k: torch.tensor(np.asarray(v)) for k, v in state.predictor["params"]["head"].items()}
     judged = torch.clip(relaxed + config.predictor_noise * noise, 0, 1)
-    performance = -torch.sigmoid(judged @ head["kernel"][:, 0] + head["bias"][0]).log()
+    performance = -torch.sigmoid(predict(config.predictor, state.predictor, judged[None], train=False)[0]).log()
     terms = {"cross_entropy": cross_entropy, "resource": config.resource_weight * resource, "performance": performance}
     gradients = {name: torch.autograd.grad(term, theta, retain_graph=True)[0].numpy() for name, term in terms.items()}
     accuracy = (logits.argmax(-1) == torch.tensor(LABELS)).float().mean().item()
@@ -113,11 +122,14 @@ def orthogonal(gradient, onto):
     return np.concatenate([g - (base @ g) / (base @ base) * base for g, base in parts])
 
 
-@pytest.mark.parametrize("projection", [True, False])
-def test_one_step_matches_the_equations(projection, monkeypatch):
-    # A small σ, so that PN's gradient is not clipped away; LR as PN, so that PyTorch can follow.
+@pytest.mark.parametrize(
+    ("form", "loss", "projection"), [("linear", "absolute", True), ("gru", "squared", True), ("gru", "absolute", False)]
+)
+def test_one_step_matches_the_equations(form, loss, projection, monkeypatch):
+    # A small σ, so that PN's gradient is not clipped away.
     problem = make_problem(
-        predictor="linear",
+        predictor=form,
+        predictor_loss=loss,
         projection=projection,
         predictor_noise=0.2,
         predictor_batch_size=4,
@@ -128,8 +140,8 @@ def test_one_step_matches_the_equations(projection, monkeypatch):
     state = search.init(jax.random.key(0))
     rng = np.random.default_rng(5)
     gates = np.float32(rng.normal(-3.0, 0.4, D))
-    head = {"kernel": np.float32(rng.normal(size=(D, 1))), "bias": np.float32([0.3])}
-    state = with_memory(state.replace(gates=gates, predictor={"params": {"head": head}}), 6)
+    predictor = make_variables(PREDICTORS[form](WIDTHS))
+    state = with_memory(state.replace(gates=gates, predictor=predictor), 6)
     after, metrics = step_of(search, state, seed=11)
 
     terms, wanted, hard, accuracy = reference_step(state, problem.config, jax.random.key(11), p=0.4)
@@ -143,13 +155,16 @@ def test_one_step_matches_the_equations(projection, monkeypatch):
     np.testing.assert_array_equal(after.memory.gates[6], hard)
     np.testing.assert_allclose(after.memory.accuracy[6], accuracy, rtol=1e-6)
 
-    # PN's own step: the mean absolute error on what the memory gives.
+    # PN's own step: its error on what the memory gives.
     drawn, known = episodic.sample(after.memory, jax.random.split(jax.random.key(11), 3)[2], 4, balanced=True)
-    kernel, bias = (torch.tensor(head[k], requires_grad=True) for k in ("kernel", "bias"))
-    predicted = torch.sigmoid(torch.tensor(np.asarray(drawn)) @ kernel + bias)[:, 0]
-    loss = (predicted - torch.tensor(np.asarray(known))).abs().mean()
-    loss.backward()
-    np.testing.assert_allclose(metrics["predictor_loss"], loss.item(), rtol=1e-5)
+    head = predictor["params"]["head"]
+    kernel = torch.tensor(head["kernel"], requires_grad=True)
+    params = {**predictor["params"], "head": {**head, "kernel": kernel}}
+    logits = predict(form, {**predictor, "params": params}, torch.tensor(np.asarray(drawn)), train=True)
+    error = torch.sigmoid(logits) - torch.tensor(np.asarray(known))
+    objective = {"absolute": error.abs(), "squared": error**2}[loss].mean()
+    objective.backward()
+    np.testing.assert_allclose(metrics["predictor_loss"], objective.item(), rtol=1e-4)
     moved = head["kernel"] - after.predictor["params"]["head"]["kernel"]
     np.testing.assert_allclose(moved, kernel.grad.numpy(), atol=1e-6)
 
@@ -162,12 +177,10 @@ def test_pn_waits_until_the_memory_has_more_than_a_batch(monkeypatch):
     for seed in range(8):
         after, metrics = step_of(search, state, seed)
         counts.append(int(after.memory.count))
-        moved.append(
-            any(
-                np.any(a != b)
-                for a, b in zip(leaves(after.predictor).values(), leaves(state.predictor).values(), strict=True)
-            )
-        )
+        now, before = leaves(after.predictor), leaves(state.predictor)
+        changed = [name for name in now if np.any(now[name] != before[name])]
+        assert not changed or any("batch_stats" in name for name in changed)
+        moved.append(bool(changed))
         without = step_of(alone, alone.init(jax.random.key(0)).replace(gates=state.gates), seed)[0]
         np.testing.assert_array_equal(after.gates, without.gates)  # PN has no say before it has learned
         assert np.isfinite(metrics["predictor_loss"]) == moved[-1]
@@ -225,12 +238,88 @@ def test_proposal_keeps_the_most_open_gates():
         ({"predictor": "lstm"}, "search.predictor='lstm' is unknown; use one of none, gru, authors, linear"),
         ({"predictor_loss": "huber"}, "search.predictor_loss='huber' is unknown; use one of absolute, squared"),
         ({"memory_steps": 0}, "search.memory_steps=0 must be at least 1"),
+        ({"predictor_batch_size": 0}, "search.predictor_batch_size=0 must be at least 1"),
+        ({"decay_at": 80}, r"search.decay_at=80.* must be in \(0, 1\]"),
         ({"memory_size": 64}, "search.memory_size=64 must be above search.predictor_batch_size=64"),
     ],
 )
 def test_refusals_name_the_field(fields, message):
     with pytest.raises(ValueError, match=message):
         nppm.build(make_problem(**fields))
+
+
+def test_dg_has_no_memory_to_refuse():
+    assert nppm.build(make_problem(predictor="none", memory_size=1)).notes == ()
+
+
+def test_a_search_that_is_too_short_for_pn_says_so():
+    def notes(steps):
+        return nppm.build(make_problem(steps=steps, predictor_batch_size=3, memory_steps=2)).notes
+
+    assert notes(9) == notes(100) == ()  # the ninth step finds four pairs
+    (note,) = notes(8)
+    assert "more than 3 pairs (before the last step it had 3): the gates are those of DG" in note
+
+
+def test_defaults_are_the_authors():
+    assert methods.default_config("nppm").to_dict() == {
+        "augment": True,
+        "resource_loss": "log_max",
+        "optimizer": {"learning_rate": 0.05, "weight_decay": 0.01},
+        "decay_at": 0.8,
+        "predictor": "gru",
+        "predictor_loss": "absolute",
+        "predictor_batch_size": 64,
+        "predictor_optimizer": {"learning_rate": 0.001, "weight_decay": 0.001},
+        "predictor_noise": 15.0,
+        "projection": True,
+        "memory_size": 500,
+        "memory_steps": 2,
+        "memory_balanced": True,
+    }
+
+
+def test_the_gates_rate_falls_at_four_fifths():
+    optimizer = nppm.make_optimizer(methods.default_config("nppm"), steps=10)
+    gates = jnp.array([2.0])
+    state, moves = optimizer.init(gates), []
+    for _ in range(10):  # a constant gradient makes Adam's step the learning rate; the decay adds 0.01 of the gate
+        updates, state = optimizer.update(jnp.ones(1), state, gates)
+        moves.append(-updates[0])
+    np.testing.assert_allclose(moves, 1.02 * np.array([0.05] * 8 + [0.005] * 2), rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["none", *PREDICTORS])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_step_keeps_shapes_and_types_so_that_it_can_be_scanned(form, dtype):
+    search = nppm.build(make_problem(predictor=form)._replace(model=Tiny(dtype)))
+    state = jax.eval_shape(search.init, jax.random.key(0))
+    arguments = (state, VARIABLES, (IMAGES, LABELS), jax.random.key(0))
+    after, metrics = jax.make_jaxpr(search.step, axis_env=[("data", 1)], return_shape=True)(*arguments)[1]
+    assert jax.tree.structure(state) == jax.tree.structure(after)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    assert all(m.shape == () and m.dtype == jnp.float32 for m in metrics.values())
+
+
+def test_no_weight_gradient_of_the_backbone_is_computed():
+    kernels = {tuple(sorted(VARIABLES["params"][name]["kernel"].shape)) for name in ("conv1", "conv2")}
+    shapes = convolutions(nppm.build(make_problem()))
+    assert len(shapes) == 3  # two forward, and back through the second to the first gate
+    assert not [shape for shape in shapes if tuple(sorted(shape)) in kernels]
+
+
+def test_every_device_holds_the_same_gates_predictor_and_memory():
+    search = nppm.build(make_problem(memory_size=4, memory_steps=1, predictor_batch_size=2))
+    state = search.init(jax.random.key(0))
+    for n in range(6):  # PN takes part in the last three, the memory is full in the last two
+        state, metrics = compiled(search, devices=4)(state, VARIABLES, (IMAGES, LABELS), jax.random.key(n))
+    assert int(state.memory.count) == 4 and np.isfinite(metrics["predictor_loss"])
+    for path, leaf in jax.tree_util.tree_leaves_with_path((state, metrics)):
+        first, *others = (np.asarray(shard.data) for shard in leaf.addressable_shards)
+        assert len(others) == 3
+        for other in others:
+            np.testing.assert_array_equal(other, first, err_msg=jax.tree_util.keystr(path))
 
 
 def test_seeds_at_once_are_searches_of_their_own():

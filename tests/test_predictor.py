@@ -14,7 +14,7 @@ GATES = np.float32(np.random.default_rng(0).random((6, sum(WIDTHS))))
 def make_variables(module, seed=1):
     """Variables at random, so that nothing is hidden by zeros and ones."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.asarray(GATES)))
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, sum(module.widths)))))
 
     def draw(path, x):
         return np.float32(rng.uniform(0.5, 1.5, x.shape) if path[-1].key == "var" else rng.normal(0, 0.5, x.shape))
@@ -34,31 +34,37 @@ def torch_gru(params, inputs, hidden, reverse=False):
     return lambda x: gru(x.flip(1) if reverse else x)
 
 
-def parts(gates):
-    return torch.split(torch.tensor(gates), WIDTHS, dim=1)
+def parts(gates, widths=WIDTHS):
+    return torch.split(torch.as_tensor(gates), widths, dim=1)
 
 
 def dense(params, x):
-    return x @ torch.tensor(params["kernel"]) + torch.tensor(params["bias"])
+    return x @ torch.as_tensor(params["kernel"]) + torch.as_tensor(params["bias"])
+
+
+def reference_table_2(variables, gates, widths, train):
+    """Logits of PN in PyTorch, and the statistics that it normalized by; differentiable in the gates and the head."""
+    params, norm = variables["params"], {k: torch.tensor(v) for k, v in variables["params"]["BatchNorm_0"].items()}
+    stats = {k: torch.tensor(v) for k, v in variables["batch_stats"]["BatchNorm_0"].items()}
+    rows = torch.stack([dense(params[f"fc{i}"], part) for i, part in enumerate(parts(gates, widths))], 1)
+    mean, var = (rows.mean(0), rows.var(0, unbiased=False)) if train else (stats["mean"], stats["var"])
+    rows = (rows - mean) / torch.sqrt(var + 1e-5)
+    rows = functional.relu(rows * norm["scale"] + norm["bias"])
+    outputs, _ = torch_gru(params["gru"], 16, 16)(rows)
+    return dense(params["head"], outputs.mean(1))[:, 0], mean
 
 
 @pytest.mark.parametrize("train", [False, True])
 def test_table_2(train):
     module = Predictor(WIDTHS)
     variables = make_variables(module)
-    params, norm = variables["params"], {k: torch.tensor(v) for k, v in variables["params"]["BatchNorm_0"].items()}
-    stats = {k: torch.tensor(v) for k, v in variables["batch_stats"]["BatchNorm_0"].items()}
-    rows = torch.stack([dense(params[f"fc{i}"], part) for i, part in enumerate(parts(GATES))], 1)
-    mean, var = (rows.mean(0), rows.var(0, unbiased=False)) if train else (stats["mean"], stats["var"])
-    rows = (rows - mean) / torch.sqrt(var + 1e-5)
-    rows = functional.relu(rows * norm["scale"] + norm["bias"])
-    outputs, _ = torch_gru(params["gru"], 16, 16)(rows)
-    wanted = dense(params["head"], outputs.mean(1))[:, 0].detach().numpy()
-
+    wanted, mean = reference_table_2(variables, GATES, WIDTHS, train)
     found, updated = module.apply(variables, GATES, train=train, mutable=["batch_stats"])
-    np.testing.assert_allclose(found, wanted, atol=2e-6)
-    moved = 0.9 * stats["mean"] + 0.1 * mean if train else stats["mean"]
-    np.testing.assert_allclose(updated["batch_stats"]["BatchNorm_0"]["mean"], moved.detach().numpy(), atol=1e-6)
+    np.testing.assert_allclose(found, wanted.detach().numpy(), atol=2e-6)
+    before, after = (tree["batch_stats"]["BatchNorm_0"]["mean"] for tree in (variables, updated))
+    assert before.shape == (len(WIDTHS), 16)  # statistics per gate and feature
+    moved = 0.9 * before + 0.1 * mean.detach().numpy() if train else before
+    np.testing.assert_allclose(after, moved, atol=1e-6)
 
 
 def test_authors_form():
@@ -90,8 +96,8 @@ def test_linear_regression():
 
 
 @pytest.mark.parametrize("name", PREDICTORS)
-def test_every_form_starts_without_an_opinion(name):
+def test_every_form_starts_far_from_certainty(name):
     module = PREDICTORS[name](WIDTHS)
     predicted = module.apply(module.init(jax.random.key(0), jnp.asarray(GATES)), GATES)
     assert predicted.shape == (6,)
-    assert np.all(np.abs(predicted) < 3)
+    assert np.all(np.abs(predicted) < 3)  # logits: accuracies from 5 to 95 %

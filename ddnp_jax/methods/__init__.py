@@ -72,12 +72,14 @@ class Search(NamedTuple):
       step: (state, variables, (images, labels), rng) -> (state, metrics), seen from one device: images are normalized
         floats (N, H, W, C), `rng` is the same on all devices, means are taken over the mapped axis "data".
       propose: state on the host -> importances (C_l,) per gate and widths k (L,) in (0, 1].
+      notes: sentences for the report.
     """
 
     steps: int
     init: Callable[[jax.Array], Any]
     step: Callable[..., tuple[Any, dict[str, jax.Array]]]
     propose: Callable[[Any], tuple[tuple[np.ndarray, ...], np.ndarray]]
+    notes: tuple[str, ...] = ()
 
 
 class Seeds(flax.struct.PyTreeNode):

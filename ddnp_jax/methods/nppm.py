@@ -2,6 +2,10 @@
 
 One parameter per channel opens or closes it ("differentiable gates", DG). Beside the classification loss, the gates
 follow a network PN that predicts the accuracy of sub-networks and learns from an episodic memory of the search itself.
+
+Where the paper leaves a choice: the classification loss is that of the rounded sub-network, so that the accuracy in the
+memory is the stored sub-network's; PN judges gates by its running batch statistics, as at test time; and until the
+memory holds more pairs than a batch of PN, PN neither learns nor has a say.
 """
 
 import dataclasses
@@ -89,8 +93,13 @@ def check(config: ml_collections.ConfigDict) -> None:
       ValueError: names the field and what it may be.
     """
     refuse_unknown(config, CHOICES)
-    if config.memory_steps < 1:
-        raise ValueError(f"search.memory_steps={config.memory_steps} must be at least 1.")
+    if not 0 < config.decay_at <= 1:
+        raise ValueError(f"search.decay_at={config.decay_at} must be in (0, 1]: a fraction of the search.")
+    if config.predictor == "none":
+        return
+    for field in ("memory_steps", "predictor_batch_size"):
+        if config[field] < 1:
+            raise ValueError(f"search.{field}={config[field]} must be at least 1.")
     if config.memory_size <= config.predictor_batch_size:
         raise ValueError(
             f"search.memory_size={config.memory_size} must be above search.predictor_batch_size="
@@ -114,28 +123,26 @@ class _NPPM:
     optimizer: optax.GradientTransformation
     predictor_optimizer: optax.GradientTransformation
 
-    def networks(self, gates: jax.Array, rng: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The relaxed gates a (D,), and the sub-network of their rounding with a's gradient."""
-        relaxed = masks.relaxed_bernoulli(gates, rng)
-        return relaxed, masks.straight_through(relaxed)
+    def sub_network(self, gates: jax.Array, rng: jax.Array) -> tuple[jax.Array, ...]:
+        """The relaxed gates a rounded, (C_l,) per gate, with a's gradient."""
+        rounded = masks.straight_through(masks.relaxed_bernoulli(gates, rng))
+        return masks.split_gates(rounded, self.problem.topology.widths)
 
     def classification(
         self, gates: jax.Array, variables: Any, batch: Any, rng: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Cross-entropy of the sub-network, so that the accuracy in the memory is that of the stored gates."""
-        hard = masks.split_gates(self.networks(gates, rng)[1], self.problem.topology.widths)
-        metrics = self.problem.classification(hard, variables, batch)
+        """Cross-entropy of the sub-network."""
+        metrics = self.problem.classification(self.sub_network(gates, rng), variables, batch)
         return metrics["cross_entropy"], metrics
 
     def resource(self, gates: jax.Array, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """λ R(T, p T_total) with T of the sub-network."""
-        hard = masks.split_gates(self.networks(gates, rng)[1], self.problem.topology.widths)
-        metrics = self.problem.resource(jnp.stack([jnp.sum(gate) for gate in hard]))
+        metrics = self.problem.resource(jnp.stack([jnp.sum(gate) for gate in self.sub_network(gates, rng)]))
         return self.problem.config.resource_weight * metrics["resource_loss"], metrics
 
     def performance(self, gates: jax.Array, predictor: Any, rng: jax.Array, noise_rng: jax.Array) -> jax.Array:
         """log(1 / PN(a')), a' = clip(a + σ n, 0, 1)."""
-        relaxed, _ = self.networks(gates, rng)
+        relaxed = masks.relaxed_bernoulli(gates, rng)
         noise = self.problem.config.predictor_noise * jax.random.normal(noise_rng, relaxed.shape)
         logit = self.predictor.apply(predictor, jnp.clip(relaxed + noise, 0.0, 1.0)[None])[0]
         return -jax.nn.log_sigmoid(logit)
@@ -161,9 +168,9 @@ class _NPPM:
         classified = jax.grad(self.classification, has_aux=True)(state.gates, variables, batch, gate_rng)
         # On CPU small operations wait long behind large ones: the rest starts after the backbone.
         state, (gradient, metrics) = jax.lax.optimization_barrier((state, jax.lax.pmean(classified, "data")))
-        resource_gradient, resource = jax.grad(self.resource, has_aux=True)(state.gates, gate_rng)
-        metrics |= resource
-        loss = metrics["cross_entropy"] + self.problem.config.resource_weight * metrics["resource_loss"]
+        (resource, measured), resource_gradient = jax.value_and_grad(self.resource, has_aux=True)(state.gates, gate_rng)
+        metrics |= measured
+        loss = metrics["cross_entropy"] + resource
         update = gradient + resource_gradient
         if self.predictor is not None:
             ready = state.memory.count > self.problem.config.predictor_batch_size
@@ -173,7 +180,8 @@ class _NPPM:
             update = update + jnp.where(ready, own, 0.0)
             loss = loss + jnp.where(ready, performance, 0.0)
             state, predictor_loss = self.learn(state, gate_rng, sample_rng, metrics["top1"] / 100)
-            metrics |= {"predictor_loss": predictor_loss, "predicted_top1": 100 * jnp.exp(-performance)}
+            judged = jnp.where(ready, 100 * jnp.exp(-performance), jnp.nan)
+            metrics |= {"predictor_loss": predictor_loss, "predicted_noisy_top1": judged}
         updates, opt_state = self.optimizer.update(update, state.opt_state, state.gates)
         gates = optax.apply_updates(state.gates, updates)
         return state.replace(step=state.step + 1, gates=gates, opt_state=opt_state), metrics | {"loss": loss}
@@ -187,8 +195,8 @@ class _NPPM:
           The state, and PN's loss on its batch, NaN before it learns.
         """
         config = self.problem.config
-        hard = self.networks(state.gates, gate_rng)[1]
-        memory = episodic.add(state.memory, hard, accuracy, config.memory_steps)
+        stored = jnp.concatenate(self.sub_network(state.gates, gate_rng))
+        memory = episodic.add(state.memory, stored, accuracy, config.memory_steps)
         ready = memory.count > config.predictor_batch_size
         pairs = episodic.sample(memory, sample_rng, config.predictor_batch_size, config.memory_balanced)
         gradient = jax.value_and_grad(self.predictor_objective, has_aux=True)
@@ -220,15 +228,30 @@ class _NPPM:
         return importance, np.array([*is_open])
 
 
+def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
+    """AdamW of the gates, the rate x0.1 from `decay_at` of the steps on."""
+    rate = optax.piecewise_constant_schedule(config.optimizer.learning_rate, {round(config.decay_at * steps): 0.1})
+    return optax.adamw(rate, weight_decay=config.optimizer.weight_decay)
+
+
 def build(problem: Problem) -> Search:
     """The search of `problem.config`, whose fields `default_config` describes."""
     config, steps = problem.config, problem.steps
     check(config)
-    rate = optax.piecewise_constant_schedule(config.optimizer.learning_rate, {round(config.decay_at * steps): 0.1})
     search = _NPPM(
         problem,
         None if config.predictor == "none" else PREDICTORS[config.predictor](problem.topology.widths),
-        optax.adamw(rate, weight_decay=config.optimizer.weight_decay),
+        make_optimizer(config, steps),
         optax.adamw(config.predictor_optimizer.learning_rate, weight_decay=config.predictor_optimizer.weight_decay),
     )
-    return Search(steps, search.init, search.step, search.propose)
+    return Search(steps, search.init, search.step, search.propose, _notes(config, steps))
+
+
+def _notes(config: ml_collections.ConfigDict, steps: int) -> tuple[str, ...]:
+    pairs, needed = max(steps - 1, 0) // config.memory_steps, config.predictor_batch_size
+    if config.predictor == "none" or pairs > needed:
+        return ()
+    return (
+        f"The search was too short for PN, which takes part once the memory has more than {needed} pairs (before the "
+        f"last step it had {pairs}): the gates are those of DG.",
+    )

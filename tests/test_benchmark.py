@@ -13,7 +13,7 @@ import torch
 
 import ddnp_jax
 from ddnp_jax import losses, models, torch_weights
-from experiments import benchmark, loading, turns
+from experiments import benchmark, generator_cost, loading, turns
 from experiments.pytorch_resnet import CifarResNet, mask_gradients, randomize
 from experiments.turns import Measurement
 
@@ -47,6 +47,35 @@ def measured():
         "search step, scalars": Measurement([1.0, 1.6, 5.0], 2**20),
         "PyTorch": Measurement([4.0, 1.0, 8.0], 2**19),
     }
+
+
+def test_the_cost_of_generators_predictor_and_memory():
+    lines = generator_cost.tables(
+        {
+            "DDNP, scalars": Measurement([1.0, 2.0, 4.0], 2**20),
+            "DDNP, generators": Measurement([1.1, 2.4, 4.0], 3 * 2**20),
+            "DG": Measurement([1.0, 1.0, 4.0], 2**20),
+            "NPPM": Measurement([1.1, 1.2, 6.0], 2**20),
+        }
+    ).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line]
+    assert cells[3] == ["DDNP, generators", "2.400", "3"]
+    assert cells[-3:] == [
+        ["the generators", "DDNP, generators / DDNP, scalars", "1.100"],  # of 1.1, 1.2, 1
+        ["the method", "NPPM / DDNP, generators", "1.000"],  # of 1, 0.5, 1.5
+        ["PN and memory", "NPPM / DG", "1.200"],  # of 1.1, 1.2, 1.5
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--only=resnet65"], "--only=resnet65 is unknown; use resnet56, resnet50"), (["--rounds=0"], "at least 1")],
+)
+def test_refusals_of_generator_cost(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["generator_cost", *arguments])
+    with pytest.raises(SystemExit):
+        generator_cost.main()
+    assert message in capsys.readouterr().err
 
 
 def test_figures_are_medians_and_ratios_medians_of_each_rounds_ratio():

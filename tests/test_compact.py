@@ -221,6 +221,15 @@ def test_attributes_that_cannot_be_written_need_the_model(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded, variables)
 
 
+def test_a_model_with_other_attributes_is_refused(tmp_path):
+    model = models.create("resnet20", 7, shortcut="avgpool")
+    save_pruned(tmp_path, model, zoo.randomized(model, SHAPE))
+    for same in (model, model.clone(dtype=jnp.bfloat16)):
+        assert load_pruned(tmp_path, model=same)[0] is same
+    with pytest.raises(ValueError, match=r"holds a network with shortcut='avgpool', and the model has its default"):
+        load_pruned(tmp_path, model=models.create("resnet20", 7))  # without parameters: the weights would fit
+
+
 def test_damaged_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"model\.json does not exist"):
         load_pruned(tmp_path / "nothing")

@@ -14,7 +14,8 @@ import torch
 
 from configs import cifar10_r56, default, digits_r20
 from ddnp_jax import data, latency, pipeline, training
-from ddnp_jax.compact import load_pruned
+from ddnp_jax.checkpoint import Checkpoints
+from ddnp_jax.compact import load_pruned, save_pruned
 from experiments import launch
 
 P = 0.5
@@ -34,8 +35,8 @@ def data_dir(tmp_path_factory):
     return str(tmp_path_factory.mktemp("tfds"))
 
 
-def tiny(data_dir):
-    config = digits_r20.get_config()
+def tiny(data_dir, argument=""):
+    config = digits_r20.get_config(argument)
     config.data.data_dir = data_dir
     config.data.search_fraction = 0.6  # few training images: the base takes 4 steps
     config.base.update(epochs=1, batch_size=128, chunk_steps=1, save_every=2)
@@ -229,6 +230,31 @@ def test_searches_from_several_seeds_go_on_and_leave_their_curves_in_the_log(con
         run(tmp_path / "whole")
 
 
+def test_killed_nppm_search_goes_on_bit_for_bit(data_dir, tmp_path, monkeypatch):
+    config = tiny(data_dir, "nppm")
+    config.search.update(epochs=2, memory_steps=1, predictor_batch_size=2)  # PN learns from the third step on
+
+    def run(workdir):
+        job = pipeline.prepare(config, workdir, model=Own((20, 12)), rebuild=Own)
+        variables = job.model.init(jax.random.key(0), np.zeros((1, *job.dataset.image_shape)), train=False)
+        method = pipeline._method(job, variables)
+        assert method.notes == ()
+        selection = pipeline.search(job, variables)
+        with Checkpoints(workdir / "search") as checkpoints:
+            _, state = checkpoints.restore(jax.device_get(method.init(jax.random.key(0))))
+        return selection, log_of(workdir), state
+
+    selection, log, state = run(tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        interrupt_at(patch, "search", 5, kill)
+        run(tmp_path / "killed")
+    selection_of_killed, log_of_killed, state_of_killed = run(tmp_path / "killed")
+    assert (selection_of_killed, log_of_killed) == (selection, log)
+    jax.tree.map(np.testing.assert_array_equal, state_of_killed, state)
+    assert int(state.memory.count) == 8
+    assert ["predictor_loss" in line for line in log if "loss" in line] == [False] * 2 + [True] * 6
+
+
 def test_a_latency_table_is_not_written_into_the_workdir_of_another_run(config, tmp_path):
     pipeline.prepare(config, tmp_path, model=Own((20, 12)), rebuild=Own)
     config.budget.kind = "latency"
@@ -305,6 +331,13 @@ def test_unusable_weights_leave_the_workdir_to_the_corrected_command(config, tmp
     config.base.weights = str(tmp_path / "other.pth")
     torch.save({"conv1.weight": torch.zeros(8, 1, 3, 3)}, config.base.weights)
     with pytest.raises(ValueError, match=r"other\.pth .*'conv1\.weight' has shape \(8, 1, 3, 3\)"):
+        pipeline.prepare(config, tmp_path / "run")
+    config.base.weights = str(tmp_path / "folder")
+    other = Own((20, 13))
+    save_pruned(config.base.weights, other, other.init(jax.random.key(0), np.zeros((1, 8, 8, 1)), train=False))
+    with pytest.raises(
+        ValueError, match=r"model\.json holds a network with channels=\[20, 13\], and the model has its"
+    ):
         pipeline.prepare(config, tmp_path / "run")
     config.base.weights = ""
     assert pipeline.prepare(config, tmp_path / "run").weights is None

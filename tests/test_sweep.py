@@ -1,10 +1,13 @@
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from test_pipeline import Own, tiny
 
 from configs import digits_r20
+from ddnp_jax import pipeline
 from experiments import ddnp_figures, nppm_figures, sweep
 
 CURVES = {
@@ -35,6 +38,9 @@ def test_publish_writes_a_picture_with_a_line_per_setting(tmp_path):
     assert [line.get_label() for line in left.lines] == ["PN", "DG"]
     np.testing.assert_allclose(left.lines[0].get_ydata(), [6.0, 2.0])
     assert len(right.lines) == 1
+    assert sweep.figure("title", panels, CURVES).get_suptitle() == "title; 2 seeds, mean and standard deviation"
+    one = {key: lines for key, lines in CURVES.items() if key[1] == 0}
+    assert sweep.figure("title", panels, one).get_suptitle() == "title; one seed"
 
 
 @pytest.mark.parametrize(("figures", "argument"), [(ddnp_figures, ""), (nppm_figures, "nppm")])
@@ -42,7 +48,7 @@ def test_every_setting_is_a_field_that_exists_and_every_panel_draws_settings(fig
     config = digits_r20.get_config(argument)
     for fields in figures.SETTINGS.values():
         sweep.setting_config(config, fields, seed=1)  # a locked configuration refuses unknown fields
-    panels = figures.PANELS if argument else figures.panels(0.5)
+    panels = figures.PANELS if argument else figures.panels(config)
     assert {name for panel in panels for name in panel.settings} == set(figures.SETTINGS)
 
 
@@ -57,6 +63,59 @@ def test_a_setting_changes_nothing_else():
     assert (own.search.predictor, own.seed, own.search.test_curve) == ("none", 3, True)
     own.update_from_flattened_dict({"search.predictor": "gru", "seed": 0, "search.test_curve": False})
     assert own.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(("kind", "whole"), [("log_abs", 0.6931472), ("abs", 0.5), ("square", 0.25)])
+def test_r_is_1_for_the_whole_network(kind, whole):
+    config = digits_r20.get_config()
+    config.search.resource_loss = kind
+    config.budget.p = 0.5
+    scales = {panel.metric: panel.scale for panel in ddnp_figures.panels(config)}
+    assert scales == {"test_top1": 1.0, "resource_loss": pytest.approx(1 / whole)}
+    config.budget.p = 1.0
+    with pytest.raises(ValueError, match=r"budget\.p=1\.0 leaves nothing to remove"):
+        ddnp_figures.panels(config)
+
+
+def command_line(monkeypatch, seeds, *settings):
+    for flag, value in (("SEEDS", seeds), ("AT_ONCE", 2), ("CHOSEN", settings)):
+        monkeypatch.setattr(sweep, flag, SimpleNamespace(value=value))
+
+
+def test_a_part_of_a_figure_goes_on_and_keeps_its_base(tmp_path, monkeypatch):
+    config = tiny(str(tmp_path / "data"), "nppm")
+    config.search.update(memory_steps=1, predictor_batch_size=2)
+    monkeypatch.setattr(pipeline.models, "create", lambda name, classes, **attributes: Own((20, 12)))
+    command_line(monkeypatch, 2, "DG", "PN")
+    nppm_figures.draw(config, tmp_path / "run")
+    curves, summary = ((tmp_path / "run" / name).read_text() for name in ("curves.csv", "summary.md"))
+    with (tmp_path / "run" / "curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    learned = [(row["setting"], row["seed"], row["step"]) for row in rows if row.get("predictor_loss")]
+    assert learned == [("PN", seed, step) for seed in "01" for step in "34"]  # of four steps
+    assert {(row["setting"], row["seed"]) for row in rows if row["test_top1"]} == {
+        (setting, seed) for setting in ("DG", "PN") for seed in "01"
+    }
+    assert [line.split("|")[1].strip() for line in summary.splitlines()] == ["setting", "-" * 7, "DG", "PN"]
+    monkeypatch.setattr(pipeline.training, "_dispatch", None)  # no step is taken again
+    nppm_figures.draw(config, tmp_path / "run")
+    assert (tmp_path / "run" / "curves.csv").read_text() == curves
+    config.data.search_fraction = 0.5
+    with pytest.raises(ValueError, match=r"run/base belongs .*\n.*data\.search_fraction: workdir has 0\.6"):
+        nppm_figures.draw(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["PM"], r"--setting='PM' is unknown; use one of 'PN', 'DG'"),
+        (["DG", "LR"], r"no picture of the figure shows only the settings of --setting"),
+    ],
+)
+def test_settings_that_make_no_picture_are_refused(settings, message, tmp_path, monkeypatch):
+    command_line(monkeypatch, 1, *settings)
+    with pytest.raises(ValueError, match=message):
+        nppm_figures.draw(digits_r20.get_config("nppm"), tmp_path)
 
 
 def test_the_searches_share_a_base(tmp_path, monkeypatch):

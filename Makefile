@@ -26,4 +26,4 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV)

@@ -110,7 +110,7 @@ class Checkpoints:
 
         Raises:
           ValueError: if the checkpoint does not fit the template; the message names the first leaf that differs.
-          RuntimeError: if there are checkpoints and all are damaged.
+          ValueError: also if there are checkpoints and all are damaged.
         """
         return self._first_undamaged(sorted(self._manager.all_steps(), reverse=True), template)
 
@@ -139,7 +139,7 @@ class Checkpoints:
             return step, state
         if damaged:
             reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
-            raise RuntimeError(
+            raise ValueError(
                 f"Every checkpoint in {self.directory} is damaged ({reasons}); "
                 "put a good copy back, or delete the directory to start this stage again."
             )
@@ -266,6 +266,18 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
         os.close(folder)
 
 
+def read_json(path: Path) -> Any:
+    """What a file of a workdir holds.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); put it back, or give this run another workdir.") from error
+
+
 def claim_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequence[str] = ()) -> None:
     """Makes a workdir this run's own, or checks that it is: its `config.json` must hold the same config.
 
@@ -291,10 +303,7 @@ def check_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequen
     path = _identity(workdir)
     if not path.exists():
         return
-    try:
-        theirs = _fields(json.loads(path.read_text()))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); put it back, or give this run another workdir.") from error
+    theirs = _fields(read_json(path))
     ours = _fields(json.loads(json.dumps(config)))  # tuples become lists, as in the file
     differing = [
         f"  {name}: workdir has {_shown(theirs, name)}, this run has {_shown(ours, name)}"

@@ -2,13 +2,15 @@
 
 import dataclasses
 import functools
-import json
+import math
+import operator
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import ml_collections
 import numpy as np
@@ -22,7 +24,31 @@ from ddnp_jax.topology import Selection, Topology, trace
 
 Rebuild = Callable[[tuple[int, ...]], nn.Module]
 
+_STAGES = ("base", "search", "finetune")
+
 _MAY_DIFFER = ("data.threads",)  # fields of the configuration that may change when a run goes on
+_WRITTEN = ("results.json", "metrics.jsonl", "base", "search", "finetune")  # in a workdir that has been used
+
+# The smallest and largest value of numbers that would otherwise fail late, or train something else without a word.
+_TRAINER = {
+    "learning_rate": (0.0, math.inf),
+    "momentum": (0.0, 1.0),
+    "weight_decay": (0.0, math.inf),
+    "warmup_epochs": (0.0, math.inf),
+    "label_smoothing": (0.0, 1.0),
+}
+_LIMITS = {
+    "seed": (0, math.inf),
+    **{f"{stage}.{field}": (1, math.inf) for stage in _STAGES for field in ("chunk_steps", "save_every")},
+    **{f"{stage}.{field}": limits for stage in ("base", "finetune") for field, limits in _TRAINER.items()},
+    "base.epochs": (1, math.inf),
+    "search.epochs": (1, math.inf),
+    "search.resource_weight": (0.0, math.inf),
+    "finetune.epochs": (0, math.inf),  # 0: the cut network is the result
+    "finetune.distillation_weight": (0.0, 1.0),
+    "finetune.distillation_temperature": (1e-3, math.inf),
+    "finetune.recalibration_steps": (0, math.inf),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +59,7 @@ class Run:
       config: the whole configuration.
       workdir: where everything is written.
       dataset: images and their splits.
+      name: of the model.
       model: the unpruned network.
       rebuild: makes the smaller module from the channels per gate; None where the model has `widths`.
       topology: of the model.
@@ -44,6 +71,7 @@ class Run:
     config: ml_collections.ConfigDict
     workdir: Path
     dataset: data.Dataset
+    name: str
     model: nn.Module
     rebuild: Rebuild | None
     topology: Topology
@@ -98,28 +126,66 @@ def prepare(
         another run.
     """
     dtype = computation_dtype(config.precision)
-    for section in ("base", "search", "finetune"):
+    _check_numbers(config)
+    for section in _STAGES:
         _check_batch(section, config[section])
     parallel.check_batch(config.eval_batch_size, "eval_batch_size")
     methods.check(config.search)
     for section in ("base", "finetune"):
-        training.schedule(config[section], updates_per_epoch=1)
+        _check_schedule(section, config[section])
     parallel.check_mode(config.parallel.mode)
     dataset = data.load(config.data)
     _check_splits(config, dataset)
+    name = config.model.name if model is None else type(model).__name__
     if model is None:
         attributes = {**config.model.attributes, "dtype": dtype}
         model = models.create(config.model.name, dataset.num_classes, **attributes)
+    elif config.precision != "float32":
+        raise ValueError(f"precision={config.precision!r} is for this library's models; give {name} its own data type.")
     topology = trace(model, dataset.image_shape)
     workdir = Path(workdir)
     measured = functools.partial(latency.measured_once, workdir / "latency.json", model, topology, _local_batch(config))
     identity = config.to_dict()
-    checkpoint.check_workdir(workdir, identity, _MAY_DIFFER)  # a measured budget writes its table there
-    budget = make_budget(config.budget, topology, measured)
+    _check_workdir(workdir, identity)  # a measured budget writes its table there
     weights = _given_weights(config.base.weights, model, topology)
+    budget = make_budget(config.budget, topology, measured)
+    _check_rebuild(model, rebuild, topology, budget)
     checkpoint.claim_workdir(workdir, identity, _MAY_DIFFER)
     log = training.MetricsLog(workdir / "metrics.jsonl")
-    return Run(config, workdir, dataset, model, rebuild, topology, budget, weights, log)
+    return Run(config, workdir, dataset, name, model, rebuild, topology, budget, weights, log)
+
+
+def _check_numbers(config: ml_collections.ConfigDict) -> None:
+    for name, (least, most) in _LIMITS.items():
+        value = functools.reduce(operator.getitem, name.split("."), config)
+        if not least <= value <= most:
+            wanted = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise ValueError(f"{name}={value} must be {wanted}.")
+
+
+def _check_schedule(name: str, section: ml_collections.ConfigDict) -> None:
+    try:
+        training.schedule(section, updates_per_epoch=1)
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from error
+
+
+def _check_workdir(workdir: Path, identity: dict[str, Any]) -> None:
+    checkpoint.check_workdir(workdir, identity, _MAY_DIFFER)
+    left = [name for name in _WRITTEN if (workdir / name).exists()]
+    if left and not (workdir / "config.json").exists():
+        raise ValueError(
+            f"{workdir} has {left[0]} of a run but not its config.json; put it back, or use another workdir."
+        )
+
+
+def _check_rebuild(model: nn.Module, rebuild: Rebuild | None, topology: Topology, budget: Budget) -> None:
+    """Cuts zeros down to the smallest widths, so that a module that cannot be cut is refused before it is trained."""
+    if rebuild is None and hasattr(model, "widths"):
+        return
+    zeros = flax.traverse_util.unflatten_dict({path: np.zeros(shape) for path, shape in topology.variables})
+    smallest = Selection(tuple(tuple(range(width)) for width in budget.smallest_widths))
+    compact(model, zeros, smallest, topology, rebuild)
 
 
 def computation_dtype(precision: str) -> Any:
@@ -136,7 +202,7 @@ def computation_dtype(precision: str) -> Any:
 
 def _check_splits(config: ml_collections.ConfigDict, dataset: data.Dataset) -> None:
     """Refuses splits that a stage would miss later: a batch that they do not fill, or none to choose by."""
-    for section in ("search", "finetune") if config.base.weights else ("base", "search", "finetune"):
+    for section in _STAGES[1:] if config.base.weights else _STAGES:
         found, batch_size = len(_indices(dataset, section)), config[section].batch_size
         if found < batch_size:
             raise ValueError(
@@ -197,11 +263,12 @@ def _given_weights(path: str, model: nn.Module, topology: Topology) -> Any:
     """Weights of `model` from a PyTorch checkpoint, or from a folder written by `save_pruned`; None for ''."""
     if not path:
         return None
-    if not Path(path).exists():
+    file = Path(path).expanduser()
+    if not file.exists():
         raise ValueError(f"base.weights={path!r} does not exist; give a PyTorch checkpoint, or '' to train.")
-    if not Path(path).is_dir():
-        return torch_weights.load(path, model, topology.input_shape)
-    _, variables = load_pruned(path, model)
+    if not file.is_dir():
+        return torch_weights.load(file, model, topology.input_shape)
+    _, variables = load_pruned(file, model)
     try:
         topology.check(variables)
     except ValueError as error:
@@ -292,12 +359,11 @@ def finetune(job: Run, variables: Any, small_model: nn.Module, small_variables: 
 def summarize(job: Run, selection: Selection) -> dict[str, Any]:
     """Everything that the report says, as one flat dictionary."""
     config, topology, results = job.config, job.topology, _results(job)
-    stages = ("base", "search", "finetune")
     convention, budget = config.budget.convention, job.budget
     return {
         "method": config.search.method,
         "variant": config.variant,
-        "model": config.model.name,
+        "model": job.name,
         "dataset": data.label(config.data),
         "seed": config.seed,
         "p": budget.p,
@@ -320,10 +386,10 @@ def summarize(job: Run, selection: Selection) -> dict[str, Any]:
         "gate_names": [gate.name for gate in topology.gates],
         "widths_before": list(topology.widths),
         "widths": list(selection.widths),
-        "seconds": {stage: training.seconds(job.workdir / stage) for stage in stages},
-        "epochs": {stage: config[stage].epochs for stage in stages},
+        "seconds": {stage: training.seconds(job.workdir / stage) for stage in _STAGES},
+        "epochs": {stage: config[stage].epochs for stage in _STAGES},
         "batch_norm": "synced" if _syncs(job, job.model) else "per device",
-        "precision": config.precision,
+        "precision": np.dtype(getattr(job.model, "dtype", None) or np.float32).name,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "latency_ms": results["latency_ms"],
         "verification": results["verification"],
@@ -454,7 +520,7 @@ def _seconds(call: Callable[[Any], Any], images: jax.Array) -> float:
 
 def _results(job: Run) -> dict[str, Any]:
     path = job.workdir / "results.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return checkpoint.read_json(path) if path.exists() else {}
 
 
 def _once(job: Run, name: str, compute: Callable[[], Any]) -> Any:

@@ -241,7 +241,8 @@ def _result_table(report: Mapping[str, Any]) -> str:
 def _latency_sentence(report: Mapping[str, Any]) -> str:
     if report["latency_ms"] is None:
         return "Latency was not measured."
-    return f"Latency: forward pass of a batch of {report['latency_ms']['batch']} on {report['devices']}."
+    where = report["devices"] if report["devices"].startswith("1 x ") else f"one of {report['devices']}"
+    return f"Latency: forward pass of a batch of {report['latency_ms']['batch']} on {where}."
 
 
 def _budget(report: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ import optax
 from tqdm import tqdm
 
 from ddnp_jax import data, losses, parallel
-from ddnp_jax.checkpoint import Checkpoints, PreemptionGuard, write_json_atomic
+from ddnp_jax.checkpoint import Checkpoints, PreemptionGuard, read_json, write_json_atomic
 
 # One step, seen from one device: (state, constants, (images, labels), rng) -> (state, metrics). Images are normalized
 # floats (N, H, W, C); `rng` is the same on all devices; means are taken over the mapped axis "data"; metrics hold at
@@ -41,7 +41,15 @@ def variables(state: TrainState) -> dict[str, Any]:
 
 
 def schedule(config: ml_collections.ConfigDict, updates_per_epoch: int) -> optax.Schedule:
-    """Linear warm-up from 0, then step decay (x0.1 at the fractions `decay_at` of the whole run) or cosine to 0."""
+    """Linear warm-up from 0, then step decay (x0.1 at the fractions `decay_at` of the whole run) or cosine to 0.
+
+    Raises:
+      ValueError: names the field that is wrong.
+    """
+    if config.warmup_epochs >= config.epochs > 0:
+        raise ValueError(f"warmup_epochs={config.warmup_epochs} must be below the {config.epochs} epochs of the stage.")
+    if not all(0 < fraction <= 1 for fraction in config.decay_at):
+        raise ValueError(f"decay_at={tuple(config.decay_at)} must be fractions of the run, in (0, 1].")
     steps = config.epochs * updates_per_epoch
     warmup = round(config.warmup_epochs * updates_per_epoch)
     match config.schedule:
@@ -97,10 +105,10 @@ def train_step(
       teacher: the unpruned network; its variables are then the step's constants.
     """
 
-    def objective(params: Any, state: TrainState, constants: Any, batch: Any) -> tuple[jax.Array, Any]:
+    def objective(params: Any, state: TrainState, constants: Any, batch: Any, rngs: Any) -> tuple[jax.Array, Any]:
         images, labels = batch
         state_variables = {"params": params, "batch_stats": state.batch_stats}
-        logits, updated = model.apply(state_variables, images, train=True, mutable=["batch_stats"])
+        logits, updated = model.apply(state_variables, images, train=True, mutable=["batch_stats"], rngs=rngs)
         logits = logits.astype(jnp.float32)
         loss = losses.cross_entropy(logits, labels, config.label_smoothing)
         if teacher is not None:
@@ -111,8 +119,8 @@ def train_step(
         return loss, (metrics, updated["batch_stats"])
 
     def step(state: TrainState, constants: Any, batch: Any, rng: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        del rng
-        gradients, (metrics, batch_stats) = jax.grad(objective, has_aux=True)(state.params, state, constants, batch)
+        gradient, rngs = jax.grad(objective, has_aux=True), _model_rngs(rng)
+        gradients, (metrics, batch_stats) = gradient(state.params, state, constants, batch, rngs)
         gradients, metrics, batch_stats = jax.lax.pmean((gradients, metrics, batch_stats), "data")
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -121,12 +129,17 @@ def train_step(
     return step
 
 
+def _model_rngs(rng: jax.Array) -> dict[str, jax.Array]:
+    """What a model of the user's may draw from in training mode, other numbers on every device."""
+    return {"dropout": jax.random.fold_in(rng, jax.lax.axis_index("data"))}
+
+
 def recalibration_step(model: nn.Module) -> Step:
     """Re-estimates batch statistics in training mode; nothing else changes."""
 
     def step(state: TrainState, constants: Any, batch: Any, rng: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        del constants, rng
-        _, updated = model.apply(variables(state), batch[0], train=True, mutable=["batch_stats"])
+        del constants
+        _, updated = model.apply(variables(state), batch[0], train=True, mutable=["batch_stats"], rngs=_model_rngs(rng))
         batch_stats = jax.lax.pmean(updated["batch_stats"], "data")
         return state.replace(step=state.step + 1, batch_stats=batch_stats), {"loss": jnp.float32(0)}
 
@@ -244,12 +257,13 @@ class MetricsLog:
             temporary.write_text("".join(kept))
             temporary.replace(self._path)
 
-    def best(self, stage: str) -> float:
-        """Highest top-1 accuracy of a stage on held-out training images, in percent."""
-        entries = map(json.loads, self._path.read_text().splitlines())
-        return max(
+    def best(self, stage: str) -> float | None:
+        """Highest top-1 accuracy of a stage on held-out training images, in percent; None of no steps."""
+        entries = map(json.loads, self._path.read_text().splitlines() if self._path.exists() else ())
+        found = [
             entry["validation_top1"] for entry in entries if entry["stage"] == stage and "validation_top1" in entry
-        )
+        ]
+        return max(found, default=None)
 
     def write(self, stage: str, step: int, **values: Any) -> None:
         """Appends one line."""
@@ -402,4 +416,4 @@ class _Clock:
 def seconds(folder: Path) -> float:
     """Seconds that the stage in `folder` took, over all its runs."""
     path = folder / "seconds.json"
-    return json.loads(path.read_text()) if path.exists() else 0.0
+    return read_json(path) if path.exists() else 0.0

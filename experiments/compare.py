@@ -1,12 +1,15 @@
 """`python -m experiments.compare RUN/report.json ...`: one table over several runs, mean and deviation over seeds."""
 
-import json
 import sys
 from pathlib import Path
 
 from ddnp_jax import report
+from ddnp_jax.checkpoint import read_json
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         raise SystemExit("error: name at least one report.json: python -m experiments.compare RUN/report.json ...")
-    print(report.compare([json.loads(Path(path).read_text()) for path in sys.argv[1:]]))
+    try:
+        print(report.compare([read_json(Path(path)) for path in sys.argv[1:]]))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error

@@ -85,8 +85,8 @@ def run(
         from ddnp_jax import parallel
 
         logging.set_verbosity(logging.WARNING)  # orbax writes a page per checkpoint
-        parallel.initialize(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         try:
+            parallel.initialize(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
             print(job(config.value, _WORKDIR.value))
         except (ValueError, OSError, ImportError, FloatingPointError) as error:
             raise SystemExit(f"error: {error}") from error

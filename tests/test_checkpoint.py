@@ -217,7 +217,7 @@ def test_all_damaged_is_an_error_and_leaves_them_where_they_are(tmp_path):
     flip_a_bit_of_the_kernel(tmp_path / "1")
     shutil.rmtree(tmp_path / "2" / "arrays")
     for _ in range(2):  # the next run does not start from scratch either
-        with Checkpoints(tmp_path) as checkpoints, pytest.raises(RuntimeError) as error:
+        with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError) as error:
             checkpoints.restore(make_state())
         assert str(error.value).startswith(f"Every checkpoint in {tmp_path} is damaged (2: ")
         assert "1: leaf params/conv/1/kernel does not have the SHA-256" in str(error.value)

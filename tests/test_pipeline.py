@@ -39,7 +39,7 @@ def tiny(data_dir, argument=""):
     config = digits_r20.get_config(argument)
     config.data.data_dir = data_dir
     config.data.search_fraction = 0.6  # few training images: the base takes 4 steps
-    config.base.update(epochs=1, batch_size=128, chunk_steps=1, save_every=2)
+    config.base.update(epochs=1, warmup_epochs=0.5, batch_size=128, chunk_steps=1, save_every=2)
     config.search.update(epochs=1, batch_size=256, chunk_steps=1, save_every=2)
     config.finetune.update(epochs=1, batch_size=256, chunk_steps=2, save_every=1, distillation_weight=0.5)
     config.budget.p = P
@@ -179,6 +179,7 @@ def test_own_model_is_pruned_through_rebuild(config, tmp_path):
     config.search.method = "magnitude"
     report = pipeline.run(config, tmp_path, model=Own((20, 12)), rebuild=Own)
     assert report["gate_names"] == ["first", "second"]
+    assert (report["model"], report["precision"]) == ("Own", "float32")
     assert report["batch_norm"] == "per device"
     assert report["seconds"]["search"] == 0
 
@@ -276,6 +277,60 @@ def refused(config, tmp_path, **fields):
         pipeline.prepare(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("seed", -1, "seed=-1 must be at least 0."),
+        ("base.epochs", 0, "base.epochs=0 must be at least 1."),
+        ("search.epochs", 0, "search.epochs=0 must be at least 1."),
+        ("search.chunk_steps", 0, "search.chunk_steps=0 must be at least 1."),
+        ("finetune.save_every", 0, "finetune.save_every=0 must be at least 1."),
+        ("finetune.recalibration_steps", -1, "finetune.recalibration_steps=-1 must be at least 0."),
+        ("finetune.distillation_weight", 1.5, "finetune.distillation_weight=1.5 must be from 0.0 to 1.0."),
+        ("finetune.distillation_temperature", 0.0, "finetune.distillation_temperature=0.0 must be at least 0.001."),
+        ("base.label_smoothing", float("nan"), "base.label_smoothing=nan must be from 0.0 to 1.0."),
+        ("finetune.warmup_epochs", 5.0, "finetune.warmup_epochs=5.0 must be below the 1 epochs of the stage."),
+        ("base.schedule", "linear", "base.schedule='linear' is unknown; use 'step' or 'cosine'."),
+    ],
+)
+def test_numbers_of_the_stages_are_refused_at_once(field, value, message, config, tmp_path):
+    assert refused(config, tmp_path, **{field: value}) == message
+
+
+def test_a_workdir_without_its_configuration_is_refused(config, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"has metrics\.jsonl of a run but not its config\.json; put it back"):
+        pipeline.prepare(config, tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_an_own_model_that_cannot_be_cut_is_refused_before_it_is_trained(config, tmp_path):
+    for rebuild, message in (
+        (None, "Own has no attribute `widths`; pass rebuild="),
+        (lambda widths: Own((20, widths[1])), r"the smaller model expects batch_stats/norm/mean with shape \(20,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipeline.prepare(config, tmp_path / "run", model=Own((20, 12)), rebuild=rebuild)
+    config.precision = "bfloat16"
+    with pytest.raises(ValueError, match="precision='bfloat16' is for this library's models; give Own its own data"):
+        pipeline.prepare(config, tmp_path / "run", model=Own((20, 12)), rebuild=Own)
+    assert not (tmp_path / "run").exists()
+
+
+def test_cut_without_fine_tuning(config, tmp_path):
+    model = Own((20, 12))
+    variables = model.init(jax.random.key(0), np.zeros((1, 8, 8, 1)), train=False)
+    save_pruned(tmp_path / "base", model, variables)
+    config.base.weights = str(tmp_path / "base")
+    config.search.method = "magnitude"
+    config.finetune.epochs = 0
+    report = pipeline.run(config, tmp_path / "run", model=model, rebuild=Own)
+    assert report["pruned_top1"] == report["unfinetuned_top1"]
+    assert report["best_pruned_validation_top1"] is None
+    assert "| fine-tuning   |      - | not run |" in (tmp_path / "run" / "report.md").read_text()
+    assert load_pruned(tmp_path / "run" / "pruned")[0] == Own(tuple(report["widths"]))
 
 
 def test_refusals_name_the_field(config, tmp_path):

@@ -92,6 +92,10 @@ def test_markdown_states_the_result(workdir):
     assert "## Notes\n\n- fine-tuning shortened: 5 epochs\n" in written
 
 
+def test_latency_is_that_of_one_device(workdir):
+    assert "Latency: forward pass of a batch of 128 on one of 8 x H100." in text(workdir, devices="8 x H100")
+
+
 def test_markdown_tables_of_time_and_widths(workdir):
     written = text(workdir)
     assert (

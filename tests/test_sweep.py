@@ -2,6 +2,7 @@ import csv
 import json
 from types import SimpleNamespace
 
+import flax.linen as nn
 import numpy as np
 import pytest
 from test_pipeline import Own, tiny
@@ -82,10 +83,18 @@ def command_line(monkeypatch, seeds, *settings):
         monkeypatch.setattr(sweep, flag, SimpleNamespace(value=value))
 
 
+class Sized(nn.Module):
+    widths: tuple
+
+    @nn.compact
+    def __call__(self, x, train):
+        return Own(self.widths)(x, train)
+
+
 def test_a_part_of_a_figure_goes_on_and_keeps_its_base(tmp_path, monkeypatch):
     config = tiny(str(tmp_path / "data"), "nppm")
     config.search.update(memory_steps=1, predictor_batch_size=2)
-    monkeypatch.setattr(pipeline.models, "create", lambda name, classes, **attributes: Own((20, 12)))
+    monkeypatch.setattr(pipeline.models, "create", lambda name, classes, **attributes: Sized((20, 12)))
     command_line(monkeypatch, 2, "DG", "PN")
     nppm_figures.draw(config, tmp_path / "run")
     curves, summary = ((tmp_path / "run" / name).read_text() for name in ("curves.csv", "summary.md"))

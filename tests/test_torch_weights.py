@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from test_pipeline import Own
 
 from ddnp_jax import models, torch_weights
 from ddnp_jax.models.resnet_cifar import CifarResNet as FlaxCifarResNet
@@ -403,3 +404,11 @@ def test_variables_of_another_model_are_not_exported():
     del variables["params"]["linear"]["bias"]
     message = refusal(torch_weights.export, tiny(), variables)
     assert message.startswith("the set of variables does not fit the model: it lacks 'linear.bias' of shape (4,);")
+
+
+def test_a_module_of_ones_own_without_a_default_for_train():
+    model = Own((3, 2))
+    variables = model.init(jax.random.key(0), np.zeros((1, 8, 8, 1)), train=False)
+    state = torch_weights.export(model, variables, (8, 8, 1))
+    assert state["second.weight"].shape == (2, 3, 3, 3)
+    jax.tree.map(np.testing.assert_array_equal, torch_weights.load(state, model, (8, 8, 1)), variables)

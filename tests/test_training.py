@@ -70,6 +70,18 @@ def test_schedule_literal(fields, rates):
     np.testing.assert_allclose(found, list(rates.values()), rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"epochs": 5, "warmup_epochs": 5.0}, r"^warmup_epochs=5\.0 must be below the 5 epochs of the stage\.$"),
+        ({"decay_at": (50, 75)}, r"^decay_at=\(50, 75\) must be fractions of the run, in \(0, 1\]\.$"),
+    ],
+)
+def test_schedules_that_would_never_decay_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        training.schedule(make_config(**fields), 10)
+
+
 def test_an_unknown_schedule_is_refused():
     with pytest.raises(ValueError, match=r"^schedule='linear' is unknown; use 'step' or 'cosine'\.$"):
         training.schedule(make_config(schedule="linear"), 10)
@@ -216,6 +228,37 @@ def test_updates_of_micro_batches_are_those_of_whole_batches():
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     for i in (1, 2, 3, 5, 6, 7):  # nothing moves between the updates
         jax.tree.map(np.testing.assert_array_equal, params[4][i], params[4][i - 1])
+
+
+class Dropping(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dropout(0.5, deterministic=not train)(x.reshape(len(x), -1))
+        return nn.Dense(10, name="dense")(x)
+
+
+def test_dropout_draws_by_step_and_device():
+    model, config = Dropping(), make_config()
+    optimizer = training.make_optimizer(config, steps_per_epoch=1)
+    state = training.init_state(random_variables(model), optimizer)
+    images, labels = batch(0)
+    losses = {}
+    for key, devices in ((0, 2), (1, 2)):
+        parts = np.split(np.arange(len(images)), devices)
+        dropped = [
+            model.apply(
+                {"params": state.params},
+                images[part],
+                train=True,
+                rngs={"dropout": jax.random.fold_in(jax.random.key(key), device)},
+            )
+            for device, part in enumerate(parts)
+        ]
+        wanted = functional.cross_entropy(torch.tensor(np.concatenate(dropped)), torch.tensor(labels).long())
+        step = on_devices(training.train_step(model, optimizer, config), devices)
+        losses[key] = float(step(state, None, (images, labels), jax.random.key(key))[1]["loss"])
+        assert losses[key] == pytest.approx(wanted.item(), rel=1e-5)
+    assert losses[0] != losses[1]
 
 
 def test_recalibration_changes_batch_statistics_alone():

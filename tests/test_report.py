@@ -1,5 +1,7 @@
 import itertools
 import json
+import runpy
+import sys
 
 import pytest
 
@@ -306,3 +308,12 @@ def test_compare_names_the_report_and_key_that_is_missing():
     incomplete = {name: value for name, value in reported(seed=4).items() if name != "delta_top1"}
     with pytest.raises(ValueError, match="report 2 has no 'delta_top1'; every report"):
         report.compare([reported(), incomplete])
+
+
+def test_a_report_that_cannot_be_compared_is_named(tmp_path, monkeypatch):
+    damaged = tmp_path / "report.json"
+    damaged.write_text("{")
+    for path, message in ((damaged, f"error: {damaged} is not JSON"), (tmp_path / "none.json", "none.json")):
+        monkeypatch.setattr(sys, "argv", ["compare", str(path)])
+        with pytest.raises(SystemExit, match=message):
+            runpy.run_module("experiments.compare", run_name="__main__")

@@ -29,6 +29,13 @@ _STAGES = ("base", "search", "finetune")
 _MAY_DIFFER = ("data.threads",)  # fields of the configuration that may change when a run goes on
 _WRITTEN = ("results.json", "metrics.jsonl", "base", "search", "finetune")  # in a workdir that has been used
 
+# What results.json holds of a stage and of what is made of it before the next.
+_RESULTS = {
+    "base": ("base",),
+    "search": ("proposed_p", "search_notes", "verification", "unfinetuned"),
+    "finetune": ("pruned", "latency_ms"),
+}
+
 # The smallest and largest value of numbers that would otherwise fail late, or train something else without a word.
 _TRAINER = {
     "learning_rate": (0.0, math.inf),
@@ -454,7 +461,11 @@ def _run_stage(
         section, job.workdir / section, steps, per_epoch, step_batch(config), config.chunk_steps, config.save_every
     )
     chunk = _over_devices(job, step, config.augment)
-    send = functools.partial(job.send, section, config.augment, last=steps)
+
+    def send(first: int) -> Any:  # called only where there are steps to take
+        _forget(job, section)
+        return job.send(section, config.augment, first, steps)
+
     return training.run(stage, chunk, state, job.constants(constants), send, evaluate, job.log)
 
 
@@ -521,6 +532,13 @@ def _seconds(call: Callable[[Any], Any], images: jax.Array) -> float:
 def _results(job: Run) -> dict[str, Any]:
     path = job.workdir / "results.json"
     return checkpoint.read_json(path) if path.exists() else {}
+
+
+def _forget(job: Run, section: str) -> None:
+    """Drops the results of a stage that takes steps, perhaps again, and of those after it."""
+    stale = {name for stage in _STAGES[_STAGES.index(section) :] for name in _RESULTS[stage]}
+    kept = {name: value for name, value in _results(job).items() if name not in stale}
+    parallel.on_first_process(lambda: checkpoint.write_json_atomic(job.workdir / "results.json", kept))
 
 
 def _once(job: Run, name: str, compute: Callable[[], Any]) -> Any:

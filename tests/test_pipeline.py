@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 
 import flax.linen as nn
@@ -317,6 +318,29 @@ def test_an_own_model_that_cannot_be_cut_is_refused_before_it_is_trained(config,
     with pytest.raises(ValueError, match="precision='bfloat16' is for this library's models; give Own its own data"):
         pipeline.prepare(config, tmp_path / "run", model=Own((20, 12)), rebuild=Own)
     assert not (tmp_path / "run").exists()
+
+
+def test_results_of_a_stage_that_is_run_again_are_measured_again(config, tmp_path):
+    config.search.method = "magnitude"
+    report = pipeline.run(config, tmp_path, model=Own((20, 12)), rebuild=Own)
+    results = json.loads((tmp_path / "results.json").read_text())
+    (tmp_path / "results.json").write_text(json.dumps(results | {"pruned": {"top1": -1.0, "top5": -1.0}}))
+    assert pipeline.run(config, tmp_path, model=Own((20, 12)), rebuild=Own)["pruned_top1"] == -1.0
+    shutil.rmtree(tmp_path / "finetune")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "_test", unless_base(pipeline._test))
+        again = pipeline.run(config, tmp_path, model=Own((20, 12)), rebuild=Own)
+    assert again["pruned_top1"] == report["pruned_top1"]
+
+
+def unless_base(test):
+    """Measures pruned networks alone: what was measured of the base is kept."""
+
+    def measure(job, model, variables):
+        assert model.channels != (20, 12)
+        return test(job, model, variables)
+
+    return measure
 
 
 def test_cut_without_fine_tuning(config, tmp_path):

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import math
-import operator
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,15 +14,25 @@ import ml_collections
 import numpy as np
 import optax
 
-from ddnp_jax import checkpoint, data, flops, latency, methods, models, parallel, report, torch_weights, training
+from ddnp_jax import (
+    checkpoint,
+    data,
+    fields,
+    flops,
+    latency,
+    methods,
+    models,
+    parallel,
+    report,
+    torch_weights,
+    training,
+)
 from ddnp_jax.budget import Budget, make_budget
 from ddnp_jax.compact import compact, load_pruned, save_pruned, verify
 from ddnp_jax.interception import apply_masked
 from ddnp_jax.topology import Selection, Topology, trace
 
 Rebuild = Callable[[tuple[int, ...]], nn.Module]
-
-_STAGES = ("base", "search", "finetune")
 
 _MAY_DIFFER = ("data.threads",)  # fields of the configuration that may change when a run goes on
 _WRITTEN = ("results.json", "metrics.jsonl", "base", "search", "finetune")  # in a workdir that has been used
@@ -34,27 +42,6 @@ _RESULTS = {
     "base": ("base",),
     "search": ("proposed_p", "search_notes", "verification", "unfinetuned"),
     "finetune": ("pruned", "latency_ms"),
-}
-
-# The smallest and largest value of numbers that would otherwise fail late, or train something else without a word.
-_TRAINER = {
-    "learning_rate": (0.0, math.inf),
-    "momentum": (0.0, 1.0),
-    "weight_decay": (0.0, math.inf),
-    "warmup_epochs": (0.0, math.inf),
-    "label_smoothing": (0.0, 1.0),
-}
-_LIMITS = {
-    "seed": (0, math.inf),
-    **{f"{stage}.{field}": (1, math.inf) for stage in _STAGES for field in ("chunk_steps", "save_every")},
-    **{f"{stage}.{field}": limits for stage in ("base", "finetune") for field, limits in _TRAINER.items()},
-    "base.epochs": (1, math.inf),
-    "search.epochs": (1, math.inf),
-    "search.resource_weight": (0.0, math.inf),
-    "finetune.epochs": (0, math.inf),  # 0: the cut network is the result
-    "finetune.distillation_weight": (0.0, 1.0),
-    "finetune.distillation_temperature": (1e-3, math.inf),
-    "finetune.recalibration_steps": (0, math.inf),
 }
 
 
@@ -97,7 +84,7 @@ class Run:
         """What is sent to the devices for the steps `first` to `last` - 1 of a stage, this process's part."""
         config, images = self.config[section], self.dataset.train
         batches = data.batches(
-            _indices(self.dataset, section), step_batch(config), self.config.seed, process=parallel.process()
+            _indices(self.dataset, section), fields.step_batch(config), self.config.seed, process=parallel.process()
         )
         read = functools.partial(images.read, seed=self.config.seed if augment else None)
         return data.read_ahead(batches[first:last], read, images.threads, config.chunk_steps)
@@ -115,11 +102,6 @@ def _indices(dataset: data.Dataset, section: str) -> np.ndarray:
     return splits["train"] if section == "base" else np.sort(np.concatenate([splits["train"], splits["search"]]))
 
 
-def step_batch(section: ml_collections.ConfigDict) -> int:
-    """Images per step of a section of the configuration, over all devices."""
-    return section.batch_size // section.get("micro_batches", 1)
-
-
 def prepare(
     config: ml_collections.ConfigDict,
     workdir: str | Path,
@@ -132,20 +114,12 @@ def prepare(
       ValueError: a field is wrong, the budget cannot be met, the weights are not the model's, or the workdir belongs to
         another run.
     """
-    dtype = computation_dtype(config.precision)
-    _check_numbers(config)
-    for section in _STAGES:
-        _check_batch(section, config[section])
-    parallel.check_batch(config.eval_batch_size, "eval_batch_size")
-    methods.check(config.search)
-    for section in ("base", "finetune"):
-        _check_schedule(section, config[section])
-    parallel.check_mode(config.parallel.mode)
+    fields.check(config)
     dataset = data.load(config.data)
     _check_splits(config, dataset)
     name = config.model.name if model is None else type(model).__name__
     if model is None:
-        attributes = {**config.model.attributes, "dtype": dtype}
+        attributes = {**config.model.attributes, "dtype": fields.computation_dtype(config.precision)}
         model = models.create(config.model.name, dataset.num_classes, **attributes)
     elif config.precision != "float32":
         raise ValueError(f"precision={config.precision!r} is for this library's models; give {name} its own data type.")
@@ -160,21 +134,6 @@ def prepare(
     checkpoint.claim_workdir(workdir, identity, _MAY_DIFFER)
     log = training.MetricsLog(workdir / "metrics.jsonl")
     return Run(config, workdir, dataset, name, model, rebuild, topology, budget, weights, log)
-
-
-def _check_numbers(config: ml_collections.ConfigDict) -> None:
-    for name, (least, most) in _LIMITS.items():
-        value = functools.reduce(operator.getitem, name.split("."), config)
-        if not least <= value <= most:
-            wanted = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-            raise ValueError(f"{name}={value} must be {wanted}.")
-
-
-def _check_schedule(name: str, section: ml_collections.ConfigDict) -> None:
-    try:
-        training.schedule(section, updates_per_epoch=1)
-    except ValueError as error:
-        raise ValueError(f"{name}.{error}") from error
 
 
 def _check_workdir(workdir: Path, identity: dict[str, Any]) -> None:
@@ -195,21 +154,9 @@ def _check_rebuild(model: nn.Module, rebuild: Rebuild | None, topology: Topology
     compact(model, zeros, smallest, topology, rebuild)
 
 
-def computation_dtype(precision: str) -> Any:
-    """The data type that a configuration's `precision` names.
-
-    Raises:
-      ValueError: it is unknown.
-    """
-    dtypes = {"float32": np.float32, "bfloat16": jax.numpy.bfloat16}
-    if precision not in dtypes:
-        raise ValueError(f"precision={precision!r} is unknown; use {' or '.join(map(repr, dtypes))}.")
-    return dtypes[precision]
-
-
 def _check_splits(config: ml_collections.ConfigDict, dataset: data.Dataset) -> None:
     """Refuses splits that a stage would miss later: a batch that they do not fill, or none to choose by."""
-    for section in _STAGES[1:] if config.base.weights else _STAGES:
+    for section in fields.STAGES[1:] if config.base.weights else fields.STAGES:
         found, batch_size = len(_indices(dataset, section)), config[section].batch_size
         if found < batch_size:
             raise ValueError(
@@ -222,13 +169,6 @@ def _check_splits(config: ml_collections.ConfigDict, dataset: data.Dataset) -> N
             f"data.validation_fraction={config.data.validation_fraction} holds out no image to choose the best "
             "checkpoint by; hold out some."
         )
-
-
-def _check_batch(name: str, section: ml_collections.ConfigDict) -> None:
-    parts = section.get("micro_batches", 1)
-    if parts < 1 or section.batch_size % parts:
-        raise ValueError(f"{name}.batch_size={section.batch_size} has no {name}.micro_batches={parts} equal parts.")
-    parallel.check_batch(step_batch(section), f"{name}.batch_size" + (f" / {name}.micro_batches" if parts > 1 else ""))
 
 
 def run(
@@ -393,8 +333,8 @@ def summarize(job: Run, selection: Selection) -> dict[str, Any]:
         "gate_names": [gate.name for gate in topology.gates],
         "widths_before": list(topology.widths),
         "widths": list(selection.widths),
-        "seconds": {stage: training.seconds(job.workdir / stage) for stage in _STAGES},
-        "epochs": {stage: config[stage].epochs for stage in _STAGES},
+        "seconds": {stage: training.seconds(job.workdir / stage) for stage in fields.STAGES},
+        "epochs": {stage: config[stage].epochs for stage in fields.STAGES},
         "batch_norm": "synced" if _syncs(job, job.model) else "per device",
         "precision": np.dtype(getattr(job.model, "dtype", None) or np.float32).name,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -457,9 +397,8 @@ def _run_stage(
 ) -> Any:
     config = job.config[section]
     steps, per_epoch = job.stage_steps(section)
-    stage = training.Stage(
-        section, job.workdir / section, steps, per_epoch, step_batch(config), config.chunk_steps, config.save_every
-    )
+    batch_size, folder = fields.step_batch(config), job.workdir / section
+    stage = training.Stage(section, folder, steps, per_epoch, batch_size, config.chunk_steps, config.save_every)
     chunk = _over_devices(job, step, config.augment)
 
     def send(first: int) -> Any:  # called only where there are steps to take
@@ -536,7 +475,7 @@ def _results(job: Run) -> dict[str, Any]:
 
 def _forget(job: Run, section: str) -> None:
     """Drops the results of a stage that takes steps, perhaps again, and of those after it."""
-    stale = {name for stage in _STAGES[_STAGES.index(section) :] for name in _RESULTS[stage]}
+    stale = {name for stage in fields.STAGES[fields.STAGES.index(section) :] for name in _RESULTS[stage]}
     kept = {name: value for name, value in _results(job).items() if name not in stale}
     parallel.on_first_process(lambda: checkpoint.write_json_atomic(job.workdir / "results.json", kept))
 

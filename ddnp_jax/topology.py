@@ -149,9 +149,9 @@ class Topology:
         found = {path: np.shape(leaf) for path, leaf in flax.traverse_util.flatten_dict(variables).items()}
         traced = dict(self.variables)
         for path in traced | found:
-            shapes = [shape.get(path, "absent") for shape in (found, traced)]
-            if shapes[0] != shapes[1]:
-                raise ValueError(f"variable {'/'.join(path)} is {shapes[0]}; the topology was traced with {shapes[1]}.")
+            own, wanted = found.get(path), traced.get(path)  # None: absent
+            if own != wanted:
+                raise ValueError(f"variable {'/'.join(path)} has shape {own}; the topology was traced with {wanted}.")
 
     def describe(self) -> str:
         """Gates, layers, and what stays whole and why, as text."""

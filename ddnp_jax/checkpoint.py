@@ -109,8 +109,8 @@ class Checkpoints:
           The step, and the state as numpy arrays with the bits that were saved; None if there is no checkpoint.
 
         Raises:
-          ValueError: if the checkpoint does not fit the template; the message names the first leaf that differs.
-          ValueError: also if there are checkpoints and all are damaged.
+          ValueError: if the checkpoint does not fit the template (the message names the first leaf that differs), or if
+            there are checkpoints and all are damaged.
         """
         return self._first_undamaged(sorted(self._manager.all_steps(), reverse=True), template)
 

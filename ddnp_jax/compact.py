@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddnp_jax.interception import apply_masked
-from ddnp_jax.topology import Selection, Topology
+from ddnp_jax.topology import Selection, Topology, variable_shapes
 
 DESCRIPTION = "model.json"
 
@@ -58,9 +58,8 @@ def compact(
 
 def _check_shapes(small_model: nn.Module, leaves: dict[tuple[str, ...], Any], topology: Topology) -> None:
     image = jax.ShapeDtypeStruct((1, *topology.input_shape), jnp.float32)
-    kwargs = dict(topology.call_kwargs)
-    expected = jax.eval_shape(lambda x: small_model.init(jax.random.key(0), x, **kwargs), image)
-    shapes = {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(expected).items()}
+    expected = variable_shapes(small_model, image, dict(topology.call_kwargs))
+    shapes = {path: leaf.shape for path, leaf in expected.items()}
     for path in shapes | leaves:
         wanted, cut = shapes.get(path), leaves[path].shape if path in leaves else None
         if wanted != cut:

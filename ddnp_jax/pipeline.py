@@ -35,7 +35,7 @@ from ddnp_jax.topology import Selection, Topology, trace
 Rebuild = Callable[[tuple[int, ...]], nn.Module]
 
 _MAY_DIFFER = ("data.threads",)  # fields of the configuration that may change when a run goes on
-_WRITTEN = ("results.json", "metrics.jsonl", "base", "search", "finetune")  # in a workdir that has been used
+_WRITTEN = ("results.json", "metrics.jsonl", *fields.STAGES)  # in a workdir that has been used
 
 # What results.json holds of a stage and of what is made of it before the next.
 _RESULTS = {

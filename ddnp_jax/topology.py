@@ -253,7 +253,7 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], *, residual: bool = Fa
     """
     kwargs = evaluation_kwargs(model, call_kwargs)
     images = jax.ShapeDtypeStruct((BATCH, *input_shape), jnp.float32)
-    leaves = _leaves(model, images, kwargs)
+    leaves = variable_shapes(model, images, kwargs)
     calls: list[tuple[ModulePath, tuple[int, ...]]] = []
 
     def tag_input(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
@@ -290,8 +290,8 @@ def evaluation_kwargs(model: nn.Module, call_kwargs: dict[str, Any]) -> dict[str
     return ({"train": False} if takes_train else {}) | call_kwargs
 
 
-def _leaves(model: nn.Module, images: jax.ShapeDtypeStruct, kwargs: dict[str, Any]) -> dict[LeafPath, Any]:
-    """Path -> shape and data type of a model's variables."""
+def variable_shapes(model: nn.Module, images: jax.ShapeDtypeStruct, kwargs: dict[str, Any]) -> dict[LeafPath, Any]:
+    """Path -> shape and data type of a model's variables; nothing is computed."""
     variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, **kwargs), images)
     return {tuple(path): leaf for path, leaf in flax.traverse_util.flatten_dict(variables).items()}
 
@@ -305,7 +305,7 @@ def _sized_axes(
     if not numbers or not all(type(number) is int for number in numbers):
         return None
     try:
-        doubled = _leaves(model.clone(widths=jax.tree.map(lambda width: 2 * width, widths)), images, kwargs)
+        doubled = variable_shapes(model.clone(widths=jax.tree.map(lambda width: 2 * width, widths)), images, kwargs)
     except Exception as error:
         error.add_note("`trace` doubled the model's `widths`, to see which channels they size.")
         raise

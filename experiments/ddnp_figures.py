@@ -40,13 +40,12 @@ def panels(config: ConfigDict) -> tuple[Panel, ...]:
     whole = float(losses.resource(config.search.resource_loss, 1.0, 1.0, config.budget.p))
     if not whole:
         raise ValueError(f"budget.p={config.budget.p} leaves nothing to remove; this figure needs a p below 1.")
-    accuracy = sweep.TEST_TOP1
     return (
-        Panel("(a) resource weight λ", *accuracy, (FULL, *LAMBDAS)),
+        Panel("(a) resource weight λ", *sweep.TEST_TOP1, (FULL, *LAMBDAS)),
         Panel("(b) resource weight λ", "resource_loss", "R / R of the whole", (FULL, *LAMBDAS), 1 / whole),
-        Panel("(c) tie ρ", *accuracy, (FULL, *RHOS)),
-        Panel("(d) what is learned", *accuracy, (FULL, *FORMS)),
-        Panel("(e) inputs of the generators", *accuracy, (FULL, *INPUTS)),
+        Panel("(c) tie ρ", *sweep.TEST_TOP1, (FULL, *RHOS)),
+        Panel("(d) what is learned", *sweep.TEST_TOP1, (FULL, *FORMS)),
+        Panel("(e) inputs of the generators", *sweep.TEST_TOP1, (FULL, *INPUTS)),
     )
 
 

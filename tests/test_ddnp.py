@@ -318,12 +318,13 @@ def convolutions(search_or_function, *arguments):
     return [e.outvars[0].aval.shape for e in found]
 
 
-def test_no_weight_gradient_of_the_backbone_is_computed():
+def weight_gradients(shapes):
+    """Those of the shapes that are gradients of the backbone's kernels."""
     kernels = {tuple(sorted(VARIABLES["params"][name]["kernel"].shape)) for name in ("conv1", "conv2")}
+    return [shape for shape in shapes if tuple(sorted(shape)) in kernels]
 
-    def weight_gradients(shapes):
-        return [shape for shape in shapes if tuple(sorted(shape)) in kernels]
 
+def test_no_weight_gradient_of_the_backbone_is_computed():
     shapes = convolutions(ddnp.build(make_problem(importance="generator", width="generator", **AUTHORS)))
     assert len(shapes) == 3  # two forward, and back through the second to the first gate
     assert not weight_gradients(shapes)
@@ -354,10 +355,7 @@ def test_four_devices_take_the_step_of_one():
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_step_keeps_shapes_and_types_so_that_it_can_be_scanned(dtype):
-    fields = {"importance": "generator", "width": "generator", **AUTHORS}
-    search = ddnp.build(make_problem(model=Tiny(dtype), **fields))
+def assert_a_step_keeps_shapes_and_types(search):
     state = jax.eval_shape(search.init, jax.random.key(0))
     arguments = (state, VARIABLES, (IMAGES, LABELS), jax.random.key(0))
     after, metrics = jax.make_jaxpr(search.step, axis_env=[("data", 1)], return_shape=True)(*arguments)[1]
@@ -365,6 +363,12 @@ def test_a_step_keeps_shapes_and_types_so_that_it_can_be_scanned(dtype):
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
     assert all(m.shape == () and m.dtype == jnp.float32 for m in metrics.values())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_step_keeps_shapes_and_types_so_that_it_can_be_scanned(dtype):
+    fields = {"importance": "generator", "width": "generator", **AUTHORS}
+    assert_a_step_keeps_shapes_and_types(ddnp.build(make_problem(model=Tiny(dtype), **fields)))
 
 
 # The search reaches its budget

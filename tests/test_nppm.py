@@ -12,11 +12,13 @@ from test_ddnp import (
     VARIABLES,
     WIDTHS,
     Tiny,
+    assert_a_step_keeps_shapes_and_types,
     compiled,
     convolutions,
     leaves,
     reference_forward,
     topology,
+    weight_gradients,
 )
 from test_predictor import dense, make_variables, reference_table_2
 from torch.nn import functional
@@ -164,7 +166,7 @@ def test_one_step_matches_the_equations(form, loss, projection, monkeypatch):
     error = torch.sigmoid(logits) - torch.tensor(np.asarray(known))
     objective = {"absolute": error.abs(), "squared": error**2}[loss].mean()
     objective.backward()
-    np.testing.assert_allclose(metrics["predictor_loss"], objective.item(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["predictor_loss"], objective.item(), rtol=1e-5)
     moved = head["kernel"] - after.predictor["params"]["head"]["kernel"]
     np.testing.assert_allclose(moved, kernel.grad.numpy(), atol=1e-6)
 
@@ -292,21 +294,13 @@ def test_the_gates_rate_falls_at_four_fifths():
 @pytest.mark.parametrize("form", ["none", *PREDICTORS])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_step_keeps_shapes_and_types_so_that_it_can_be_scanned(form, dtype):
-    search = nppm.build(make_problem(predictor=form)._replace(model=Tiny(dtype)))
-    state = jax.eval_shape(search.init, jax.random.key(0))
-    arguments = (state, VARIABLES, (IMAGES, LABELS), jax.random.key(0))
-    after, metrics = jax.make_jaxpr(search.step, axis_env=[("data", 1)], return_shape=True)(*arguments)[1]
-    assert jax.tree.structure(state) == jax.tree.structure(after)
-    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
-    assert all(m.shape == () and m.dtype == jnp.float32 for m in metrics.values())
+    assert_a_step_keeps_shapes_and_types(nppm.build(make_problem(predictor=form)._replace(model=Tiny(dtype))))
 
 
 def test_no_weight_gradient_of_the_backbone_is_computed():
-    kernels = {tuple(sorted(VARIABLES["params"][name]["kernel"].shape)) for name in ("conv1", "conv2")}
     shapes = convolutions(nppm.build(make_problem()))
     assert len(shapes) == 3  # two forward, and back through the second to the first gate
-    assert not [shape for shape in shapes if tuple(sorted(shape)) in kernels]
+    assert not weight_gradients(shapes)
 
 
 def test_every_device_holds_the_same_gates_predictor_and_memory():

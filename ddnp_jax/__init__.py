@@ -1,8 +1,9 @@
 """Structured (channel) pruning for JAX and Flax that really removes channels."""
 
-from ddnp_jax import flops, models, torch_weights
+from ddnp_jax import models, torch_weights
 from ddnp_jax.compact import compact, load_pruned, save_pruned, verify
-from ddnp_jax.interception import apply_masked
+from ddnp_jax.cost import flops
+from ddnp_jax.masking import apply_masked
 from ddnp_jax.topology import Selection, Topology, trace
 
 __all__ = [

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddnp_jax.interception import apply_masked
+from ddnp_jax.masking import apply_masked
 from ddnp_jax.topology import Selection, Topology, variable_shapes
 
 DESCRIPTION = "model.json"

@@ -138,7 +138,7 @@ def _search(
     import jax
 
     from ddnp_jax import methods, trace
-    from ddnp_jax.budget import Budget
+    from ddnp_jax.cost.budget import Budget
 
     topology = trace(model, image_shape)
     budget = Budget(topology, config.budget.p)

@@ -8,8 +8,9 @@ The smallest network keeps one channel per gate. Nothing is computed on a device
 
 from typing import NamedTuple
 
-from ddnp_jax import flops, models, trace
-from ddnp_jax.report import CONVENTIONS, table
+from ddnp_jax import models, trace
+from ddnp_jax.cost import flops
+from ddnp_jax.pipeline.report import CONVENTIONS, table
 from ddnp_jax.topology import Topology
 
 

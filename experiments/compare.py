@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from ddnp_jax import report
 from ddnp_jax.checkpoint import read_json
+from ddnp_jax.pipeline import report
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:

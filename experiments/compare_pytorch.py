@@ -154,7 +154,7 @@ def statistics(logits: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str
 
 def summary(figures: Mapping[str, Any]) -> str:
     """The figures of `compare` for people."""
-    from ddnp_jax.report import table
+    from ddnp_jax.pipeline.report import table
 
     header = ["network", "on", "top-1 (%)", "top-5 (%)", "images/s"]
     rows = [

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from statistics import median
 from typing import NamedTuple
 
-from ddnp_jax.report import table
+from ddnp_jax.pipeline.report import table
 from experiments import benchmark, turns
 from experiments.turns import Measurement
 

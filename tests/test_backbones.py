@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ddnp_jax import flops, models, torch_weights
+from ddnp_jax import models, torch_weights
 from ddnp_jax.compact import compact
-from ddnp_jax.interception import apply_masked
+from ddnp_jax.cost import flops
+from ddnp_jax.masking import apply_masked
 from ddnp_jax.topology import Selection, trace
 from experiments import pytorch_models
 from experiments.pytorch_resnet import randomize

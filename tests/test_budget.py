@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from ddnp_jax import flops, losses
-from ddnp_jax.budget import Budget, Cost, make_budget
-from ddnp_jax.latency import LatencyTable, LayerTimes
+from ddnp_jax import losses
+from ddnp_jax.cost import flops
+from ddnp_jax.cost.budget import Budget, Cost, make_budget
+from ddnp_jax.cost.latency import LatencyTable, LayerTimes
 from ddnp_jax.topology import Gate, Layer, Slice, Topology
 
 

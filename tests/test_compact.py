@@ -12,7 +12,7 @@ import zoo
 
 from ddnp_jax import models
 from ddnp_jax.compact import compact, load_pruned, save_pruned, verify
-from ddnp_jax.interception import apply_masked
+from ddnp_jax.masking import apply_masked
 from ddnp_jax.topology import Selection, trace
 
 SHAPE = (8, 8, 3)

@@ -14,9 +14,10 @@ from test_masks import reference_ranks, reference_soft_top_k
 from torch.nn import functional
 
 import ddnp_jax
-from ddnp_jax import masks, methods
-from ddnp_jax.budget import Budget
-from ddnp_jax.methods import ddnp
+from ddnp_jax import methods
+from ddnp_jax.cost.budget import Budget
+from ddnp_jax.methods import masks
+from ddnp_jax.methods.ddnp import search as ddnp
 
 SIZE = 6
 CLASSES = 5

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ddnp_jax import flops
+from ddnp_jax.cost import flops
 from experiments import budgets
 
 README = Path(__file__).parents[1] / "README.md"

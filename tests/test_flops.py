@@ -8,7 +8,8 @@ import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddnp_jax import flops, models
+from ddnp_jax import models
+from ddnp_jax.cost import flops
 from ddnp_jax.topology import trace
 
 SHAPE = (16, 16, 3)

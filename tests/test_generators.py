@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddnp_jax import generators
+from ddnp_jax.methods.ddnp import generators
 
 WIDTHS = (3, 5, 4)
 

@@ -13,8 +13,8 @@ import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddnp_jax import latency
-from ddnp_jax.latency import LatencyTable, LayerTimes
+from ddnp_jax.cost import latency
+from ddnp_jax.cost.latency import LatencyTable, LayerTimes
 from ddnp_jax.topology import trace
 
 SHAPE = (16, 16, 3)

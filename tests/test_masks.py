@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddnp_jax import masks
+from ddnp_jax.methods import masks
 
 # Sizes without a band (below 20 channels), at its edge, and with one of several ranks; few, as each is compiled once.
 SIZES = (1, 7, 16, 19, 20, 40, 64, 130)

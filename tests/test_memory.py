@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddnp_jax import memory
 from ddnp_jax.checkpoint import Checkpoints
+from ddnp_jax.methods.nppm import memory
 
 add = jax.jit(memory.add, static_argnames="steps")
 

@@ -23,11 +23,11 @@ from test_ddnp import (
 from test_predictor import dense, make_variables, reference_table_2
 from torch.nn import functional
 
-from ddnp_jax import memory as episodic
 from ddnp_jax import methods
-from ddnp_jax.budget import Budget
-from ddnp_jax.methods import nppm
-from ddnp_jax.predictor import PREDICTORS
+from ddnp_jax.cost.budget import Budget
+from ddnp_jax.methods.nppm import memory as episodic
+from ddnp_jax.methods.nppm import search as nppm
+from ddnp_jax.methods.nppm.predictor import PREDICTORS
 
 D = sum(WIDTHS)
 NO_LOSS = {"cross_entropy": jnp.float32(0), "top1": jnp.float32(0)}

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ddnp_jax.predictor import PREDICTORS, AuthorsPredictor, LinearRegression, Predictor
+from ddnp_jax.methods.nppm.predictor import PREDICTORS, AuthorsPredictor, LinearRegression, Predictor
 
 WIDTHS = (5, 3, 9)
 GATES = np.float32(np.random.default_rng(0).random((6, sum(WIDTHS))))

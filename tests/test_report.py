@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from ddnp_jax import flops, report
+from ddnp_jax.cost import flops
+from ddnp_jax.pipeline import report
 
 RESULTS = {
     "method": "ddnp",

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddnp_jax import models
-from ddnp_jax.axis_groups import AxisGroups, Factor
-from ddnp_jax.interception import apply_masked
+from ddnp_jax.masking import apply_masked
 from ddnp_jax.topology import Reader, Selection, Slice, trace
+from ddnp_jax.topology.axis_groups import AxisGroups, Factor
 
 SHAPE = (16, 16, 3)
 

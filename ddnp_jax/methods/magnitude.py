@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from ddnp_jax.methods import Problem, Search
+from ddnp_jax.methods.base import Problem, Search
 from ddnp_jax.methods.uniform import one_shot
 from ddnp_jax.topology import Gate, Topology
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddnp_jax.methods import Problem, Search
+from ddnp_jax.methods.base import Problem, Search
 
 
 def one_shot(importance: Callable[[np.random.Generator], tuple[np.ndarray, ...]], problem: Problem) -> Search:

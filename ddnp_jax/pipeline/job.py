@@ -14,22 +14,12 @@ import ml_collections
 import numpy as np
 import optax
 
-from ddnp_jax import (
-    checkpoint,
-    data,
-    fields,
-    flops,
-    latency,
-    methods,
-    models,
-    parallel,
-    report,
-    torch_weights,
-    training,
-)
-from ddnp_jax.budget import Budget, make_budget
+from ddnp_jax import checkpoint, data, fields, methods, models, parallel, torch_weights, training
 from ddnp_jax.compact import compact, load_pruned, save_pruned, verify
-from ddnp_jax.interception import apply_masked
+from ddnp_jax.cost import flops, latency
+from ddnp_jax.cost.budget import Budget, make_budget
+from ddnp_jax.masking import apply_masked
+from ddnp_jax.pipeline import report
 from ddnp_jax.topology import Selection, Topology, trace
 
 Rebuild = Callable[[tuple[int, ...]], nn.Module]

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from ddnp_jax.axis_groups import Axis, AxisGroups, free, length
+from ddnp_jax.topology.axis_groups import Axis, AxisGroups, free, length
 
 CALL_TAG = "ddnp_jax.call."  # checkpoint_name of a module's first argument, followed by the number of the call
 

@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ddnp_jax.generators import gru_cell, weight_norm
-from ddnp_jax.masks import split_gates
+from ddnp_jax.methods.ddnp.generators import gru_cell, weight_norm
+from ddnp_jax.methods.masks import split_gates
 
 
 class Predictor(nn.Module):

@@ -15,9 +15,11 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from ddnp_jax import generators, losses, masks
-from ddnp_jax.generators import Learner
-from ddnp_jax.methods import Problem, Search, refuse_unknown
+from ddnp_jax import losses
+from ddnp_jax.methods import masks
+from ddnp_jax.methods.base import Problem, Search, refuse_unknown
+from ddnp_jax.methods.ddnp import generators
+from ddnp_jax.methods.ddnp.generators import Learner
 from ddnp_jax.methods.magnitude import l1_norms
 
 OUTPUTS = {"sigmoid": jax.nn.sigmoid, "abs": jnp.abs, "square": jnp.square}

@@ -10,8 +10,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from ddnp_jax import flops
-from ddnp_jax.latency import LatencyTable
+from ddnp_jax.cost import flops
+from ddnp_jax.cost.latency import LatencyTable
 from ddnp_jax.topology import Topology
 
 KINDS = ("flops", "params", "latency")

@@ -19,11 +19,12 @@ import ml_collections
 import numpy as np
 import optax
 
-from ddnp_jax import losses, masks
-from ddnp_jax import memory as episodic
-from ddnp_jax.memory import Memory
-from ddnp_jax.methods import Problem, Search, refuse_unknown
-from ddnp_jax.predictor import PREDICTORS
+from ddnp_jax import losses
+from ddnp_jax.methods import masks
+from ddnp_jax.methods.base import Problem, Search, refuse_unknown
+from ddnp_jax.methods.nppm import memory as episodic
+from ddnp_jax.methods.nppm.memory import Memory
+from ddnp_jax.methods.nppm.predictor import PREDICTORS
 
 CHOICES = {
     "predictor": ("none", *PREDICTORS),

@@ -27,8 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ddnp_jax import flops, parallel
+from ddnp_jax import parallel
 from ddnp_jax.checkpoint import write_json_atomic
+from ddnp_jax.cost import flops
 from ddnp_jax.topology import Layer, ModulePath, Topology
 
 ROUNDS = 5  # of which the median counts

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from ddnp_jax.axis_groups import Axis, Factor, length
-from ddnp_jax.follow import CALL_TAG, Contraction, Follower, Value
+from ddnp_jax.topology.axis_groups import Axis, Factor, length
+from ddnp_jax.topology.propagate import CALL_TAG, Contraction, Follower, Value
 
 BATCH = 2  # of the traced images; nothing depends on it
 

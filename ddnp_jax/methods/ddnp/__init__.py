@@ -1,0 +1,1 @@
+"""DDNP: Disentangled Differentiable Network Pruning (Gao et al., ECCV 2022)."""

@@ -235,7 +235,8 @@ def test_data_sets_that_are_not_prepared_are_named(tmp_path):
     for name, version in (("mnist", "mnist/3.0.1"), ("cifar10_corrupted/fog_2", "cifar10_corrupted/fog_2/1.0.0")):
         assert refused(tmp_path, FileNotFoundError, name=name) == (
             f"data.data_dir='{tmp_path}' holds no prepared {name} ({tmp_path}/{version} has no dataset_info.json); "
-            "set it to a folder with TFDS's prepared data in the array_record format, or prepare it with TFDS's own command."
+            "set it to a folder with TFDS's prepared data in the array_record format, or prepare it with "
+            "TFDS's own command."
         )
     assert refused(tmp_path, name="mnist/blue").startswith("data.name='mnist/blue' cannot be opened by TFDS (")
 

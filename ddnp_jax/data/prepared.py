@@ -157,7 +157,7 @@ def find_features(builder: tfds.core.DatasetBuilder) -> Features:
     Raises:
       ValueError: there is none, or more than one.
     """
-    features = dict(builder.info.features.items())
+    features = dict(sorted(builder.info.features.items()))  # files have them in any order
     keys = tuple(builder.info.supervised_keys or ())
     image = _single(builder, "image", [name for name in features if _is_image(features[name])], keys)
     named = [name for name in features if isinstance(features[name], tfds.features.ClassLabel)]
@@ -173,7 +173,7 @@ def _single(builder: tfds.core.DatasetBuilder, what: str, found: list[str], keys
         found = [name for name in found if name in keys] or found
     if len(found) == 1:
         return found[0]
-    known = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in builder.info.features.items())
+    known = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in sorted(builder.info.features.items()))
     raise ValueError(
         f"data.name={builder.name!r} has {len(found)} features that can be the {what} "
         f"({', '.join(found) or 'none'}), where one is wanted; its features are {known}."

@@ -83,8 +83,10 @@ def random_crop(encoded: bytes, rng: np.random.Generator, flip: bool, out: np.nd
     rows, columns = image.shape[0] / height, image.shape[1] / width
     top, bottom = round(top * rows), round((top + crop_height) * rows)
     left, right = round(left * columns), round((left + crop_width) * columns)
-    crop = cv2.resize(image[top:bottom, left:right], (size, size), interpolation=cv2.INTER_LINEAR).reshape(out.shape)
-    out[:] = crop[:, ::-1] if flip and rng.random() < 0.5 else crop
+    target = _without_grey_axis(out)
+    cv2.resize(image[top:bottom, left:right], (size, size), dst=target, interpolation=cv2.INTER_LINEAR)
+    if flip and rng.random() < 0.5:
+        cv2.flip(target, 1, dst=target)
 
 
 def draw_crop(rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:

@@ -251,6 +251,15 @@ def test_webp_is_decoded():
     np.testing.assert_array_equal(photos.decode(saved(Image.fromarray(pixels), "WEBP", lossless=True)), pixels)
 
 
+def test_of_several_images_in_a_file_the_first_counts():
+    first, second = (Image.fromarray(smooth(12, 10, seed=seed)) for seed in (0, 1))
+    for file_format, options in (("WEBP", {"lossless": True}), ("TIFF", {}), ("MPO", {})):
+        encoded = saved(first, file_format, save_all=True, append_images=[second], **options)
+        with Image.open(io.BytesIO(encoded)) as image:
+            assert image.n_frames == 2
+            np.testing.assert_array_equal(photos.decode(encoded), np.asarray(image))
+
+
 def test_cmyk_becomes_rgb():
     inks = np.array([[[0, 0, 0, 0], [255, 0, 0, 0], [0, 255, 0, 0], [0, 0, 0, 255]]], np.uint8)
     encoded = saved(Image.fromarray(inks, "CMYK"), "TIFF")
@@ -330,9 +339,10 @@ def test_grey_crops_are_those_of_colours():
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_damaged_exif_data_turn_nothing():
-    pixels = smooth(20, 30)
-    encoded = saved(Image.fromarray(pixels), "JPEG", exif=b"Exif\0\0MM\0*\0\0\xff\xffgarbage")
+@pytest.mark.parametrize("damaged", [b"MM\0*\0\0\xff\xffgarbage", b"garbage and more"])
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_data_turn_nothing(damaged, file_format):
+    encoded = saved(Image.fromarray(smooth(20, 30)), file_format, exif=b"Exif\0\0" + damaged)
     np.testing.assert_array_equal(photos.decode(encoded), by_pillow(encoded))
 
 

@@ -83,7 +83,8 @@ def _check_folder(config: Any) -> None:
     if not config.data_dir:
         raise ValueError("data.data_dir must be the folder of images where data.name='folder'.")
     for field, usual in (("train_split", "train"), ("test_split", "")):
-        if config[field] != usual:
+        value = getattr(config, field)
+        if value != usual:
             raise ValueError(
-                f"data.{field}={config[field]!r} is for TFDS's data sets; leave it {usual!r} for a folder of images."
+                f"data.{field}={value!r} is for TFDS's data sets; leave it {usual!r} for a folder of images."
             )

@@ -38,8 +38,8 @@ def from_arrays(
       test: the images on which accuracies are reported, of the same type and shape, and their labels.
       class_names: a name for each class; None where the largest training label tells how many there are.
       name: how reports call the data set.
-      mean: subtracted, one value per channel in units of [0, 1]; None for that of the training images.
-      std: divided by, likewise.
+      mean: what is subtracted, one value per channel in units of [0, 1]; None for that of the training images.
+      std: what is divided by, likewise.
       pad: zero pixels on each side before a random crop, where a stage augments.
       flip: whether to mirror half of the images left and right, where a stage augments.
       seed: draws the held-out splits.

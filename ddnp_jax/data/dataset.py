@@ -55,11 +55,11 @@ class Dataset:
         """What must be done to an image before the network sees it, in values of JSON.
 
         Returns:
-          "input_shape": [H, W, C]. "channel_order": "rgb", "bgr" or "grey"; None where arrays were given, whose order
-          only the giver knows. "resize_size" and "crop_size": the shorter side to which a photograph is resized and the
-          side of the square cut from its middle; None where images are taken whole. "scale", "mean" and "std": the
-          network's input is (scale * pixels - mean) / std, the last two per channel in "channel_order". "num_classes"
-          and "class_names": what the outputs stand for.
+          "input_shape": [H, W, C]. "channel_order": "rgb" (as which arrays of 3 channels count), "bgr" or "grey"; None
+          for other numbers of channels. "resize_size" and "crop_size": the shorter side to which a photograph is
+          resized and the side of the square cut from its middle; None where images are taken whole. "scale", "mean" and
+          "std": the network's input is (scale * pixels - mean) / std, the last two per channel in "channel_order".
+          "num_classes" and "class_names": what the outputs stand for.
         """
         is_streamed = isinstance(self.train, Streamed)
         channels, levels = self.image_shape[-1], self.train.levels
@@ -82,7 +82,7 @@ class HeldOut:
     """Which training images are held out, in the fields of a configuration's `data` section.
 
     Attributes:
-      seed: draws them.
+      seed: draws them by lot.
       search_fraction: the fraction of the training images that the search uses, held out from base training.
       validation_fraction: the fraction of them by which the best checkpoint is chosen.
     """
@@ -138,7 +138,7 @@ def open_images(
     """Reads encoded images into memory where all are of one small size, and else leaves them to be streamed.
 
     Args:
-      train: the training images; of its records, messages name "source".
+      train: the training images.
       test: the test images.
       preprocessing: how pixels come to the network; its means tell how many channels they have.
       may_fit: False where it is known that the sizes differ.

@@ -43,15 +43,15 @@ def from_folder(
     Args:
       path: the folder.
       name: how reports call the data set; None for the folder's name.
-      mean: subtracted, one value per channel in units of [0, 1], in the network's channel order; a single value makes
-        the images grey.
-      std: divided by, likewise.
+      mean: what is subtracted, one value per channel in units of [0, 1], in the network's channel order; a single value
+        makes the images grey.
+      std: what is divided by, likewise.
       bgr: whether the network sees blue first.
       pad: zero pixels on each side before the random crop of small images, where a stage augments.
       flip: whether to mirror half of the images left and right, where a stage augments.
       crop_size: side in pixels of the crops that are made of photographs.
       resize_size: shorter side in pixels of a photograph before the center crop of evaluation.
-      threads: that decode photographs, in each process; 0 is one per core.
+      threads: how many threads decode photographs, in each process; 0 is one per core.
       test_fraction: the fraction of each class that is held out for the test, where no folder holds test images.
       seed: draws all held-out images.
       search_fraction: the fraction of the training images that the search uses, held out from base training.

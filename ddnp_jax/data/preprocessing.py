@@ -9,14 +9,14 @@ class Preprocessing:
     """How images come to the network, in the fields of a configuration's `data` section.
 
     Attributes:
-      mean: subtracted, one value per channel in units of [0, 1], in the network's channel order.
-      std: divided by, likewise.
+      mean: what is subtracted, one value per channel in units of [0, 1], in the network's channel order.
+      std: what is divided by, likewise.
       bgr: whether the network sees blue first.
       pad: zero pixels on each side before the random crop of small images.
       flip: whether to mirror half of the training images left and right.
       crop_size: side in pixels of the crops that are made of photographs.
       resize_size: shorter side in pixels of a photograph before the center crop of evaluation.
-      threads: that decode photographs, in each process; 0 is one per core.
+      threads: how many threads decode photographs, in each process; 0 is one per core.
     """
 
     mean: tuple[float, ...]

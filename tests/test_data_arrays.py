@@ -94,6 +94,14 @@ def test_augmentation_moves_pixels_of_any_type_and_changes_none(images):
     np.testing.assert_allclose(moved, unmoved, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "precision"), [(np.uint8, None), (np.uint16, "HIGHEST"), (np.float32, "HIGHEST")])
+def test_pixels_that_no_bfloat16_holds_are_moved_at_the_highest_precision(dtype, precision):
+    """CPUs compute at the highest precision anyway; the program says what others do."""
+    program = jax.make_jaxpr(lambda images: data.augment(jax.random.key(0), images, 2, True))(BYTES.astype(dtype))
+    found = [e.params["precision"] for e in program.eqns if e.primitive.name == "dot_general"]
+    assert found == 2 * [precision and 2 * (jax.lax.Precision[precision],)]
+
+
 def test_images_without_channels_get_one():
     dataset = made(BYTES[..., 0])
     assert dataset.image_shape == (6, 5, 1)

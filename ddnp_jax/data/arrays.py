@@ -91,7 +91,7 @@ def _images(given: Any, part: str) -> np.ndarray:
             "floating-point numbers, which are taken as they are."
         )
     with np.errstate(over="ignore"):
-        images = images.astype(np.float32)
+        images = images.astype(np.float32, copy=False)
     wrong = np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))
     if len(wrong):
         raise ValueError(

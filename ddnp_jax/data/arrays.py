@@ -147,9 +147,8 @@ def _preprocessing(
         if mean is not None or std is not None:
             raise ValueError("mean and std are for images of 8 or 16 bits; floating-point ones are taken as they are.")
         return Preprocessing((0.0,) * channels, (1.0,) * channels, pad=pad, flip=flip)
-    found = _statistics(images) if mean is None or std is None else ()
-    mean, std = (own if given is None else given for given, own in zip((mean, std), found or (mean, std), strict=True))
-    return Preprocessing(tuple(map(float, mean)), tuple(map(float, std)), pad=pad, flip=flip)
+    own_mean, own_std = _statistics(images)
+    return Preprocessing(own_mean if mean is None else mean, own_std if std is None else std, pad=pad, flip=flip)
 
 
 def _statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

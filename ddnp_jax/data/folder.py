@@ -65,7 +65,7 @@ def from_folder(
       FileNotFoundError: there is no such folder.
     """
     preprocessing = Preprocessing(
-        tuple(mean), tuple(std), bgr, pad, flip, crop_size=crop_size, resize_size=resize_size, threads=threads
+        mean, std, bgr, pad, flip, crop_size=crop_size, resize_size=resize_size, threads=threads
     )
     held_out = HeldOut(seed, search_fraction, validation_fraction)
     return open_folder(path, name, preprocessing, held_out, test_fraction)

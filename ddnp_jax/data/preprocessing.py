@@ -1,6 +1,7 @@
 """What happens to pixels between the stored image and the network."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -19,8 +20,8 @@ class Preprocessing:
       threads: how many threads decode photographs, in each process; 0 is one per core.
     """
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: Sequence[float]
+    std: Sequence[float]
     bgr: bool = False
     pad: int = 4
     flip: bool = True
@@ -28,11 +29,15 @@ class Preprocessing:
     resize_size: int = 256
     threads: int = 0
 
+    def __post_init__(self) -> None:
+        """Takes any sequences of numbers as mean and std, arrays too."""
+        for field in ("mean", "std"):
+            object.__setattr__(self, field, tuple(map(float, getattr(self, field))))
+
     @classmethod
     def of(cls, config: Any) -> "Preprocessing":
         """The fields of a `data` section."""
-        fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(cls)}
-        return cls(**fields | {"mean": tuple(config.mean), "std": tuple(config.std)})
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
 
     def check(self, name: str, channels: int, section: str = "") -> None:
         """Refuses impossible values.

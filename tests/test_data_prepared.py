@@ -124,6 +124,13 @@ def test_large_images_of_one_size_are_streamed(tmp_path):
     assert isinstance(dataset.train, data.Streamed) and len(dataset.test) == 2
 
 
+def test_images_that_may_be_of_any_size_are_streamed_even_where_all_have_one(tmp_path):
+    features = {"photo": IMAGE(shape=(None, None, 3)), "label": LABEL(num_classes=1)}
+    records = [{"photo": picture(i), "label": 0} for i in range(4)]
+    dataset = loaded(write(tmp_path, features, {"fit": records[:2], "held": records[2:]}))
+    assert isinstance(dataset.train, data.Streamed)
+
+
 @pytest.mark.parametrize("channels", [1, 4])
 def test_grey_and_transparent_images(tmp_path, channels):
     features = {"image": IMAGE(shape=(12, 12, channels)), "label": LABEL(num_classes=3)}

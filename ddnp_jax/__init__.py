@@ -1,6 +1,9 @@
-"""Structured (channel) pruning for JAX and Flax that really removes channels."""
+"""Structured (channel) pruning for JAX that really removes channels."""
 
-from ddnp_jax import models
+import importlib
+from types import ModuleType
+
+from ddnp_jax import models, torch_weights
 from ddnp_jax.compact import Verification, compact, verify
 from ddnp_jax.cost import flops
 from ddnp_jax.masking import apply_masked
@@ -15,10 +18,19 @@ __all__ = [
     "Verification",
     "apply_masked",
     "compact",
+    "data",
     "flops",
     "load_pruned",
     "models",
     "save_pruned",
+    "torch_weights",
     "trace",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Imports `data` when it is first used, because it needs packages that pruning itself does not."""
+    if name != "data":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f"{__name__}.data")

@@ -373,7 +373,7 @@ def test_impossible_budget_prints_what_is_possible(config, tmp_path):
 
 
 def test_unknown_data(config, tmp_path):
-    assert "data.name='mnist' is unknown" in refused(config, tmp_path, **{"data.name": "mnist"})
+    assert "data.name='cifar11' is unknown" in refused(config, tmp_path, **{"data.name": "cifar11"})
 
 
 def test_held_out_images_are_enough(config, tmp_path):

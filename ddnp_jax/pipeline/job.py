@@ -99,6 +99,7 @@ def prepare(
     workdir: str | Path,
     model: nn.Module | None = None,
     rebuild: Rebuild | None = None,
+    dataset: data.Dataset | None = None,
 ) -> Run:
     """Checks the whole configuration and reads data and given weights; arguments as for `run`.
 
@@ -107,7 +108,7 @@ def prepare(
         another run.
     """
     fields.check(config)
-    dataset = data.load(config.data)
+    dataset = dataset or data.load(config.data)
     _check_splits(config, dataset)
     name = config.model.name if model is None else type(model).__name__
     if model is None:
@@ -168,6 +169,7 @@ def run(
     workdir: str | Path,
     model: nn.Module | None = None,
     rebuild: Rebuild | None = None,
+    dataset: data.Dataset | None = None,
 ) -> dict[str, Any]:
     """Runs or continues the main job.
 
@@ -176,11 +178,12 @@ def run(
       workdir: where everything is written.
       model: a module of your own, called with (images, train); None for the backbone that `config.model` names.
       rebuild: makes your module from the channels per gate; not needed where it has an attribute `widths`.
+      dataset: images of your own; None for what `config.data` names.
 
     Returns:
       What `report.json` holds.
     """
-    job = prepare(config, workdir, model, rebuild)
+    job = prepare(config, workdir, model, rebuild, dataset)
     if jax.process_index() == 0:
         print(job.topology.describe())
     variables = base(job)
@@ -303,7 +306,7 @@ def summarize(job: Run, selection: Selection) -> dict[str, Any]:
         "method": config.search.method,
         "variant": config.variant,
         "model": job.name,
-        "dataset": data.label(config.data),
+        "dataset": job.dataset.name,
         "seed": config.seed,
         "p": budget.p,
         "budget": {
@@ -332,7 +335,7 @@ def summarize(job: Run, selection: Selection) -> dict[str, Any]:
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "latency_ms": results["latency_ms"],
         "verification": results["verification"],
-        "notes": [*config.notes, *results["search_notes"], *_fitted(job, results["proposed_p"])],
+        "notes": [*config.notes, *job.dataset.notes, *results["search_notes"], *_fitted(job, results["proposed_p"])],
     }
 
 

@@ -1,6 +1,6 @@
 """What survives a run being stopped: checkpoints (orbax), the workdir's identity, and a clean stop on SIGTERM.
 
-Orbax saves atomically, but restores flipped bits in array data without a word, and raises almost anything on a missing
+Orbax saves atomically, but restores flipped bits in array data silently, and raises almost anything on a missing
 or truncated file. So each checkpoint carries a record with a SHA-256 per leaf, and one that does not match its record
 is set aside for the one before it.
 """
@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import signal
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from ddnp_jax import parallel
+from ddnp_jax import files, parallel
 
 _policies = ocp.checkpoint_managers
 
@@ -249,33 +248,7 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
-def write_json_atomic(path: str | Path, value: Any) -> None:
-    """Writes JSON so that after a kill or a power cut the file is either the old one or the new one, whole."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the renaming itself
-    finally:
-        os.close(folder)
-
-
-def read_json(path: Path) -> Any:
-    """What a file of a workdir holds.
-
-    Raises:
-      ValueError: it is damaged.
-    """
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); put it back, or give this run another workdir.") from error
+write_json_atomic = files.write_json  # until ddnp_jax.cost.latency imports `files`
 
 
 def claim_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequence[str] = ()) -> None:
@@ -292,7 +265,7 @@ def claim_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequen
     """
     path = _identity(workdir)
     path.parent.mkdir(parents=True, exist_ok=True)
-    parallel.on_first_process(lambda: path.exists() or write_json_atomic(path, config))
+    parallel.on_first_process(lambda: path.exists() or files.write_json(path, config))
     if not path.exists():
         raise ValueError(f"{workdir} is not the same folder in every process; put it where all of them see it.")
     check_workdir(workdir, config, ignore)
@@ -303,7 +276,7 @@ def check_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequen
     path = _identity(workdir)
     if not path.exists():
         return
-    theirs = _fields(read_json(path))
+    theirs = _fields(files.read_json(path))
     ours = _fields(json.loads(json.dumps(config)))  # tuples become lists, as in the file
     differing = [
         f"  {name}: workdir has {_shown(theirs, name)}, this run has {_shown(ours, name)}"

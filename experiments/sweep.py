@@ -7,6 +7,7 @@ accuracy is that of a cut which the search has not yet come to, and a search tha
 """
 
 import csv
+import io
 import itertools
 import json
 import math
@@ -20,7 +21,7 @@ from absl import flags
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from ddnp_jax import data, methods, parallel, pipeline
+from ddnp_jax import data, files, methods, parallel, pipeline
 from ddnp_jax.compact import DESCRIPTION, save_pruned
 from ddnp_jax.pipeline import report
 
@@ -153,10 +154,11 @@ def _base(config: ConfigDict, workdir: Path) -> Path:
 def _write_csv(path: Path, curves: Curves) -> None:
     rows = [{"setting": name, "seed": seed, **line} for (name, seed), lines in curves.items() for line in lines]
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    content = io.StringIO(newline="")
+    writer = csv.DictWriter(content, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    files.write_text(path, content.getvalue())
 
 
 def mean_and_deviation(curves: Curves, setting: str, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -177,8 +179,8 @@ def publish(workdir: Path, title: str, panels: Sequence[Panel], curves: Curves) 
     metrics = dict.fromkeys(panel.metric for panel in panels)
 
     def write() -> None:
-        figure(title, panels, curves).savefig(workdir / "figures.png", dpi=150)
-        (workdir / "summary.md").write_text(summary(curves, metrics) + "\n")
+        report.write_figure(workdir / "figures.png", figure(title, panels, curves))
+        files.write_text(workdir / "summary.md", summary(curves, metrics) + "\n")
 
     parallel.on_first_process(write)
     return f"figure: {workdir}/figures.png; last values: {workdir}/summary.md"

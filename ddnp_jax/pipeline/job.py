@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from ddnp_jax import checkpoint, data, fields, methods, models, parallel, torch_weights, training
+from ddnp_jax import checkpoint, data, fields, files, methods, models, parallel, torch_weights, training
 from ddnp_jax.compact import compact, load_pruned, save_pruned, verify
 from ddnp_jax.cost import flops, latency
 from ddnp_jax.cost.budget import Budget, make_budget
@@ -460,14 +460,14 @@ def _seconds(call: Callable[[Any], Any], images: jax.Array) -> float:
 
 def _results(job: Run) -> dict[str, Any]:
     path = job.workdir / "results.json"
-    return checkpoint.read_json(path) if path.exists() else {}
+    return files.read_json(path) if path.exists() else {}
 
 
 def _forget(job: Run, section: str) -> None:
     """Drops the results of a stage that takes steps, perhaps again, and of those after it."""
     stale = {name for stage in fields.STAGES[fields.STAGES.index(section) :] for name in _RESULTS[stage]}
     kept = {name: value for name, value in _results(job).items() if name not in stale}
-    parallel.on_first_process(lambda: checkpoint.write_json_atomic(job.workdir / "results.json", kept))
+    parallel.on_first_process(lambda: files.write_json(job.workdir / "results.json", kept))
 
 
 def _once(job: Run, name: str, compute: Callable[[], Any]) -> Any:
@@ -475,5 +475,5 @@ def _once(job: Run, name: str, compute: Callable[[], Any]) -> Any:
     results = _results(job)
     if parallel.any_process(name not in results):  # all processes measure, or none
         results[name] = compute()
-        parallel.on_first_process(lambda: checkpoint.write_json_atomic(job.workdir / "results.json", results))
+        parallel.on_first_process(lambda: files.write_json(job.workdir / "results.json", results))
     return results[name]

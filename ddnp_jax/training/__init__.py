@@ -17,8 +17,8 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from ddnp_jax import data, losses, parallel
-from ddnp_jax.checkpoint import Checkpoints, PreemptionGuard, read_json, write_json_atomic
+from ddnp_jax import data, files, losses, parallel
+from ddnp_jax.checkpoint import Checkpoints, PreemptionGuard
 
 # One step, seen from one device: (state, constants, (images, labels), rng) -> (state, metrics). Images are normalized
 # floats (N, H, W, C); `rng` is the same on all devices; means are taken over the mapped axis "data"; metrics hold at
@@ -253,9 +253,7 @@ class MetricsLog:
             lines = self._path.read_text().splitlines(keepends=True)
             entries = ((line, json.loads(line)) for line in lines if line.endswith("\n"))
             kept = [line for line, entry in entries if entry["stage"] != stage or entry["step"] <= step]
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text("".join(kept))
-            temporary.replace(self._path)
+            files.write_text(self._path, "".join(kept))
 
     def best(self, stage: str) -> float | None:
         """Highest top-1 accuracy of a stage on held-out training images, in percent; None of no steps."""
@@ -410,10 +408,10 @@ class _Clock:
 
     def save(self) -> None:
         if jax.process_index() == 0:
-            write_json_atomic(self._path, self._before + time.monotonic() - self._started)
+            files.write_json(self._path, self._before + time.monotonic() - self._started)
 
 
 def seconds(folder: Path) -> float:
     """Seconds that the stage in `folder` took, over all its runs."""
     path = folder / "seconds.json"
-    return read_json(path) if path.exists() else 0.0
+    return files.read_json(path) if path.exists() else 0.0

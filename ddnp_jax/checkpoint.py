@@ -77,7 +77,7 @@ class Checkpoints:
         if metric is not None and not math.isfinite(metric):
             raise ValueError(f"metric={metric} of step {step} is not finite; save the state without a metric.")
         metric = None if metric is None else float(metric)
-        leaves = _named(parallel.fetch(state))
+        leaves = {name: _key_data(x) for name, x in _named(parallel.fetch(state)).items()}
         record = {
             "metric": metric,
             "leaves": {name: _describe(x) | {"sha256": _sha256(x)} for name, x in leaves.items()},
@@ -102,7 +102,8 @@ class Checkpoints:
         Damaged ones that are newer are logged and renamed to `<step>.damaged`, so that their steps can be saved again.
 
         Args:
-          template: a pytree with the structure, shapes and dtypes of the state (arrays or `jax.ShapeDtypeStruct`).
+          template: a pytree with the structure, shapes and dtypes of the state: arrays, or `jax.ShapeDtypeStruct` where
+            these are no random keys.
 
         Returns:
           The step, and the state as numpy arrays with the bits that were saved; None if there is no checkpoint.
@@ -157,7 +158,8 @@ class Checkpoints:
     def _read(self, step: int, template: Any) -> Any:
         """Reads and verifies one checkpoint, or raises `_DamagedError`."""
         record = self._record(step)
-        wanted = _named(template)
+        named = _named(template)
+        wanted = {name: _key_data(x) for name, x in named.items()}
         self._check_fit(step, record["leaves"], wanted)
         empty = {name: np.empty(x.shape, x.dtype) for name, x in wanted.items()}
         targets = {name: x for name, x in empty.items() if x.size}
@@ -169,7 +171,10 @@ class Checkpoints:
         for name in wanted:
             if _sha256(leaves[name]) != record["leaves"][name]["sha256"]:
                 raise _DamagedError(f"leaf {name} does not have the SHA-256 that it was saved with")
-        return jax.tree.unflatten(jax.tree.structure(template), [leaves[name] for name in wanted])
+        restored = [
+            _as_key(leaves[name], like) if parallel.is_key(like) else leaves[name] for name, like in named.items()
+        ]
+        return jax.tree.unflatten(jax.tree.structure(template), restored)
 
     def _check_fit(self, step: int, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         for name in [*wanted, *saved]:
@@ -230,6 +235,15 @@ def _named(tree: Any) -> dict[str, Any]:
     return leaves
 
 
+def _key_data(x: Any) -> Any:
+    """What is saved of a leaf: of random keys their data."""
+    return np.asarray(jax.random.key_data(x)) if parallel.is_key(x) else x
+
+
+def _as_key(data: np.ndarray, like: Any) -> jax.Array:
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
+
+
 def _describe(x: np.ndarray) -> dict[str, Any]:
     return {"shape": list(x.shape), "dtype": str(x.dtype)}
 
@@ -257,7 +271,7 @@ def claim_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequen
     Args:
       workdir: of the run; made if absent.
       config: nested mappings of JSON values.
-      ignore: fields, or prefixes of fields ('parallel' for all 'parallel.*'), that may differ when a run goes on.
+      ignore: fields, or prefixes of fields ('parallel' for all 'parallel.*'), that may differ when a run resumes.
 
     Raises:
       ValueError: if the workdir belongs to a run with another config (the message lists the fields that differ), or

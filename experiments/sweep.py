@@ -1,7 +1,7 @@
 """Searches of several settings and seeds from one base, their curves as CSV, and the curves as a picture.
 
 The seeds of a setting are one vmapped search, or several one after another, and each such search is a run of its own in
-the workdir, made by the pipeline: the same command goes on where it was stopped. The base is trained (or read) once.
+the workdir, made by the pipeline: the same command resumes where it was stopped. The base is trained (or read) once.
 Networks during a search are cut to the budget and evaluated on the test images; the curves decide nothing. So an early
 accuracy is that of a cut which the search has not yet come to, and a search that ends above the budget is cut further.
 """
@@ -85,7 +85,7 @@ def draw(config: ConfigDict, workdir: str | Path, title: str, settings: Settings
 
 
 def run(config: ConfigDict, workdir: str | Path, settings: Settings, seeds: int, at_once: int) -> Curves:
-    """Runs, or goes on with, the search of every setting for seeds 0, 1, ...; writes `curves.csv`.
+    """Runs, or resumes, the search of every setting for seeds 0, 1, ...; writes `curves.csv`.
 
     Args:
       config: of all searches.
@@ -147,7 +147,7 @@ def _base(config: ConfigDict, workdir: Path) -> Path:
     job = pipeline.prepare(config, workdir)
     if parallel.any_process(not (folder / DESCRIPTION).exists()):
         variables = pipeline.base(job)
-        parallel.on_first_process(lambda: save_pruned(folder, job.model, variables))
+        parallel.on_first_process(lambda: save_pruned(folder, *job.network.bind(variables)))
     return folder
 
 

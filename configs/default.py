@@ -87,10 +87,12 @@ def get_config() -> ConfigDict:
     config.model.attributes = ConfigDict({"shortcut": "subsample"})  # further attributes of the module
 
     config.data = ConfigDict()
-    config.data.name = "cifar10"  # TFDS data set
-    config.data.label = "CIFAR-10"  # how reports call it
-    config.data.data_dir = ""  # folder of prepared TFDS data; '' is TFDS's own folder and download
-    config.data.train_split = "train"  # the training images to use; 'train[:2000]' are the first ones
+    config.data.name = "cifar10"  # 'folder' of image files, or a data set that TFDS has prepared
+    config.data.label = ""  # how reports call it; '' is its own name
+    config.data.data_dir = ""  # folder of images, or of prepared TFDS data; '' is TFDS's own folder and download
+    config.data.train_split = "train"  # of TFDS: the training images to use; 'train[:2000]' are the first ones
+    config.data.test_split = ""  # of TFDS: the test images; '' is 'test', or else 'validation'
+    config.data.test_fraction = 0.2  # of a folder without test images: held out of every class for the test
     config.data.seed = 0  # draws the held-out splits
     config.data.search_fraction = 0.05  # of the training images: read by the search, held out from base training
     config.data.validation_fraction = 0.02  # of the training images: chooses the best checkpoint, never trained on

@@ -262,9 +262,6 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
-write_json_atomic = files.write_json  # until ddnp_jax.cost.latency imports `files`
-
-
 def claim_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequence[str] = ()) -> None:
     """Makes a workdir this run's own, or checks that it is: its `config.json` must hold the same config.
 

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ddnp_jax.networks import picked
-from ddnp_jax.networks.base import Outputs
+from ddnp_jax.networks import Outputs, picked
 
 RESOURCE = ("log_abs", "log_max", "abs", "square")
 

@@ -107,7 +107,8 @@ def _our_turn(
     rng = np.random.default_rng(0)
     count = steps * batch_size
     pixels = rng.integers(0, 256, (count, *image_shape), np.uint8)
-    images = data.InMemory(pixels, rng.integers(0, CLASSES, count, np.int32), config.data)
+    preprocessing = data.Preprocessing.of(config.data)
+    images = data.InMemory(pixels, rng.integers(0, CLASSES, count, np.int32), preprocessing)
     model = models.create(config.model.name, CLASSES, **config.model.attributes)
     variables = jax.jit(model.init)(jax.random.key(config.seed), np.zeros((1, *image_shape), np.float32))
     if stage == "evaluation":

@@ -108,8 +108,8 @@ def compare(config: ConfigDict, checkpoint: str) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     labels = []
     batches = data.evaluation_batches(np.arange(len(dataset.test)), config.eval_batch_size)
-    for draws, valid in tqdm(batches, desc="comparing", unit="batch"):
-        batch = dataset.test.batch(dataset.test.on_devices, dataset.test.read(draws, None), None)
+    for indices, valid in tqdm(batches, desc="comparing", unit="batch"):
+        batch = dataset.test.batch(dataset.test.on_devices, dataset.test.read(indices, None), None)
         images, targets = map(np.array, batch)  # copies, because PyTorch warns of arrays that cannot be written
         labels.append(targets[valid])
         for name, forward in sides.items():

@@ -16,9 +16,9 @@ import torch
 from configs import cifar10_r56, default, digits_r20
 from ddnp_jax import data, pipeline
 from ddnp_jax.checkpoint import Checkpoints
-from ddnp_jax.compact import load_pruned, save_pruned
 from ddnp_jax.cost import latency
 from ddnp_jax.pipeline import stages
+from ddnp_jax.saved import load_pruned, save_pruned
 from ddnp_jax.training import loop
 from experiments import launch
 
@@ -375,7 +375,7 @@ def test_impossible_budget_prints_what_is_possible(config, tmp_path):
 
 
 def test_unknown_data(config, tmp_path):
-    assert "data.name='mnist' is unknown" in refused(config, tmp_path, **{"data.name": "mnist"})
+    assert "data.name='cifar11' is unknown" in refused(config, tmp_path, **{"data.name": "cifar11"})
 
 
 def test_held_out_images_are_enough(config, tmp_path):

@@ -14,7 +14,7 @@ from ddnp_jax import losses
 from ddnp_jax.cost.budget import Budget
 from ddnp_jax.losses import Loss
 from ddnp_jax.masking import Observe, apply_masked
-from ddnp_jax.networks.base import Outputs
+from ddnp_jax.networks import Outputs
 from ddnp_jax.parallel import ONE_DEVICE, Devices
 from ddnp_jax.topology import Selection, Topology
 

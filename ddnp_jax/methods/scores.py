@@ -92,8 +92,7 @@ class Evidence:
 def _by_channel(leaf: Any, piece: Slice, gate: Gate) -> np.ndarray:
     """The part of a leaf that belongs to each of a gate's channels, float64 (C_l, n)."""
     moved = np.moveaxis(np.asarray(leaf, np.float64), piece.axis, 0)
-    parts = moved.reshape(piece.outer, gate.channels, -1)
-    return np.moveaxis(parts, 1, 0).reshape(gate.channels, -1)
+    return moved[piece.span.positions(gate.channels)].reshape(gate.channels, -1)
 
 
 # ---- the scores

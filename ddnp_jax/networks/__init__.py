@@ -8,17 +8,29 @@ from typing import Any
 import flax.linen as nn
 from flax import nnx
 
-from ddnp_jax.networks.base import LeafPath, ModulePath, Network, Resizing, flatten, picked, replace_leaves
+from ddnp_jax.networks.base import (
+    LeafPath,
+    ModulePath,
+    Network,
+    Outputs,
+    Resizing,
+    Sizes,
+    flatten,
+    picked,
+    replace_leaves,
+)
+from ddnp_jax.networks.flax_linen import LinenNetwork, Resized
+from ddnp_jax.networks.flax_nnx import NnxNetwork
 from ddnp_jax.networks.function import FunctionNetwork
-from ddnp_jax.networks.linen import LinenNetwork, Resized
-from ddnp_jax.networks.nnx import NnxNetwork
 
 __all__ = [
     "LeafPath",
     "ModulePath",
     "Network",
+    "Outputs",
     "Resized",
     "Resizing",
+    "Sizes",
     "as_network",
     "flatten",
     "picked",

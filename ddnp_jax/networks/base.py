@@ -4,7 +4,7 @@ import abc
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.tree_util as jtu
@@ -12,6 +12,9 @@ from flax.core import meta
 
 LeafPath = tuple[str, ...]  # names from the root of the variables to a leaf
 ModulePath = tuple[str, ...]
+
+# (path of a submodule, its attributes and their values), for example ((("conv1",), (("features", 7),)),).
+Sizes = tuple[tuple[ModulePath, tuple[tuple[str, Any], ...]], ...]
 
 Outputs = str | int | Callable[[Any], Any] | None  # how to pick the outputs that count
 
@@ -41,8 +44,11 @@ class Network(abc.ABC):
     """A network as pure functions of its variables.
 
     Attributes:
+      kind: 'linen', 'nnx' or 'function'.
       model: The module or function.
     """
+
+    kind: ClassVar[str]
 
     def __init__(self, model: Any, call_kwargs: Mapping[str, Any]) -> None:
         """Takes a model and the further keyword arguments of its calls."""
@@ -95,15 +101,31 @@ class Network(abc.ABC):
     def is_parameter(self, path: LeafPath) -> bool:
         """Whether a leaf counts as a parameter; batch statistics do not."""
 
+    def module_of(self, path: LeafPath) -> ModulePath:
+        """The module that a leaf belongs to."""
+        return path[:-1]
+
+    def layer_name(self, path: LeafPath) -> str:
+        """What to call the layer that a kernel belongs to."""
+        return "/".join(self.module_of(path)) or path[-1]
+
     @abc.abstractmethod
-    def resize(self, resizing: Resizing, variables: Any, images: Any) -> Any:
-        """The model with other sizes.
+    def sizes(self, resizing: Resizing, variables: Any, images: Any) -> Sizes:
+        """The attributes of submodules that variables of other sizes need.
 
         Args:
           resizing: The new sizes.
-          variables: With the old sizes, or their shapes.
+          variables: Variables with the old sizes, or their shapes.
           images: One batch (N, H, W, C), or its shape.
         """
+
+    @abc.abstractmethod
+    def with_sizes(self, sizes: Sizes) -> Any:
+        """The model with these attributes."""
+
+    @abc.abstractmethod
+    def saved_sizes(self) -> Sizes:
+        """What `with_sizes` of the unpruned model needs to become this one."""
 
     def bind(self, variables: Any) -> tuple[Any, Any]:
         """(model, variables) as their user holds them: the variables of an nnx module are inside of it."""
@@ -187,6 +209,11 @@ def _structure(outputs: Any) -> str:
 _SIZE_NAMES = re.compile(r"feature|channel|filter|dim|width|plane|hidden|unit")
 
 
+def is_size(name: str) -> bool:
+    """Whether an attribute of this name may be a number of channels."""
+    return _SIZE_NAMES.search(name.lower()) is not None
+
+
 def size_attributes(
     integers: Mapping[str, int], leaves: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
 ) -> dict[str, int]:
@@ -201,7 +228,7 @@ def size_attributes(
     """
     new: dict[str, int] = {}
     for name, value in integers.items():
-        if not _SIZE_NAMES.search(name.lower()):
+        if not is_size(name):
             continue
         axes = [
             (old[axis], cut[axis], len(old) - axis)

@@ -5,11 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ddnp_jax.networks.base import LeafPath, Network, Resizing
+from ddnp_jax.networks.base import LeafPath, Network, Resizing, Sizes
 
 
 class FunctionNetwork(Network):
     """A function that computes with arrays of any size; it has one mode."""
+
+    kind = "function"
 
     @property
     def name(self) -> str:
@@ -23,8 +25,8 @@ class FunctionNetwork(Network):
         return given
 
     def initial(self, rng: jax.Array, images: Any) -> Any:
-        """Cannot be known."""
-        raise ValueError(f"{self.name} is a function, which cannot draw its own variables; give them.")
+        """Raises: a function cannot draw its own variables."""
+        return self.variables(None)
 
     def evaluate(self, variables: Any, images: jax.Array) -> Any:
         """What the function returns."""
@@ -55,6 +57,14 @@ class FunctionNetwork(Network):
         """True: which leaves are statistics cannot be known, except under flax's and Haiku's name of them."""
         return "batch_stats" not in path
 
-    def resize(self, resizing: Resizing, variables: Any, images: Any) -> Any:
-        """The same function, which has to take the smaller arrays as they are."""
+    def sizes(self, resizing: Resizing, variables: Any, images: Any) -> Sizes:
+        """None: the function has to take smaller arrays as they are."""
+        return ()
+
+    def with_sizes(self, sizes: Sizes) -> Any:
+        """The same function."""
         return self.model
+
+    def saved_sizes(self) -> Sizes:
+        """None."""
+        return ()

@@ -2,26 +2,24 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 from ddnp_jax import checkpoint, data, models, parallel, torch_weights
-from ddnp_jax.compact import compact, load_pruned, save_pruned
+from ddnp_jax.compact import Rebuild, rehearse
 from ddnp_jax.cost import latency
 from ddnp_jax.cost.budget import Budget, make_budget
 from ddnp_jax.networks import Network, as_network
 from ddnp_jax.pipeline import checks, report, stages
 from ddnp_jax.pipeline.results import Results, summarize
-from ddnp_jax.topology import Selection, Topology, trace
+from ddnp_jax.saved import load_pruned, save_pruned
+from ddnp_jax.topology import Topology, trace
 from ddnp_jax.training.log import MetricsLog
-
-Rebuild = Callable[[tuple[int, ...]], Any]
 
 _MAY_DIFFER = ("data.threads",)  # fields of the configuration that may change when a run resumes
 _WRITTEN = ("results.json", "metrics.jsonl", *checks.STAGES)  # in a workdir that has been used
@@ -37,7 +35,7 @@ class Run:
       dataset: Images and their splits.
       name: Name of the model.
       network: The unpruned network.
-      rebuild: Makes the smaller module from the channels per gate; None where the model has `widths`.
+      rebuild: Makes the smaller network from the channels per gate, where `compact` needs it.
       topology: Topology of the network.
       budget: What may remain.
       weights: Variables of the unpruned network, of `base.weights`; None where it is trained.
@@ -100,6 +98,7 @@ def prepare(
     workdir: str | Path,
     model: Any = None,
     rebuild: Rebuild | None = None,
+    dataset: data.Dataset | None = None,
 ) -> Run:
     """Checks the whole configuration and reads data and given weights; arguments as for `run`.
 
@@ -108,7 +107,7 @@ def prepare(
         another run.
     """
     checks.check(config)
-    dataset = data.load(config.data)
+    dataset = dataset or data.load(config.data)
     _check_splits(config, dataset)
     network, name = _network(config, model, dataset.num_classes)
     topology = trace(network.model, dataset.image_shape)
@@ -121,7 +120,7 @@ def prepare(
     _check_workdir(workdir, identity)  # a measured budget writes its table there
     weights = _given_weights(config.base.weights, network, topology)
     budget = make_budget(config.budget, topology, measured)
-    _check_rebuild(network.model, rebuild, topology, budget)
+    _check_cut(network, rebuild, topology, budget)
     checkpoint.claim_workdir(workdir, identity, _MAY_DIFFER)
     log, results = MetricsLog(workdir / "metrics.jsonl"), Results(workdir / "results.json")
     return Run(config, workdir, dataset, name, network, rebuild, topology, budget, weights, log, results)
@@ -149,13 +148,18 @@ def _check_workdir(workdir: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def _check_rebuild(model: Any, rebuild: Rebuild | None, topology: Topology, budget: Budget) -> None:
-    """Cuts zeros down to the smallest widths: raises for a module that cannot be cut, before it is trained."""
-    if rebuild is None and hasattr(model, "widths"):
+def _check_cut(network: Network, rebuild: Rebuild | None, topology: Topology, budget: Budget) -> None:
+    """Cuts random variables: raises for a network that cannot be cut, before it is trained."""
+    if rebuild is None and hasattr(network.model, "widths"):
         return
-    zeros = flax.traverse_util.unflatten_dict({path: np.zeros(shape) for path, shape in topology.variables})
-    smallest = Selection(tuple(tuple(range(width)) for width in budget.smallest_widths))
-    compact(model, zeros, smallest, topology, rebuild)
+    rng = np.random.default_rng(0)
+
+    def draw(leaf: Any) -> Any:
+        is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return abs(rng.normal(size=leaf.shape)).astype(leaf.dtype) if is_float else leaf
+
+    drawn = jax.tree.map(draw, stages.initial_variables(network, topology.input_shape, seed=0))
+    rehearse(network.model, drawn, topology, budget.smallest_widths, rebuild)
 
 
 def _check_splits(config: ml_collections.ConfigDict, dataset: data.Dataset) -> None:
@@ -184,7 +188,8 @@ def _given_weights(path: str, network: Network, topology: Topology) -> Any:
         raise ValueError(f"base.weights={path!r} does not exist; give a PyTorch checkpoint, or '' to train.")
     if not file.is_dir():
         return torch_weights.load(file, network.model, topology.input_shape)
-    _, variables = load_pruned(file, network.model)
+    loaded, variables = load_pruned(file, network.model)
+    variables = as_network(loaded).variables(variables)
     try:
         topology.check(variables)
     except ValueError as error:
@@ -197,6 +202,7 @@ def run(
     workdir: str | Path,
     model: Any = None,
     rebuild: Rebuild | None = None,
+    dataset: data.Dataset | None = None,
 ) -> dict[str, Any]:
     """Runs or resumes the main job.
 
@@ -204,12 +210,13 @@ def run(
       config: Configuration of the experiment.
       workdir: Folder in which everything is written.
       model: A network of your own, a flax.linen or flax.nnx module; None for the backbone that `config.model` names.
-      rebuild: Makes your module from the channels per gate; not needed where it has an attribute `widths`.
+      rebuild: Makes the smaller network from the channels per gate, where `compact` needs it.
+      dataset: Images of your own; None for what `config.data` names.
 
     Returns:
       What `report.json` holds.
     """
-    job = prepare(config, workdir, model, rebuild)
+    job = prepare(config, workdir, model, rebuild, dataset)
     if jax.process_index() == 0:
         print(job.topology.describe())
     variables = stages.base(job)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from ddnp_jax import data, files, parallel
+from ddnp_jax import files, parallel
 from ddnp_jax.cost import flops
 from ddnp_jax.pipeline.checks import STAGES
 from ddnp_jax.topology import Selection
@@ -57,7 +57,7 @@ def summarize(job: "Run", selection: Selection) -> dict[str, Any]:
         "method": config.search.method,
         "variant": config.variant,
         "model": job.name,
-        "dataset": data.label(config.data),
+        "dataset": job.dataset.name,
         "seed": config.seed,
         "p": budget.p,
         "budget": {
@@ -86,7 +86,7 @@ def summarize(job: "Run", selection: Selection) -> dict[str, Any]:
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "latency_ms": results["latency_ms"],
         "verification": results["verification"],
-        "notes": [*config.notes, *results["search_notes"], *_fitted(job, results["proposed_p"])],
+        "notes": [*config.notes, *job.dataset.notes, *results["search_notes"], *_fitted(job, results["proposed_p"])],
     }
 
 

@@ -26,7 +26,8 @@ def base(job: "Run") -> Any:
     """The trained weights of the unpruned network: from the workdir, from `base.weights`, or trained from scratch."""
     variables = job.weights
     if variables is None:
-        variables = _train(job, "base", job.network, _initial_variables(job))
+        start = initial_variables(job.network, job.dataset.image_shape, job.config.seed)
+        variables = _train(job, "base", job.network, start)
     job.results.measured("base", lambda: _test(job, job.network, variables))
     return variables
 
@@ -124,9 +125,10 @@ def finetune(job: "Run", variables: Any, small: Network, small_variables: Any) -
     return tuned
 
 
-def _initial_variables(job: "Run") -> Any:
-    images = np.zeros((1, *job.dataset.image_shape), np.float32)
-    return jax.jit(job.network.initial)(jax.random.key(job.config.seed), images)
+def initial_variables(network: Network, image_shape: Sequence[int], seed: int) -> Any:
+    """The variables that base training starts from."""
+    images = np.zeros((1, *image_shape), np.float32)
+    return jax.jit(network.initial)(jax.random.key(seed), images)
 
 
 def _train(

@@ -12,8 +12,7 @@ import numpy as np
 
 from ddnp_jax import parallel
 from ddnp_jax.losses import Loss
-from ddnp_jax.networks import as_network
-from ddnp_jax.networks.base import Outputs
+from ddnp_jax.networks import Outputs, as_network
 from ddnp_jax.training.steps import Batch, Distillation, Metrics, Step, init_state, sgd, step_rngs, train_step
 from ddnp_jax.training.steps import schedule as make_schedule
 

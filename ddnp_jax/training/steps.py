@@ -10,8 +10,7 @@ import optax
 
 from ddnp_jax import losses
 from ddnp_jax.losses import Loss
-from ddnp_jax.networks import Network, picked
-from ddnp_jax.networks.base import Outputs
+from ddnp_jax.networks import Network, Outputs, picked
 from ddnp_jax.parallel import ONE_DEVICE, OVER_DEVICES, Devices
 
 Batch = tuple[Any, Any]  # images, normalized floats (N, H, W, C), and targets

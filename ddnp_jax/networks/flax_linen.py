@@ -13,11 +13,11 @@ from ddnp_jax.networks.base import (
     ModulePath,
     Network,
     Resizing,
+    Sizes,
     mode_kwargs,
     size_attributes,
 )
 
-Sizes = tuple[tuple[ModulePath, tuple[tuple[str, int | None], ...]], ...]
 PARAMETERS = "params"
 LAYERS = (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum, nn.ConvLocal)
 
@@ -27,8 +27,7 @@ class Resized(nn.Module):
 
     Attributes:
       module: The module.
-      sizes: (path of a submodule, its attributes and their values), for example
-        ((("conv1",), (("features", 7),)),).
+      sizes: Attributes of submodules, by path.
     """
 
     module: nn.Module
@@ -53,6 +52,8 @@ class Resized(nn.Module):
 
 class LinenNetwork(Network):
     """A linen module, called with one array."""
+
+    kind = "linen"
 
     def __init__(self, model: nn.Module, call_kwargs: Mapping[str, Any]) -> None:
         """Takes a module without variables.
@@ -124,15 +125,28 @@ class LinenNetwork(Network):
         """Whether it is in the collection "params"."""
         return path[0] == PARAMETERS
 
-    def resize(self, resizing: Resizing, variables: Any, images: Any) -> nn.Module:
-        """The module in a wrapper that holds the new sizes; a wrapper that is there already takes them up."""
-        sizes = dict(self.model.sizes) if isinstance(self.model, Resized) else {}
-        for path, found in self._calls(variables, images).items():
-            own = {leaf[-1]: shapes for leaf, shapes in resizing.shapes.items() if leaf[1:-1] == path}
-            new = _new_sizes(found, own, resizing.groups.get((PARAMETERS, *path, "kernel")))
+    def module_of(self, path: LeafPath) -> ModulePath:
+        """The module that a leaf belongs to: its path without the collection."""
+        return path[1:-1]
+
+    def sizes(self, resizing: Resizing, variables: Any, images: Any) -> Sizes:
+        """Attributes of the layers, found from their own variables and, of group normalization, from its input."""
+        found: dict[ModulePath, Mapping[str, Any]] = dict(map(_as_mapping, self.saved_sizes()))
+        for path, call in self._calls(variables, images).items():
+            own = {leaf[-1]: shapes for leaf, shapes in resizing.shapes.items() if self.module_of(leaf) == path}
+            call = call._replace(attributes={**call.attributes, **found.get(path, {})})  # as an earlier cut left them
+            new = _new_sizes(call, own, resizing.groups.get((PARAMETERS, *path, "kernel")))
             if new:
-                sizes[path] = tuple(sorted({**dict(sizes.get(path, ())), **new}.items()))
-        return Resized(self.module, tuple(sorted(sizes.items())))
+                found[path] = {**found.get(path, {}), **new}
+        return tuple(sorted((path, tuple(sorted(new.items()))) for path, new in found.items()))
+
+    def with_sizes(self, sizes: Sizes) -> nn.Module:
+        """The module in a wrapper that holds the sizes."""
+        return Resized(self.module, sizes) if sizes else self.module
+
+    def saved_sizes(self) -> Sizes:
+        """The wrapper's sizes."""
+        return self.model.sizes if isinstance(self.model, Resized) else ()
 
     def _calls(self, variables: Any, images: Any) -> dict[ModulePath, "_Call"]:
         """The first call of every submodule; nothing is computed."""
@@ -160,6 +174,10 @@ class LinenNetwork(Network):
 
     def _kwargs(self, training: bool) -> dict[str, Any]:
         return mode_kwargs(type(self.module).__call__, self._call_kwargs, training)
+
+
+def _as_mapping(entry: tuple[ModulePath, tuple[tuple[str, Any], ...]]) -> tuple[ModulePath, Mapping[str, Any]]:
+    return entry[0], dict(entry[1])
 
 
 class _Call(NamedTuple):

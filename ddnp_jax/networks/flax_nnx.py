@@ -7,11 +7,25 @@ import flax.traverse_util
 import jax
 from flax import nnx
 
-from ddnp_jax.networks.base import LeafPath, ModulePath, Network, Resizing, flatten, mode_kwargs, size_attributes
+from ddnp_jax.networks.base import (
+    LeafPath,
+    ModulePath,
+    Network,
+    Resizing,
+    Sizes,
+    flatten,
+    is_size,
+    mode_kwargs,
+    size_attributes,
+)
+
+LAYER_SIZES = ("in_features", "out_features", "kernel_shape", "feature_group_count")
 
 
 class NnxNetwork(Network):
     """An nnx module. It is never changed: what is computed is computed on copies."""
+
+    kind = "nnx"
 
     def __init__(self, model: nnx.Module, call_kwargs: Mapping[str, Any]) -> None:
         """Takes a module with its variables."""
@@ -67,14 +81,27 @@ class NnxNetwork(Network):
         """Whether it is an `nnx.Param`."""
         return issubclass(self._kinds[path], nnx.Param)
 
-    def resize(self, resizing: Resizing, variables: Any, images: Any) -> nnx.Module:
-        """A copy whose layers have other sizes; its variables are still the old ones."""
+    def sizes(self, resizing: Resizing, variables: Any, images: Any) -> Sizes:
+        """Attributes of the layers, found from their own variables."""
+        modules = _modules(self.model)
+        paths = sorted({path[:-1] for path in resizing.shapes})
+        return tuple((path, tuple(_new_attributes(modules[path], path, resizing).items())) for path in paths)
+
+    def with_sizes(self, sizes: Sizes) -> nnx.Module:
+        """A copy whose layers have these attributes; its variables are still the old ones."""
         module = nnx.clone(self.model)
-        modules = {tuple(map(str, path)): part for path, part in nnx.iter_modules(module)}
-        for path in {path[:-1] for path in resizing.shapes}:
-            for name, value in _new_attributes(modules[path], path, resizing).items():
+        modules = _modules(module)
+        for path, attributes in sizes:
+            if path not in modules:
+                raise ValueError(f"{self.name} has no submodule {'/'.join(path)!r}; give the network that was pruned.")
+            for name, value in attributes:
                 setattr(modules[path], name, value)
         return module
+
+    def saved_sizes(self) -> Sizes:
+        """Every size of every layer."""
+        found = ((path, tuple(_sizes_of(module).items())) for path, module in _modules(self.model).items())
+        return tuple(sorted((path, own) for path, own in found if own))
 
     def bind(self, variables: Any) -> tuple[Any, Any]:
         """(a module with the variables inside, None)."""
@@ -86,6 +113,19 @@ class NnxNetwork(Network):
         return nnx.merge(self._graph, state)
 
 
+def _modules(model: nnx.Module) -> dict[ModulePath, nnx.Module]:
+    return {tuple(map(str, path)): module for path, module in nnx.iter_modules(model)}
+
+
+def _sizes_of(module: nnx.Module) -> dict[str, Any]:
+    """Attributes that `_new_attributes` may change."""
+    if isinstance(module, nnx.Conv | nnx.Linear | nnx.ConvTranspose):
+        return {name: getattr(module, name) for name in LAYER_SIZES if hasattr(module, name)}
+    if isinstance(module, nnx.GroupNorm):
+        return {"num_groups": module.num_groups}
+    return {name: value for name, value in vars(module).items() if type(value) is int and is_size(name)}
+
+
 def _nested(like: Any, leaves: Mapping[LeafPath, Any]) -> Any:
     """Nested dictionaries with the keys of `like`, which may be numbers, and other leaves."""
     paths = flax.traverse_util.flatten_dict(like)
@@ -95,14 +135,12 @@ def _nested(like: Any, leaves: Mapping[LeafPath, Any]) -> Any:
 def _new_attributes(module: nnx.Module, path: ModulePath, resizing: Resizing) -> dict[str, Any]:
     """New sizes of one module, from those of its own variables."""
     own = {leaf[-1]: shapes for leaf, shapes in resizing.shapes.items() if leaf[:-1] == path}
-    attributes = {name: value for name, value in vars(module).items() if not name.startswith("_")}
     if "kernel" in own and isinstance(module, nnx.Conv | nnx.Linear | nnx.ConvTranspose):
         return _layer_sizes(module, own["kernel"][1], resizing.groups.get((*path, "kernel")))
     if isinstance(module, nnx.GroupNorm):
         ((old, *_), (new, *_)) = next(iter(own.values()))
         return {"num_groups": module.num_groups * new // old}
-    integers = {name: value for name, value in attributes.items() if type(value) is int}
-    return dict(size_attributes(integers, own))
+    return dict(size_attributes(_sizes_of(module), own))
 
 
 def _layer_sizes(module: Any, kernel: tuple[int, ...], groups: tuple[int, int] | None) -> dict[str, Any]:
@@ -110,10 +148,5 @@ def _layer_sizes(module: Any, kernel: tuple[int, ...], groups: tuple[int, int] |
     if getattr(module, "transpose_kernel", False):
         inputs, outputs = outputs, inputs
     count = groups[1] if groups else getattr(module, "feature_group_count", 1)
-    sizes = {
-        "in_features": inputs * count,
-        "out_features": outputs,
-        "kernel_shape": kernel,
-        "feature_group_count": count,
-    }
+    sizes = dict(zip(LAYER_SIZES, (inputs * count, outputs, kernel, count), strict=True))
     return {name: value for name, value in sizes.items() if hasattr(module, name)}

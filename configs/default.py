@@ -1,6 +1,6 @@
 """Every field of an experiment, with the values that most experiments share. Configurations start from this one.
 
-The fields of a search method stand in its module, `ddnp_jax/methods/METHOD.py`.
+The fields of a search method stand in its class `Fields`, in `ddnp_jax/methods/`.
 """
 
 from collections.abc import Mapping
@@ -33,6 +33,9 @@ SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "dg": ("nppm", {"data.search_fraction": 0.1, "search.predictor": "none"}),
     "uniform": ("uniform", {}),
     "magnitude": ("magnitude", {}),
+    "bn_scale": ("bn_scale", {}),
+    "fpgm": ("fpgm", {}),
+    "taylor": ("taylor", {}),
 }
 
 
@@ -112,7 +115,7 @@ def get_config() -> ConfigDict:
     config.base = trainer(weights="")  # weights: PyTorch checkpoint or save_pruned folder; '' trains from scratch
 
     config.search = search = ConfigDict()
-    search.method = "ddnp"  # a module of ddnp_jax.methods, which has its further fields
+    search.method = "ddnp"  # one of ddnp_jax.methods.METHODS, which says what its further fields are
     search.epochs = 200  # passes over the search images
     search.batch_size = 256  # images per step, over all devices
     search.augment = False  # random crops and flips, as `data` says
@@ -121,6 +124,7 @@ def get_config() -> ConfigDict:
     search.test_curve = False  # also logs test accuracy at every checkpoint, for figures; it decides nothing
     search.resource_loss = "log_abs"  # R: 'log_abs', 'log_max', 'abs' or 'square'
     search.resource_weight = 4.0  # λ
+    search.ranking = "per_gate"  # of scores: 'per_gate', the same fraction of each gate; or 'global', one ranking
 
     config.finetune = trainer(warmup_epochs=5.0)
     config.finetune.distillation_weight = 0.0  # share of the loss from the unpruned network's outputs
@@ -129,8 +133,7 @@ def get_config() -> ConfigDict:
 
     config.parallel = ConfigDict()
     config.parallel.mode = "shard_map"  # or 'pmap'; the same numbers
-    # Batch statistics of the whole batch; models without bn_axis_name: per device.
-    config.parallel.sync_batch_norm = True
+    config.parallel.sync_batch_norm = True  # batch statistics of the whole batch; else of each device
     # What XLA:CPU may fuse; '' leaves it to XLA. 'eltwise' halves a training step on small images.
     config.parallel.cpu_fusions = "individual_convolution,individual_dot,dot,eltwise,reduce"
     return config
@@ -161,7 +164,8 @@ def choose(
         raise ValueError(f"the configuration's argument names two searches, {' and '.join(searches)}; name one.")
     method, fields = SEARCHES[searches[0]]
     config.search.method = method
-    config.search.update(methods.default_config(method))
+    config.search.update(ConfigDict(methods.default_fields(method)))
+    config.search.update(methods.METHODS[method].job_fields)
     config.budget.p = p.get(method, p["ddnp"])
     for chosen in (fields, *(forms[word] for word in words if word in forms)):
         config.update_from_flattened_dict(chosen)

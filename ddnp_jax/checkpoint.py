@@ -1,6 +1,6 @@
 """What survives a run being stopped: checkpoints (orbax), the workdir's identity, and a clean stop on SIGTERM.
 
-Orbax saves atomically, but restores flipped bits in array data without a word, and raises almost anything on a missing
+Orbax saves atomically, but restores flipped bits in array data silently, and raises almost anything on a missing
 or truncated file. So each checkpoint carries a record with a SHA-256 per leaf, and one that does not match its record
 is set aside for the one before it.
 """
@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import signal
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from ddnp_jax import parallel
+from ddnp_jax import files, parallel
 
 _policies = ocp.checkpoint_managers
 
@@ -78,7 +77,7 @@ class Checkpoints:
         if metric is not None and not math.isfinite(metric):
             raise ValueError(f"metric={metric} of step {step} is not finite; save the state without a metric.")
         metric = None if metric is None else float(metric)
-        leaves = _named(parallel.fetch(state))
+        leaves = {name: _key_data(x) for name, x in _named(parallel.fetch(state)).items()}
         record = {
             "metric": metric,
             "leaves": {name: _describe(x) | {"sha256": _sha256(x)} for name, x in leaves.items()},
@@ -103,7 +102,8 @@ class Checkpoints:
         Damaged ones that are newer are logged and renamed to `<step>.damaged`, so that their steps can be saved again.
 
         Args:
-          template: a pytree with the structure, shapes and dtypes of the state (arrays or `jax.ShapeDtypeStruct`).
+          template: a pytree with the structure, shapes and dtypes of the state: arrays, or `jax.ShapeDtypeStruct` where
+            these are no random keys.
 
         Returns:
           The step, and the state as numpy arrays with the bits that were saved; None if there is no checkpoint.
@@ -158,7 +158,8 @@ class Checkpoints:
     def _read(self, step: int, template: Any) -> Any:
         """Reads and verifies one checkpoint, or raises `_DamagedError`."""
         record = self._record(step)
-        wanted = _named(template)
+        named = _named(template)
+        wanted = {name: _key_data(x) for name, x in named.items()}
         self._check_fit(step, record["leaves"], wanted)
         empty = {name: np.empty(x.shape, x.dtype) for name, x in wanted.items()}
         targets = {name: x for name, x in empty.items() if x.size}
@@ -170,7 +171,10 @@ class Checkpoints:
         for name in wanted:
             if _sha256(leaves[name]) != record["leaves"][name]["sha256"]:
                 raise _DamagedError(f"leaf {name} does not have the SHA-256 that it was saved with")
-        return jax.tree.unflatten(jax.tree.structure(template), [leaves[name] for name in wanted])
+        restored = [
+            _as_key(leaves[name], like) if parallel.is_key(like) else leaves[name] for name, like in named.items()
+        ]
+        return jax.tree.unflatten(jax.tree.structure(template), restored)
 
     def _check_fit(self, step: int, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         for name in [*wanted, *saved]:
@@ -231,6 +235,15 @@ def _named(tree: Any) -> dict[str, Any]:
     return leaves
 
 
+def _key_data(x: Any) -> Any:
+    """What is saved of a leaf: of random keys their data."""
+    return np.asarray(jax.random.key_data(x)) if parallel.is_key(x) else x
+
+
+def _as_key(data: np.ndarray, like: Any) -> jax.Array:
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
+
+
 def _describe(x: np.ndarray) -> dict[str, Any]:
     return {"shape": list(x.shape), "dtype": str(x.dtype)}
 
@@ -249,42 +262,13 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
-def write_json_atomic(path: str | Path, value: Any) -> None:
-    """Writes JSON so that after a kill or a power cut the file is either the old one or the new one, whole."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the renaming itself
-    finally:
-        os.close(folder)
-
-
-def read_json(path: Path) -> Any:
-    """What a file of a workdir holds.
-
-    Raises:
-      ValueError: it is damaged.
-    """
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); put it back, or give this run another workdir.") from error
-
-
 def claim_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequence[str] = ()) -> None:
     """Makes a workdir this run's own, or checks that it is: its `config.json` must hold the same config.
 
     Args:
       workdir: of the run; made if absent.
       config: nested mappings of JSON values.
-      ignore: fields, or prefixes of fields ('parallel' for all 'parallel.*'), that may differ when a run goes on.
+      ignore: fields, or prefixes of fields ('parallel' for all 'parallel.*'), that may differ when a run resumes.
 
     Raises:
       ValueError: if the workdir belongs to a run with another config (the message lists the fields that differ), or
@@ -292,7 +276,7 @@ def claim_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequen
     """
     path = _identity(workdir)
     path.parent.mkdir(parents=True, exist_ok=True)
-    parallel.on_first_process(lambda: path.exists() or write_json_atomic(path, config))
+    parallel.on_first_process(lambda: path.exists() or files.write_json(path, config))
     if not path.exists():
         raise ValueError(f"{workdir} is not the same folder in every process; put it where all of them see it.")
     check_workdir(workdir, config, ignore)
@@ -303,7 +287,7 @@ def check_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequen
     path = _identity(workdir)
     if not path.exists():
         return
-    theirs = _fields(read_json(path))
+    theirs = _fields(files.read_json(path))
     ours = _fields(json.loads(json.dumps(config)))  # tuples become lists, as in the file
     differing = [
         f"  {name}: workdir has {_shown(theirs, name)}, this run has {_shown(ours, name)}"

@@ -1,16 +1,53 @@
 """The terms of the training and search objectives."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
+from ddnp_jax.networks import Outputs, picked
+
 RESOURCE = ("log_abs", "log_max", "abs", "square")
+
+Loss = Callable[[Any, Any], jax.Array]  # (outputs, targets) -> scalar, a mean over the images
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
     """Mean cross-entropy of logits (N, K) against integer labels (N,), with label smoothing."""
     targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
     return jnp.mean(optax.softmax_cross_entropy(logits, targets))
+
+
+def top1(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Accuracy of logits (N, K) against integer labels (N,), in percent."""
+    return 100.0 * jnp.mean(jnp.argmax(logits, -1) == labels)
+
+
+def measure(
+    found: Any,
+    targets: Any,
+    loss: Loss | None = None,
+    outputs: Outputs = None,
+    label_smoothing: float = 0.0,
+    name: str = "the network",
+) -> dict[str, jax.Array]:
+    """The "loss" of what a network returned and, of the default loss, the "top1" accuracy in percent.
+
+    Args:
+      found: What the network returned for a batch.
+      targets: Targets of the batch.
+      loss: Loss `(outputs, targets) -> scalar`; None is the cross-entropy of logits (N, K) against integer labels (N,).
+      outputs: Which of the outputs count: a key, an index or a function; see `networks.picked`. Without it an own loss
+        is given everything that the network returned.
+      label_smoothing: Mass that the label gives to all classes, in the default loss.
+      name: Name of the network, for messages.
+    """
+    if loss is not None:
+        return {"loss": loss(found if outputs is None else picked(found, outputs, name), targets)}
+    logits = picked(found, outputs, name).astype(jnp.float32)
+    return {"loss": cross_entropy(logits, targets, label_smoothing), "top1": top1(logits, targets)}
 
 
 def distillation(logits: jax.Array, teacher_logits: jax.Array, temperature: float) -> jax.Array:

@@ -36,9 +36,10 @@ def our_forward(config: ConfigDict, checkpoint: str, num_classes: int, image_sha
     """
     import jax
 
-    from ddnp_jax import fields, models, parallel, torch_weights
+    from ddnp_jax import models, parallel, torch_weights
+    from ddnp_jax.pipeline import checks
 
-    attributes = {**config.model.attributes, "dtype": fields.computation_dtype(config.precision)}
+    attributes = {**config.model.attributes, "dtype": checks.computation_dtype(config.precision)}
     model = models.create(config.model.name, num_classes, **attributes)
     variables = parallel.replicate(torch_weights.load(checkpoint, model, image_shape))
     split = jax.sharding.NamedSharding(parallel.mesh(), jax.sharding.PartitionSpec(parallel.AXIS))

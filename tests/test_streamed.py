@@ -13,6 +13,7 @@ from PIL import Image
 
 from ddnp_jax import data, parallel, training
 from ddnp_jax.data import imagenet2012
+from ddnp_jax.training import evaluation
 from tests.test_photos import encode, smooth
 from tests.test_training import recording_state, recording_step
 
@@ -41,7 +42,7 @@ def numbered(index, epoch):
 
 def steps(images, lengths, threads=3, seed=None):
     """The recording step on batches of 16 of 40 images, through everything that a run goes through."""
-    chunk = parallel.data_parallel(training.over_chunk(recording_step, images, seed=5, augment=False))
+    chunk = parallel.data_parallel(training.chunk_of(recording_step, images, seed=5, augment=False))
     constants = {"images": images.on_devices, "step": parallel.replicate(np.float32(0.1))}
     state, batches = parallel.replicate(recording_state()), data.batches(np.arange(40), 16, seed=0)
     metrics, first = [], 0
@@ -70,7 +71,7 @@ def test_evaluation_cannot_tell_a_stream_from_memory():
         return images.reshape(images.shape[0], -1) @ variables
 
     streamed, resident = (
-        training.evaluator(forward, images, 16, "shard_map")(weights, chosen) for images in (STREAMED, IN_MEMORY)
+        evaluation.evaluator(forward, images, 16, "shard_map")(weights, chosen) for images in (STREAMED, IN_MEMORY)
     )
     assert streamed == pytest.approx(resident)
     assert 0 < resident["top1"] < 100

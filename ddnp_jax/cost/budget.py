@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import ml_collections
 import numpy as np
 
 from ddnp_jax.cost import flops
@@ -142,9 +141,7 @@ class Budget:
                 return tuple(map(int, widths))
 
 
-def make_budget(
-    config: ml_collections.ConfigDict, topology: Topology, measured: Callable[[int, int], LatencyTable]
-) -> Budget:
+def make_budget(config: Any, topology: Topology, measured: Callable[[int, int], LatencyTable]) -> Budget:
     """The budget of a configuration's `budget` section, checked.
 
     Args:

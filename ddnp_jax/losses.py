@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ddnp_jax.networks import Outputs, picked
@@ -23,6 +24,32 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
 def top1(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Accuracy of logits (N, K) against integer labels (N,), in percent."""
     return 100.0 * jnp.mean(jnp.argmax(logits, -1) == labels)
+
+
+def check_labels(shape: tuple[int, ...], labels: Any, name: str = "the network") -> None:
+    """Checks that labels fit the logits of the default loss, on the host.
+
+    Args:
+      shape: Shape of the network's outputs for the batch.
+      labels: Labels of the batch.
+      name: Name of the network, for messages.
+
+    Raises:
+      ValueError: The outputs are no logits (N, K), or the labels are no whole numbers (N,) in 0..K - 1.
+    """
+    advice = "give loss=, a function (outputs, targets) -> scalar, for anything but classes."
+    if len(shape) != 2:
+        raise ValueError(f"{name} returns outputs {shape}, which are no logits (N, K); {advice}")
+    if not hasattr(labels, "shape") or not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != shape[:1]:
+        found = f"{labels.dtype} {labels.shape}" if hasattr(labels, "shape") else type(labels).__name__
+        raise ValueError(f"the targets are {found}, and must be whole numbers ({shape[0]},), one label each; {advice}")
+    numbers = np.asarray(labels)
+    bad = np.flatnonzero((numbers < 0) | (numbers >= shape[1]))
+    if bad.size:
+        raise ValueError(
+            f"label {numbers[bad[0]]} of image {bad[0]} of a batch is outside 0..{shape[1] - 1}, the {shape[1]} classes "
+            f"of {name}; give labels from 0, or a network with more outputs."
+        )
 
 
 def measure(

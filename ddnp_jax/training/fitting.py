@@ -1,18 +1,19 @@
 """Training outside of the job: any network, on any batches, on one device."""
 
 import contextlib
+import functools
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddnp_jax import parallel
+from ddnp_jax import losses, parallel
 from ddnp_jax.losses import Loss
-from ddnp_jax.networks import Outputs, as_network
+from ddnp_jax.networks import Network, Outputs, as_network, picked
 from ddnp_jax.training.steps import Batch, Distillation, Metrics, Step, init_state, sgd, step_rngs, train_step
 from ddnp_jax.training.steps import schedule as make_schedule
 
@@ -72,7 +73,7 @@ def fit(
       teacher: (model, variables) of a network whose outputs are learned, too.
       distillation_weight: Share of the loss from the teacher's outputs.
       distillation_temperature: Temperature of these outputs.
-      progress: Whether to report on the way.
+      progress: Whether to report progress on standard error.
 
     Returns:
       The trained network and its history.
@@ -93,14 +94,39 @@ def fit(
     step = train_step(
         network, optimizer, label_smoothing=label_smoothing, loss=loss, outputs=outputs, distillation=distillation
     )
-    state = init_state(network, network.variables(variables), optimizer)
-    state, history = take_steps(step, state, constants, batches, steps, seed, "fit" if progress else "")
+    variables = network.variables(variables)
+    state = init_state(network, variables, optimizer)
+    check = _label_check(network, variables, outputs) if loss is None else None
+    state, history = take_steps(step, state, constants, batches, steps, seed, "fit" if progress else "", check)
     fitted = jax.tree.map(jnp.asarray, state.variables(network))
     return Fitted(*network.bind(fitted), history)
 
 
+def _label_check(network: Network, variables: Any, outputs: Outputs) -> Callable[[Batch], None]:
+    """What raises for a batch whose labels do not fit the network."""
+
+    @functools.cache
+    def logits(shape: tuple[int, ...], dtype: Any) -> tuple[int, ...]:
+        images = jax.ShapeDtypeStruct(shape, dtype)
+        found = jax.eval_shape(lambda v, x: picked(network.evaluate(v, x), outputs, network.name), variables, images)
+        return found.shape
+
+    def check(batch: Batch) -> None:
+        images, targets = batch
+        losses.check_labels(logits(images.shape, images.dtype), targets, network.name)
+
+    return check
+
+
 def take_steps(
-    step: Step, state: Any, constants: Any, batches: Iterable[Batch], steps: int, seed: int, report_as: str = ""
+    step: Step,
+    state: Any,
+    constants: Any,
+    batches: Iterable[Batch],
+    steps: int,
+    seed: int,
+    report_as: str = "",
+    check: Callable[[Batch], None] | None = None,
 ) -> tuple[Any, History]:
     """Takes steps on one device, with the random numbers that the job draws for the same seed.
 
@@ -111,7 +137,8 @@ def take_steps(
       batches: Batches (images, targets) that can be read again and again.
       steps: Number of steps.
       seed: Seed of the steps' random keys.
-      report_as: Under which name to report on the way; "" for not at all.
+      report_as: Name under which to report progress; "" for not at all.
+      check: Raises for batches that the step cannot take.
 
     Returns:
       The state after the last step, on the host; and every metric over the steps.
@@ -131,6 +158,8 @@ def take_steps(
     with _Progress(report_as, steps) as progress, contextlib.closing(_repeated(batches, steps)) as repeated:
         pending = None  # read while the device computes the step after it
         for number, batch in enumerate(repeated):
+            if check is not None:
+                check(batch)
             state, metrics = compiled(state, constants, batch, np.int32(number))
             if pending is not None:
                 history.append(_checked(pending, number))
@@ -162,7 +191,7 @@ def _repeated(batches: Iterable[Batch], steps: int) -> Iterator[Batch]:
     while read < steps:
         before = read
         for batch in batches:
-            yield _checked_batch(batch)
+            yield _as_arrays(batch)
             read += 1
             if read == steps:
                 return
@@ -173,7 +202,7 @@ def _repeated(batches: Iterable[Batch], steps: int) -> Iterator[Batch]:
             )
 
 
-def _checked_batch(batch: Any) -> Batch:
+def _as_arrays(batch: Any) -> Batch:
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise ValueError(f"a batch must be (images, targets), got {type(batch).__name__}.")
     images, targets = batch

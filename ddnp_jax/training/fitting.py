@@ -1,10 +1,9 @@
 """Training outside of the job: any network, on any batches, on one device."""
 
 import contextlib
-import functools
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -73,7 +72,7 @@ def fit(
       teacher: (model, variables) of a network whose outputs are learned, too.
       distillation_weight: Share of the loss from the teacher's outputs.
       distillation_temperature: Temperature of these outputs.
-      progress: Whether to report progress on standard error.
+      progress: Whether to report on the way.
 
     Returns:
       The trained network and its history.
@@ -94,39 +93,16 @@ def fit(
     step = train_step(
         network, optimizer, label_smoothing=label_smoothing, loss=loss, outputs=outputs, distillation=distillation
     )
-    variables = network.variables(variables)
-    state = init_state(network, variables, optimizer)
-    check = _label_check(network, variables, outputs) if loss is None else None
-    state, history = take_steps(step, state, constants, batches, steps, seed, "fit" if progress else "", check)
+    state = init_state(network, network.variables(variables), optimizer)
+    if loss is None:
+        batches = LabelledBatches(batches, network, network.variables(variables), outputs)
+    state, history = take_steps(step, state, constants, batches, steps, seed, "fit" if progress else "")
     fitted = jax.tree.map(jnp.asarray, state.variables(network))
     return Fitted(*network.bind(fitted), history)
 
 
-def _label_check(network: Network, variables: Any, outputs: Outputs) -> Callable[[Batch], None]:
-    """What raises for a batch whose labels do not fit the network."""
-
-    @functools.cache
-    def logits(shape: tuple[int, ...], dtype: Any) -> tuple[int, ...]:
-        images = jax.ShapeDtypeStruct(shape, dtype)
-        found = jax.eval_shape(lambda v, x: picked(network.evaluate(v, x), outputs, network.name), variables, images)
-        return found.shape
-
-    def check(batch: Batch) -> None:
-        images, targets = batch
-        losses.check_labels(logits(images.shape, images.dtype), targets, network.name)
-
-    return check
-
-
 def take_steps(
-    step: Step,
-    state: Any,
-    constants: Any,
-    batches: Iterable[Batch],
-    steps: int,
-    seed: int,
-    report_as: str = "",
-    check: Callable[[Batch], None] | None = None,
+    step: Step, state: Any, constants: Any, batches: Iterable[Batch], steps: int, seed: int, report_as: str = ""
 ) -> tuple[Any, History]:
     """Takes steps on one device, with the random numbers that the job draws for the same seed.
 
@@ -137,8 +113,7 @@ def take_steps(
       batches: Batches (images, targets) that can be read again and again.
       steps: Number of steps.
       seed: Seed of the steps' random keys.
-      report_as: Name under which to report progress; "" for not at all.
-      check: Raises for batches that the step cannot take.
+      report_as: Under which name to report on the way; "" for not at all.
 
     Returns:
       The state after the last step, on the host; and every metric over the steps.
@@ -158,8 +133,6 @@ def take_steps(
     with _Progress(report_as, steps) as progress, contextlib.closing(_repeated(batches, steps)) as repeated:
         pending = None  # read while the device computes the step after it
         for number, batch in enumerate(repeated):
-            if check is not None:
-                check(batch)
             state, metrics = compiled(state, constants, batch, np.int32(number))
             if pending is not None:
                 history.append(_checked(pending, number))
@@ -169,6 +142,32 @@ def take_steps(
             history.append(_checked(pending, steps))
     names = history[0] if history else {}
     return parallel.fetch(state), {name: np.array([entry[name] for entry in history]) for name in names}
+
+
+class LabelledBatches:
+    """Batches for the default loss; their labels are compared with the network's outputs when they are read."""
+
+    def __init__(self, batches: Iterable[Batch], network: Network, variables: Any, outputs: Outputs) -> None:
+        """Takes the batches of `fit`, the network, its variables and which of its outputs count."""
+        self._batches, self._network = batches, network
+        self._variables, self._outputs = jax.eval_shape(lambda: variables), outputs
+        self._classes: tuple[int, ...] | None = None  # shape of the outputs of one image
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields the batches.
+
+        Raises:
+          ValueError: The outputs are no logits, or labels do not fit them.
+        """
+        for batch in self._batches:
+            images, labels = checked_batch(batch)
+            if self._classes is None:
+                self._classes = jax.eval_shape(self._logits, self._variables, images).shape[1:]
+            losses.check_labels((len(images), *self._classes), labels, self._network.name)
+            yield images, labels
+
+    def _logits(self, variables: Any, images: jax.Array) -> jax.Array:
+        return picked(self._network.evaluate(variables, images), self._outputs, self._network.name)
 
 
 def _checked(metrics: Metrics, step: int) -> dict[str, np.ndarray]:
@@ -191,7 +190,7 @@ def _repeated(batches: Iterable[Batch], steps: int) -> Iterator[Batch]:
     while read < steps:
         before = read
         for batch in batches:
-            yield _as_arrays(batch)
+            yield checked_batch(batch)
             read += 1
             if read == steps:
                 return
@@ -202,7 +201,12 @@ def _repeated(batches: Iterable[Batch], steps: int) -> Iterator[Batch]:
             )
 
 
-def _as_arrays(batch: Any) -> Batch:
+def checked_batch(batch: Any) -> Batch:
+    """A batch (images, targets) of arrays.
+
+    Raises:
+      ValueError: It is something else.
+    """
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise ValueError(f"a batch must be (images, targets), got {type(batch).__name__}.")
     images, targets = batch

@@ -58,7 +58,7 @@ IMAGES, LABELS = np.float32(RNG.normal(size=(8, SIZE, SIZE, 3))), RNG.integers(0
 
 
 def make_config(**fields):
-    return ddnp.Fields(**{"importance": "scalar", "width": "scalar", **fields})
+    return methods.configure("ddnp", {"importance": "scalar", "width": "scalar", **fields})
 
 
 def make_problem(steps=10, p=0.4, model=None, **fields):

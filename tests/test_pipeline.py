@@ -235,7 +235,7 @@ def test_budget_in_measured_latency_is_the_same_numbers_when_the_run_goes_on(con
     config.budget.update(kind="latency", p=1.0, latency_points=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "finetune", lambda *_: kill())
-        patch.setattr(latency, "_milliseconds", lambda module, x: x.size / 7 + module.features / 3)
+        patch.setattr(latency, "_milliseconds", lambda call: float(np.prod(call.x)) / 7 + call.kernel[-1] / 3)
         with pytest.raises(Killed):
             pipeline.run(config, tmp_path, model=Own((20, 12)), rebuild=Own)
     file = tmp_path / "latency.json"
@@ -352,13 +352,26 @@ def test_a_workdir_without_its_configuration_is_refused(config, tmp_path):
     assert not (tmp_path / "config.json").exists()
 
 
+class Scaled(nn.Module):
+    """A network that computes with its own number of channels."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.relu(nn.Conv(16, (3, 3), name="first")(x))
+        return nn.Dense(10, name="classes")(x.mean((1, 2)) / x.shape[-1])
+
+
 def test_an_own_model_that_cannot_be_cut_is_refused_before_it_is_trained(config, tmp_path):
-    for rebuild, message in (
-        (None, "Own has no attribute `widths`; pass rebuild="),
-        (lambda widths: Own((20, widths[1])), r"the smaller model expects batch_stats/norm/mean with shape \(20,\)"),
+    for model, rebuild, message in (
+        (Scaled(), None, r"does not compute what the masked one does.* It happens at the gates 'first': keep="),
+        (
+            Own((20, 12)),
+            lambda widths: Own((20, widths[1])),
+            r"the smaller model expects batch_stats/norm/mean with shape \(20,\)",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
-            pipeline.prepare(config, tmp_path / "run", model=Own((20, 12)), rebuild=rebuild)
+            pipeline.prepare(config, tmp_path / "run", model=model, rebuild=rebuild)
     config.precision = "bfloat16"
     with pytest.raises(ValueError, match="precision='bfloat16' is for this library's models; give Own its own data"):
         pipeline.prepare(config, tmp_path / "run", model=Own((20, 12)), rebuild=Own)

@@ -121,6 +121,7 @@ def test_report_says_what_the_pruned_network_does(finished, config):
     assert report["verification"]["argmax_agreement"] == 1.0
     for name in ("config.json", "metrics.jsonl", "selection.json", "report.md", "widths.png", "search.png"):
         assert (workdir / name).stat().st_size > 0, name
+    assert json.loads((workdir / "pruned" / "serving.json").read_text()) == dataset.serving()
 
 
 @pytest.mark.parametrize(("section", "step"), [("base", 3), ("search", 1), ("search", 3), ("finetune", 4)])
@@ -363,12 +364,19 @@ class Scaled(nn.Module):
         return nn.Dense(10, name="classes")(x.mean((1, 2)) / x.shape[-1])
 
 
+class WithWidths(Scaled):
+    """The same, with an attribute that the library's own networks have."""
+
+    widths: tuple = (16,)
+
+
 UNCUT = r"does not compute what the masked one does.* It happens at the gates 'first': keep="
 
 
 def test_an_own_model_that_cannot_be_cut_is_refused_before_it_is_trained(config, tmp_path):
     for model, rebuild, message in (
         (Scaled(), None, UNCUT),
+        (WithWidths((16,)), None, UNCUT),
         (
             Own((20, 12)),
             lambda widths: Own((20, widths[1])),

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddnp_jax import checkpoint, data, models, parallel, torch_weights
+from ddnp_jax import checkpoint, data, files, models, parallel, torch_weights
 from ddnp_jax.compact import Rebuild, rehearse
 from ddnp_jax.config import STAGES, Config, Stage, as_dict, check, typed
 from ddnp_jax.cost import latency
 from ddnp_jax.cost.budget import Budget, make_budget
+from ddnp_jax.models.layers import Backbone
 from ddnp_jax.networks import Network, as_network
 from ddnp_jax.pipeline import report, stages
 from ddnp_jax.pipeline.results import Results, summarize
@@ -154,7 +155,7 @@ def _check_workdir(workdir: Path, identity: dict[str, Any]) -> None:
 
 def _check_cut(network: Network, rebuild: Rebuild | None, topology: Topology, budget: Budget) -> None:
     """Cuts random variables: raises for a network that cannot be cut, before it is trained."""
-    if rebuild is None and hasattr(network.model, "widths"):
+    if rebuild is None and isinstance(network.model, Backbone):
         return
     rng = np.random.default_rng(0)
 
@@ -236,5 +237,12 @@ def run(
     selection = stages.search(job, variables)
     small, small_variables = stages.cut(job, variables, selection)
     tuned = stages.finetune(job, variables, small, small_variables)
-    parallel.on_first_process(lambda: save_pruned(job.workdir / "pruned", *small.bind(tuned)))
+    parallel.on_first_process(lambda: _save(job, small, tuned))
     return report.write(job.workdir, summarize(job, selection))
+
+
+def _save(job: Run, network: Network, variables: Any) -> None:
+    """Writes the pruned network, and what must be done to an image before it sees it."""
+    folder = job.workdir / "pruned"
+    save_pruned(folder, *network.bind(variables))
+    files.write_json(folder / "serving.json", job.dataset.serving())

@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
@@ -165,7 +167,8 @@ class Propagation:
         """An array that is fixed in the network's code: its axes cannot shrink."""
         shape = np.shape(array)
         axes = tuple(self.groups.new(n, "a constant array of fixed size") for n in shape)
-        return Value(axes, zero=not shape and not np.any(np.asarray(array)))
+        is_number = not jnp.issubdtype(jnp.result_type(array), jax.dtypes.prng_key)
+        return Value(axes, zero=not shape and is_number and not np.any(np.asarray(array)))
 
     def _iota(self, eqn: core.JaxprEqn, values: list[Value], where: str) -> list[Value]:
         axes = [free(n) for n in eqn.outvars[0].aval.shape]

@@ -815,56 +815,70 @@ def _nnx(kind):
     return lambda: kind(rngs=nnx.Rngs(0))
 
 
-def _se(*names):
-    return tuple(f"{name}/se/reduce" for name in names)
+def _merges():
+    return (f"merge{i}_conv{j}" for i in range(2) for j in range(2))
 
 
 NETWORKS = {
     # The first convolution of every basic block is read by the second alone: all but stem, projection and classifier.
-    "resnet": Network(ResNet, gates=tuple(f"BasicBlock_{i}/Conv_0" for i in range(3)), share=0.75),
+    "resnet": Network(ResNet, gates=tuple(f"BasicBlock_{i}/Conv_0" for i in range(3)), share=0.77),
+    # The first block widens, so that the stem has no shortcut beside it.
     "resnet, bottlenecks": Network(
         lambda: ResNet(block=BottleneckBlock, width=4, axis_name="batch"),
-        gates=tuple(f"BottleneckBlock_{i}/Conv_{j}" for i in range(3) for j in range(2)),
-        share=0.75,
+        gates=("stem", *(f"BottleneckBlock_{i}/Conv_{j}" for i in range(3) for j in range(2))),
+        share=0.9,
         batch_axis="batch",
     ),
-    "resnext": Network(lambda: ResNet(block=functools.partial(BottleneckBlock, groups=4), width=8)),
+    "resnext": Network(
+        lambda: ResNet(block=functools.partial(BottleneckBlock, groups=4), width=8), gates=("stem",), share=0.3
+    ),
     "resnet, group norm": Network(GroupNormResNet),
-    "wide resnet": Network(WideResNet, gates=("stage0_block0/conv_1", "stage1_block0/conv_1"), share=0.85),
+    "wide resnet": Network(WideResNet, gates=("init_conv", "stage0_block0/conv_1", "stage1_block0/conv_1"), share=0.95),
     "bit": Network(BigTransfer),
     # Nothing but chains: every layer touches a gate.
     "vgg": Network(VGG, gates=("Conv_0", "Conv_1", "Conv_2", "Dense_0", "Dense_1"), share=1.0),
     "mobilenet v1": Network(MobileNetV1, gates=("stem", "block0/pw", "block1/pw", "block2/pw"), share=1.0),
     "simple": Network(Simple, gates=("Conv_0", "Conv_1", "Dense_0"), share=1.0),
+    # The convolution before the one whose output is concatenated.
     "densenet": Network(
-        DenseNet, gates=tuple(f"block{i}_layer{j}/conv1" for i in range(2) for j in range(2)), share=0.8
+        DenseNet, gates=tuple(f"block{i}_layer{j}/conv1" for i in range(2) for j in range(2)), share=0.84
     ),
+    # Of each pair of convolutions the first; the last ones of the two levels above are skips.
     "u-net, transposed": Network(
-        UNet,
-        gates=("down0_conv0", "down1_conv0", "bottom_conv0", "bottom_conv1", "merge1_conv0", "merge1_conv1"),
-        share=0.9,
+        UNet, gates=("down0_conv0", "down1_conv0", "bottom_conv0", "bottom_conv1", *_merges()), share=0.99
     ),
     "u-net, resized": Network(
         lambda: UNet(transposed=False),
-        gates=("down0_conv0", "down1_conv0", "bottom_conv0", "merge1_conv0", "merge0_conv0"),
-        share=0.8,
+        gates=("down0_conv0", "down1_conv0", "bottom_conv0", "bottom_conv1", *_merges()),
+        share=0.96,
     ),
-    "regnet y": Network(RegNetY, gates=_se("block0", "block1", "block2")),
+    # Beside the grouped convolutions only the squeezed channels.
+    "regnet y": Network(RegNetY, gates=tuple(f"block{i}/se/reduce" for i in range(3)), share=0.005),
+    # In the first two blocks squeezing leaves a single channel.
     "efficientnet": Network(
         EfficientNet,
-        gates=(*(f"block{i}/expand" for i in range(4)), *_se(*(f"block{i}" for i in range(4))), "head"),
-        share=0.8,
+        gates=(
+            *(f"block{i}/expand" for i in range(4)),
+            "block2/se/reduce",
+            "block3/se/reduce",
+            "block3/project",
+            "head",
+        ),
+        share=0.9,
     ),
-    "convnext": Network(ConvNeXt, gates=tuple(f"stage{i}/pwconv1" for i in ("0_block0", "1_block0", "1_block1"))),
+    "convnext": Network(
+        ConvNeXt, gates=tuple(f"stage{i}/pwconv1" for i in ("0_block0", "1_block0", "1_block1")), share=0.39
+    ),
     "running averages": Network(RunningAverages, gates=("conv1", "conv2"), share=1.0),
     "mode as attribute": Network(ModeAttribute, gates=("conv1", "conv2"), share=1.0),
     "partitioned": Network(Partitioned, gates=("conv1", "conv2", "hidden"), share=1.0),
-    "half precision": Network(HalfPrecision, gates=("conv0", "conv1"), share=0.5),
+    "half precision": Network(HalfPrecision, gates=("conv0", "conv1"), share=0.99),
     "detector": Network(Detector, gates=("trunk0", "trunk1", "scores_hidden", "boxes_hidden"), share=1.0),
-    "blurred": Network(Blurred, gates=("conv2",), share=0.2),
-    "narrow places": Network(NarrowPlaces, gates=("conv1", "conv2"), share=0.8),
-    "nnx resnet": Network(_nnx(NnxResNet), gates=tuple(f"layers/{i}/conv0" for i in range(3)), share=0.75),
-    "nnx mobilenet": Network(_nnx(NnxMobileNet), gates=("stem", "hidden"), share=0.25),
+    # What the constant kernels touch cannot be made smaller by its variables, and all of it is touched.
+    "blurred": Network(Blurred),
+    "narrow places": Network(NarrowPlaces, gates=("conv1", "conv2"), share=1.0),
+    "nnx resnet": Network(_nnx(NnxResNet), gates=tuple(f"layers/{i}/conv0" for i in range(3)), share=0.77),
+    "nnx mobilenet": Network(_nnx(NnxMobileNet), gates=("stem", "hidden"), share=0.45),
     "function": Network(lambda: (plain_function, plain_variables()), count=3, share=1.0),
     "equinox": Network(equinox_network, count=3, share=1.0, needs="equinox"),
     "haiku": Network(haiku_network, count=3, share=1.0, needs="haiku"),

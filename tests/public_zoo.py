@@ -829,10 +829,13 @@ NETWORKS = {
         share=0.9,
         batch_axis="batch",
     ),
+    # Whole groups of channels, of a grouped convolution and of group norm.
     "resnext": Network(
-        lambda: ResNet(block=functools.partial(BottleneckBlock, groups=4), width=8), gates=("stem",), share=0.3
+        lambda: ResNet(block=functools.partial(BottleneckBlock, groups=4), width=8),
+        gates=("stem", *(f"BottleneckBlock_{i}/Conv_0" for i in range(3))),
+        share=0.85,
     ),
-    "resnet, group norm": Network(GroupNormResNet),
+    "resnet, group norm": Network(GroupNormResNet, gates=("BasicBlock_0/Conv_0", "BasicBlock_1/Conv_0"), share=0.85),
     "wide resnet": Network(WideResNet, gates=("init_conv", "stage0_block0/conv_1", "stage1_block0/conv_1"), share=0.95),
     "bit": Network(BigTransfer),
     # Nothing but chains: every layer touches a gate.
@@ -852,8 +855,9 @@ NETWORKS = {
         gates=("down0_conv0", "down1_conv0", "bottom_conv0", "bottom_conv1", *_merges()),
         share=0.96,
     ),
-    # Beside the grouped convolutions only the squeezed channels.
-    "regnet y": Network(RegNetY, gates=tuple(f"block{i}/se/reduce" for i in range(3)), share=0.005),
+    "regnet y": Network(
+        RegNetY, gates=tuple(f"block{i}/{name}" for i in range(3) for name in ("conv1", "se/reduce")), share=0.8
+    ),
     # In the first two blocks squeezing leaves a single channel.
     "efficientnet": Network(
         EfficientNet,
@@ -878,7 +882,7 @@ NETWORKS = {
     "blurred": Network(Blurred),
     "narrow places": Network(NarrowPlaces, gates=("conv1", "conv2"), share=1.0),
     "nnx resnet": Network(_nnx(NnxResNet), gates=tuple(f"layers/{i}/conv0" for i in range(3)), share=0.77),
-    "nnx mobilenet": Network(_nnx(NnxMobileNet), gates=("stem", "hidden"), share=0.45),
+    "nnx mobilenet": Network(_nnx(NnxMobileNet), gates=("stem", "pointwise", "hidden"), share=1.0),
     "function": Network(lambda: (plain_function, plain_variables()), count=3, share=1.0),
     "equinox": Network(equinox_network, count=3, share=1.0, needs="equinox"),
     "haiku": Network(haiku_network, count=3, share=1.0, needs="haiku"),

@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import numpy as np
 import public_zoo
 import pytest
+from flax import nnx
 from public_zoo import NETWORKS, SHAPE
 
 import ddnp_jax
@@ -36,8 +38,12 @@ def rank_promotion():
 @functools.cache
 def traced(name):
     model, variables = NETWORKS[name].build()
-    given = {} if isinstance(model, public_zoo.nn.Module) or variables is None else {"variables": variables}
-    return model, variables, ddnp_jax.trace(model, SHAPE, **given)
+    return model, variables, ddnp_jax.trace(model, SHAPE, **only_of_functions(model, variables=variables))
+
+
+def only_of_functions(model, **kwargs):
+    """Modules know the structure of their variables."""
+    return {} if isinstance(model, nn.Module | nnx.Module) else kwargs
 
 
 @functools.cache
@@ -117,19 +123,19 @@ def test_the_smaller_network_trains(name):
 
 @names
 def test_saved_and_loaded(name, tmp_path):
-    model, _, small_model, small_variables, *_ = cut(name)
+    model, variables, small_model, small_variables, *_ = cut(name)
     ddnp_jax.save_pruned(tmp_path, small_model, small_variables)
+    loaded = ddnp_jax.load_pruned(tmp_path, model=model, **only_of_functions(model, variables=variables))
     expected = outputs(name, small_model, small_variables)
-    for found, wanted in zip(outputs(name, *ddnp_jax.load_pruned(tmp_path, model=model)), expected, strict=True):
+    for found, wanted in zip(outputs(name, *loaded), expected, strict=True):
         np.testing.assert_array_equal(found, wanted)
 
 
 @names
 def test_the_smaller_network_is_traced_and_cut_again(name):
-    _, _, model, variables, selection, _ = cut(name)
-    given = {} if isinstance(model, public_zoo.nn.Module) or variables is None else {"variables": variables}
-    topology = ddnp_jax.trace(model, SHAPE, **given)
-    assert topology.widths == selection.widths
+    _, _, model, variables, selection, whole = cut(name)
+    topology = ddnp_jax.trace(model, SHAPE, **only_of_functions(model, variables=variables))
+    assert ddnp_jax.flops.total(topology) == ddnp_jax.flops.total(whole, selection.widths)
     second = selection_of(topology, "random", seed=1)
     small_model, small_variables = ddnp_jax.compact(model, variables, second, topology)
     ddnp_jax.verify(model, variables, small_model, small_variables, second, topology, images())
@@ -142,7 +148,8 @@ import ddnp_jax, public_zoo
 name, folder, images, outputs = sys.argv[1:]
 network = public_zoo.NETWORKS[name]
 made = network.make()
-model, variables = ddnp_jax.load_pruned(folder, model=made[0] if isinstance(made, tuple) else made)
+whole = dict(model=made[0], variables=made[1]) if isinstance(made, tuple) else dict(model=made)
+model, variables = ddnp_jax.load_pruned(folder, **whole)
 run = jax.jit(lambda v, x: public_zoo.run(network, model, v, x))
 np.savez(outputs, *jax.tree.leaves(run(variables, np.load(images))))
 """

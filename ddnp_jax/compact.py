@@ -1,255 +1,281 @@
-"""From a Selection to a smaller model: cut, proof that it computes what the masked network does, and its file."""
+"""From a Selection to a smaller network: the cut, and the proof that it computes what the masked network does."""
 
-import hashlib
-import importlib
-import json
-import os
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
-import flax.serialization
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddnp_jax.interpreter import FullPrecision, evaluate
 from ddnp_jax.masking import apply_masked
+from ddnp_jax.models.layers import Backbone
+from ddnp_jax.networks import LeafPath, Network, Outputs, Resizing, as_network, flatten, picked, replace_leaves
 from ddnp_jax.topology import Selection, Topology, variable_shapes
 
-DESCRIPTION = "model.json"
-
-
-def compact(
-    model: nn.Module,
-    variables: Any,
-    selection: Selection,
-    topology: Topology,
-    rebuild: Callable[[tuple[int, ...]], nn.Module] | None = None,
-) -> tuple[nn.Module, Any]:
-    """Cuts the channels that are not selected out of a network.
-
-    Args:
-      model: the network.
-      variables: of the network.
-      selection: what stays.
-      topology: what `trace` found for the model.
-      rebuild: makes the smaller module from the channels per gate; needed for modules without a `widths` attribute.
-
-    Returns:
-      The smaller module and its variables, without a trace of masks.
-
-    Raises:
-      ValueError: the selection does not fit, or the smaller module's variables are others than the slices.
-    """
-    selection.check(topology)
-    if rebuild is None and not hasattr(model, "widths"):
-        raise ValueError(f"{type(model).__name__} has no attribute `widths`; pass rebuild=, a function of the widths.")
-    small_model = model.clone(widths=selection.widths) if rebuild is None else rebuild(selection.widths)
-    topology.check(variables)
-    leaves = flax.traverse_util.flatten_dict(jax.device_get(variables))
-    for gate, kept in zip(topology.gates, selection.kept, strict=True):
-        for cut in gate.slices:
-            leaves[cut.path] = np.take(leaves[cut.path], cut.indices(gate.channels, kept), cut.axis)
-    _check_shapes(small_model, leaves, topology)
-    return small_model, jax.tree.map(jnp.asarray, flax.traverse_util.unflatten_dict(leaves))
-
-
-def _check_shapes(small_model: nn.Module, leaves: dict[tuple[str, ...], Any], topology: Topology) -> None:
-    image = jax.ShapeDtypeStruct((1, *topology.input_shape), jnp.float32)
-    expected = variable_shapes(small_model, image, dict(topology.call_kwargs))
-    shapes = {path: leaf.shape for path, leaf in expected.items()}
-    for path in shapes | leaves:
-        wanted, cut = shapes.get(path), leaves[path].shape if path in leaves else None
-        if wanted != cut:
-            raise ValueError(
-                f"the smaller model expects {'/'.join(path)} with shape {wanted}, the cut gives {cut}; "
-                "its channels must be the widths, gate by gate in the order of `topology.gates`."
-            )
+Rebuild = Callable[[tuple[int, ...]], Any]  # makes the smaller network from the channels per gate
 
 
 class Verification(NamedTuple):
     """How near a smaller network is to the masked one.
 
     Attributes:
-      max_difference: largest difference of an output.
-      argmax_agreement: fraction of the images with the same predicted class.
+      max_difference: Largest difference of an output.
+      argmax_agreement: Fraction of the predictions (largest outputs along the last axis) that are the same.
     """
 
     max_difference: float
     argmax_agreement: float
 
 
-def verify(
-    model: nn.Module,
+def compact(
+    model: Any, variables: Any, selection: Selection, topology: Topology, rebuild: Rebuild | None = None
+) -> tuple[Any, Any]:
+    """Cuts the channels that are not selected out of a network.
+
+    A linen module comes back in `ddnp_jax.Resized`, an ordinary module that gives the layers their new sizes; this
+    library's own models come back with smaller `widths`; an nnx module as a smaller copy with its variables inside. A
+    function has to take the smaller variables as they are. Where the network's code computes with numbers of its own,
+    `rebuild` makes the smaller network.
+
+    Args:
+      model: The network, of any kind that `trace` takes.
+      variables: Variables of the network; None of an nnx module, which holds them.
+      selection: What stays.
+      topology: Topology of `model`, as returned by `trace`.
+      rebuild: Makes the smaller network from the channels per gate, in the order of `topology.gates`.
+
+    Returns:
+      The smaller network and its variables (None of an nnx module), without a trace of masks.
+
+    Raises:
+      ValueError: The selection does not fit, or the network cannot be called with the smaller variables.
+    """
+    network = _network(model, topology)
+    variables = network.variables(variables)
+    topology.check(variables)
+    leaves = flatten(variables)
+    for (path, axis), stays in selection.positions(topology).items():
+        leaves[path] = np.take(np.asarray(leaves[path]), stays, axis)
+    leaves = {path: jnp.array(leaf) for path, leaf in leaves.items()}  # copies, which nothing else changes
+    cut = replace_leaves(variables, leaves)
+    small = _smaller(
+        network, variables, {path: np.shape(leaf) for path, leaf in leaves.items()}, topology, selection, rebuild
+    )
+    _check_sizes(small, cut, topology, is_rebuilt=rebuild is not None)
+    _check_outputs(network, variables, small, cut, topology)
+    return small.bind(cut)
+
+
+def _network(model: Any, topology: Topology) -> Network:
+    return as_network(model, **dict(topology.call_kwargs))
+
+
+def _image(topology: Topology) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, *topology.input_shape), jnp.float32)
+
+
+def _smaller(
+    network: Network,
     variables: Any,
-    small_model: nn.Module,
+    shapes: Mapping[LeafPath, tuple[int, ...]],
+    topology: Topology,
+    selection: Selection,
+    rebuild: Rebuild | None,
+) -> Network:
+    """The smaller network; it does not hold the cut variables yet."""
+    if rebuild is not None:
+        return _network(rebuild(selection.widths), topology)
+    if isinstance(network.model, Backbone) and len(network.model.widths) == len(selection.widths):
+        return _network(network.model.clone(widths=selection.widths), topology)
+    resizing = _resizing(shapes, topology)
+    if not resizing.shapes:
+        return network
+    return _network(network.with_sizes(network.sizes(resizing, variables, _image(topology))), topology)
+
+
+def _resizing(shapes: Mapping[LeafPath, tuple[int, ...]], topology: Topology) -> Resizing:
+    changed = {
+        variable.path: (variable.shape, shapes[variable.path])
+        for variable in topology.variables
+        if variable.shape != shapes[variable.path]
+    }
+    groups = {}
+    for layer in topology.layers:
+        if layer.groups > 1 and layer.path in changed:
+            old, new = changed[layer.path]
+            groups[layer.path] = (layer.groups, layer.groups * int(np.prod(new)) // int(np.prod(old)))
+    return Resizing(changed, groups)
+
+
+def _check_sizes(small: Network, cut: Any, topology: Topology, is_rebuilt: bool) -> None:
+    """Compares what the smaller network expects with what was cut, as far as the network says what it expects."""
+    if small.kind == "function" or (small.kind == "nnx" and not is_rebuilt):
+        return
+    expected = {path: np.shape(leaf) for path, leaf in flatten(variable_shapes(small, _image(topology))).items()}
+    found = {path: np.shape(leaf) for path, leaf in flatten(cut).items()}
+    for path in expected | found:
+        if expected.get(path) != found.get(path):
+            raise ValueError(
+                f"the smaller model expects {'/'.join(path)} with shape {expected.get(path)}, the cut gives "
+                f"{found.get(path)}; "
+                + (
+                    "its channels must be the widths, gate by gate in the order of `topology.gates`."
+                    if is_rebuilt
+                    else "its code sizes this layer in a way of its own: pass rebuild=, a function of the widths, or "
+                    "keep= the gate whole."
+                )
+            )
+
+
+def _check_outputs(network: Network, variables: Any, small: Network, cut: Any, topology: Topology) -> None:
+    """Raises where the smaller network cannot be called, or returns other shapes; nothing is computed."""
+    whole = jax.eval_shape(network.evaluate, variables, _image(topology))
+    try:
+        smaller = jax.eval_shape(small.evaluate, cut, _image(topology))
+    except Exception as error:  # whatever the network's own code raises
+        raise ValueError(
+            f"{network.name} cannot be called with fewer channels ({_first_line(error)}); its code computes with "
+            "numbers of its own: pass rebuild=, a function of the widths, or keep= the gates that it happens in whole."
+        ) from error
+    if [leaf.shape for leaf in jax.tree.leaves(whole)] != [leaf.shape for leaf in jax.tree.leaves(smaller)]:
+        raise ValueError(
+            f"{network.name} returns other shapes with fewer channels; pass rebuild=, a function of the widths."
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def verify(
+    model: Any,
+    variables: Any,
+    small_model: Any,
     small_variables: Any,
     selection: Selection,
     topology: Topology,
     images: Any,
     tolerance: float = 1e-4,
+    outputs: Outputs = None,
 ) -> Verification:
     """Compares a smaller network with the masked one that it was cut from.
 
+    Both compute in float32, whatever shorter type their modules ask for: in bfloat16 another order of a sum would hide
+    what is looked for. All variables must be finite; a forward pass would not show it where they are not, because a
+    ReLU may turn NaN into 0.
+
     Args:
-      model: the whole network.
-      variables: of the whole network.
-      small_model: the smaller network.
-      small_variables: of the smaller network.
-      selection: what stays.
-      topology: of the whole network.
+      model: The whole network.
+      variables: Variables of the whole network; None of an nnx module.
+      small_model: The smaller network.
+      small_variables: Variables of the smaller network; None of an nnx module.
+      selection: What stays.
+      topology: Topology of the whole network, as returned by `trace`.
       images: (N, *topology.input_shape).
-      tolerance: allowed difference of the logits, relative to the largest absolute logit of the masked network.
-
-    Both compute in float32, where their modules have an attribute `dtype`.
+      tolerance: Allowed difference of an output, relative to the largest absolute value of that output of the masked
+        network.
+      outputs: Key, index or function that picks the outputs to compare; None for all of them.
 
     Raises:
-      ValueError: the networks differ by more than the tolerance.
+      ValueError: The networks differ by more than the tolerance, or a variable or output is not finite.
     """
+    whole, small = _network(model, topology), _network(small_model, topology)
+    variables, small_variables = whole.variables(variables), small.variables(small_variables)
+    check_finite(variables, "the network")
+    check_finite(small_variables, "the smaller network")
     masks = selection.masks(topology)
-    kwargs = dict(topology.call_kwargs)
-    # In bfloat16 another order of a sum would hide what is looked for; the parameters are float32 anyway.
-    model, small_model = (m.clone(dtype=jnp.float32) if hasattr(m, "dtype") else m for m in (model, small_model))
-    with jax.default_matmul_precision("float32"):
-        masked = jax.jit(lambda v, x: apply_masked(model, v, x, masks, topology))(variables, images)
-        cut = jax.jit(lambda v, x: small_model.apply(v, x, **kwargs))(small_variables, images)
-    masked, cut = (np.asarray(logits, np.float32) for logits in (masked, cut))
-    difference = float(np.max(np.abs(masked - cut)))
-    agreement = float(np.mean(masked.argmax(-1) == cut.argmax(-1)))
-    allowed = tolerance * float(np.max(np.abs(masked)))
-    if not difference <= allowed:
-        raise ValueError(
-            f"the smaller network does not compute what the masked one does: logits differ by up to {difference:.3g} "
-            f"(allowed: {allowed:.3g}), and {agreement:.2%} of the predictions agree."
-        )
-    return Verification(difference, agreement)
+    masked = jax.jit(lambda v, x: apply_masked(model, v, x, masks, topology, interpreter=FullPrecision))
+    cut = jax.jit(lambda v, x: evaluate(small.evaluate, FullPrecision(), v, x))
+    images = jnp.asarray(images)
+    pairs = [
+        [np.asarray(leaf) for leaf in jax.tree.leaves(found if outputs is None else picked(found, outputs))]
+        for found in (masked(variables, images), cut(small_variables, images))
+    ]
+    return _compared(list(zip(*pairs, strict=True)), tolerance)
 
 
-def save_pruned(path: str | Path, model: nn.Module, variables: Any) -> None:
-    """Writes a network into a folder, for `load_pruned`.
-
-    The folder gets the weights (msgpack) and `model.json`: the module's class, attributes, and the weights' checksum.
-    `model.json` is replaced last and at once, so that a reader finds the old network or the new one, never a mixture.
-
-    Args:
-      path: of the folder, which is made.
-      model: the network. Attributes that are neither JSON values, data types nor defaults of their class are listed
-        as missing, and `load_pruned` then needs the module.
-      variables: of the network.
-    """
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = flax.serialization.to_bytes(jax.device_get(variables))
-    checksum = hashlib.sha256(weights).hexdigest()
-    name = f"weights-{checksum[:16]}.msgpack"
-    _write(folder / name, weights)
-    attributes, missing = _attributes(model)
-    cls = type(model)
-    description = {
-        "class": f"{cls.__module__}:{cls.__qualname__}",
-        "attributes": attributes,
-        "missing": missing,
-        "weights": name,
-        "sha256": checksum,
-    }
-    _write(folder / DESCRIPTION, json.dumps(description, indent=2).encode())
-    for old in folder.glob("weights-*.msgpack"):
-        if old.name != name:
-            old.unlink()
+def _compared(pairs: list[tuple[np.ndarray, np.ndarray]], tolerance: float) -> Verification:
+    differences = [float(np.max(np.abs(masked - cut))) for masked, cut in pairs]
+    agreement = float(np.mean(np.concatenate([np.ravel(a.argmax(-1) == b.argmax(-1)) for a, b in pairs])))
+    for (masked, _), difference in zip(pairs, differences, strict=True):
+        allowed = tolerance * float(np.max(np.abs(masked)))
+        if not difference <= allowed:  # NaN too
+            raise ValueError(
+                f"the smaller network does not compute what the masked one does: logits differ by up to "
+                f"{difference:.3g} (allowed: {allowed:.3g}), and {agreement:.2%} of the predictions agree."
+            )
+    return Verification(max(differences), agreement)
 
 
-def load_pruned(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Module, Any]:
-    """Reads a network that `save_pruned` wrote; imports its class by name, and nothing is unpickled.
+def check_finite(variables: Any, whose: str) -> None:
+    """Raises for NaN and infinite variables, looking at the numbers themselves.
 
     Args:
-      path: of the folder.
-      model: the module, for networks whose class cannot be imported or whose attributes could not be written.
-
-    Returns:
-      The module and its variables.
+      variables: Variables of a network.
+      whose: What to call the network in the message.
 
     Raises:
-      ValueError: the folder holds no such network, it is damaged, its module cannot be built again, or `model` has
-        other attributes; the data type may differ.
+      ValueError: The first leaf that is not finite is named.
     """
-    file = Path(path) / DESCRIPTION
-    if not file.exists():
-        raise ValueError(f"{file} does not exist; load_pruned reads a folder that save_pruned wrote.")
+    for path, leaf in flatten(variables).items():
+        if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating):
+            bad = np.size(leaf) - int(np.isfinite(np.asarray(leaf, np.float32)).sum())
+            if bad:
+                raise ValueError(
+                    f"variable {'/'.join(path)} of {whose} has {bad} values that are NaN or infinite; give weights "
+                    "that are finite."
+                )
+
+
+def rehearse(
+    model: Any,
+    variables: Any,
+    topology: Topology,
+    smallest: tuple[int, ...],
+    rebuild: Rebuild | None = None,
+    outputs: Outputs = None,
+) -> None:
+    """Cuts a network at random and verifies it, so that one that cannot be cut is found before any search.
+
+    Args:
+      model: The network.
+      variables: Variables of the network; None of an nnx module.
+      topology: Topology of `model`, as returned by `trace`.
+      smallest: Fewest channels per gate.
+      rebuild: As of `compact`.
+      outputs: As of `verify`.
+
+    Raises:
+      ValueError: The network cannot be cut; the gates at which it fails are named.
+    """
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(2, *topology.input_shape)).astype(np.float32)
+
+    def attempt(gates: set[int]) -> None:
+        kept = []
+        for i, (channels, least) in enumerate(zip(topology.widths, smallest, strict=True)):
+            # Widths that differ as far as possible, so that swapped ones do not fit by chance.
+            width = least + (3 * i + 1) % (channels - least) if channels > least and i in gates else channels
+            kept.append(tuple(sorted(map(int, rng.choice(channels, width, replace=False)))))
+        selection = Selection(tuple(kept))
+        small = compact(model, variables, selection, topology, rebuild)
+        verify(model, variables, *small, selection, topology, images, outputs=outputs)
+
+    everything = set(range(len(topology.gates)))
     try:
-        description = json.loads(file.read_text())
-        weights_file, checksum = file.parent / Path(description["weights"]).name, description["sha256"]
-        cls, attributes, missing = (description[key] for key in ("class", "attributes", "missing"))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error!r}); write the network again with save_pruned.") from error
-    weights = weights_file.read_bytes() if weights_file.exists() else b""
-    if hashlib.sha256(weights).hexdigest() != checksum:
-        raise ValueError(f"{weights_file} is damaged or missing: its checksum is not that of {DESCRIPTION}.")
-    if model is None:
-        model = _build(cls, attributes, missing, file)
-    else:
-        _check_attributes(model, attributes, missing, file)
-    return model, jax.tree.map(jnp.asarray, flax.serialization.msgpack_restore(weights))
+        attempt(everything)
+    except ValueError as error:
+        names = [topology.gates[i].name for i in sorted(everything) if rebuild is None and _fails(attempt, i)]
+        if not names:
+            raise
+        listed = ", ".join(map(repr, names))
+        raise ValueError(f"{error} It happens at the gates {listed}: keep=({listed},) leaves them whole.") from error
 
 
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-def _attributes(model: nn.Module) -> tuple[dict[str, Any], list[str]]:
-    """A module's attributes as JSON values, and the names of those that are none; defaults are left out."""
-    attributes, missing = {}, []
-    for name, field in type(model).__dataclass_fields__.items():
-        value = getattr(model, name)
-        if name in ("parent", "name") or value is field.default:
-            continue
-        try:
-            attributes[name] = _to_json(value)
-        except TypeError:
-            missing.append(name)
-    return attributes, missing
-
-
-def _check_attributes(model: nn.Module, attributes: dict[str, Any], missing: list[str], file: Path) -> None:
-    own, _ = _attributes(model)
-    for name in attributes | own:
-        if name not in ("dtype", *missing) and attributes.get(name) != own.get(name):
-            theirs, ours = (repr(each[name]) if name in each else "its default" for each in (attributes, own))
-            raise ValueError(f"{file} holds a network with {name}={theirs}, and the model has {ours}.")
-
-
-def _to_json(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        return [_to_json(each) for each in value]
-    if isinstance(value, type(jnp.float32) | np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
-        return {"dtype": jnp.dtype(value).name}
-    raise TypeError(f"{value!r} is no JSON value")
-
-
-def _from_json(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(map(_from_json, value))
-    return jnp.dtype(value["dtype"]) if isinstance(value, dict) else value
-
-
-def _build(cls: str, attributes: dict[str, Any], missing: list[str], file: Path) -> nn.Module:
-    if missing:
-        raise ValueError(f"{file} lacks the attributes {', '.join(missing)} of {cls}; pass load_pruned(..., model=).")
-    module, _, qualname = cls.partition(":")
+def _fails(attempt: Callable[[set[int]], None], gate: int) -> bool:
     try:
-        found = importlib.import_module(module)
-        for part in qualname.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{file}: {cls} cannot be imported ({error}); pass load_pruned(..., model=).") from error
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ValueError(f"{file}: {cls} is no flax module.")
-    try:
-        return found(**{name: _from_json(value) for name, value in attributes.items()})
-    except TypeError as error:
-        raise ValueError(f"{file}: {cls} does not take its attributes any more ({error}).") from error
+        attempt({gate})
+    except ValueError:
+        return True
+    return False

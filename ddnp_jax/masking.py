@@ -1,26 +1,32 @@
-"""Masks applied from outside: a gate's mask multiplies the input of each layer that reads the gate."""
+"""Masks applied from outside: the program of a network is evaluated with masks in front of the layers that read gates.
+
+The traced program (jaxpr) is evaluated equation by equation; a gate's mask multiplies the input of each layer that
+reads the gate. No module knows of it.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ddnp_jax.topology import ModulePath, Reader, Topology
+from ddnp_jax.interpreter import Change, Interpreter, evaluate
+from ddnp_jax.networks import as_network
+from ddnp_jax.topology import Reader, Span, Topology
 
 Observe = Callable[[int, jax.Array], None]
 
 
 def apply_masked(
-    model: nn.Module,
+    model: Any,
     variables: Any,
     x: jax.Array,
     masks: Sequence[jax.Array],
     topology: Topology,
     *,
     observe: Observe | None = None,
-    **call_kwargs: Any,
+    interpreter: type[Interpreter] = Interpreter,
 ) -> Any:
     """Applies a network in evaluation mode with masked channels.
 
@@ -28,39 +34,32 @@ def apply_masked(
     removed channels. They may be traced and differentiated; only their gradient is formed, not that of the variables.
 
     Args:
-      model: the network.
-      variables: of the network.
-      x: images (N, *topology.input_shape).
-      masks: (C_l,) per gate.
-      topology: what `trace` found for the model.
-      observe: called while tracing, once per gate, with the gate's number and the unmasked input of its first reader,
+      model: The network, of any kind that `trace` takes.
+      variables: Variables of the network; None of an nnx module, which holds them.
+      x: Images (N, *topology.input_shape).
+      masks: One mask (C_l,) per gate.
+      topology: Topology of `model`, as returned by `trace`.
+      observe: Called while tracing, once per gate, with the gate's number and the unmasked input of its first reader,
         (..., C_l): channels are moved to the end where they are elsewhere, as after a flatten.
-      **call_kwargs: keyword arguments of the call that replace those of the trace.
+      interpreter: How the program is evaluated; `FullPrecision` for proofs.
 
     Returns:
-      What the model returns, the logits.
+      What the model returns.
 
     Raises:
-      ValueError: number or shape of the masks, or the images' shape, are not the topology's.
+      ValueError: Number or shape of the masks, or the images' shape, are not the topology's; or the program of the
+        network is another one than the traced one.
     """
     _check(x, masks, topology)
-    readers: dict[ModulePath, list[tuple[int, Reader]]] = {}
-    for i, gate in enumerate(topology.gates):
-        for reader in gate.readers:
-            readers.setdefault(reader.path, []).append((i, reader))
-    observed: set[int] = set()
-
-    def mask_input(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
-        own = readers.get(context.module.path, ()) if context.method_name == "__call__" else ()
-        for i, reader in own:
-            if observe is not None and i not in observed:
-                observed.add(i)
-                observe(i, _channels_last(args[0], reader, topology.gates[i].channels))
-            args = (_multiply(args[0], masks[i], reader), *args[1:])
-        return next_fun(*args, **kwargs)
-
-    with nn.intercept_methods(mask_input):
-        return model.apply(variables, x, **(dict(topology.call_kwargs) | call_kwargs))
+    network = as_network(model, **dict(topology.call_kwargs))
+    changes = {
+        topology.layers[number].contraction: (topology.layers[number].operand, change)
+        for number, change in _changes(topology, masks, observe).items()
+    }
+    shapes = {layer.contraction: layer.kernel_shape for layer in topology.layers}
+    # What is observed inside of a `jax.checkpoint` could not leave it.
+    evaluation = interpreter(changes, shapes, keeps_rematerialization=observe is None)
+    return evaluate(network.evaluate, evaluation, network.variables(variables), x)
 
 
 def _check(x: jax.Array, masks: Sequence[jax.Array], topology: Topology) -> None:
@@ -73,17 +72,56 @@ def _check(x: jax.Array, masks: Sequence[jax.Array], topology: Topology) -> None
             raise ValueError(f"gate {gate.name}: the mask has shape {jnp.shape(mask)}, not ({gate.channels},).")
 
 
-def _multiply(x: jax.Array, mask: jax.Array, reader: Reader) -> jax.Array:
-    """Multiplies the reader's channels; the data type of x stays."""
-    (channels,) = jnp.shape(mask)
-    axis = jnp.broadcast_to(jnp.reshape(mask, (1, channels, 1)), (reader.outer, channels, reader.inner))
+def _changes(topology: Topology, masks: Sequence[jax.Array], observe: Observe | None) -> dict[int, Change]:
+    """What happens to the input of each layer, by the layer's number."""
+    readers: dict[int, list[tuple[int, Reader]]] = {}
+    for i, gate in enumerate(topology.gates):
+        for reader in gate.readers:
+            readers.setdefault(reader.layer, []).append((i, reader))
+    observed: set[int] = set()
+
+    def change(number: int) -> Change:
+        def masked(x: jax.Array) -> jax.Array:
+            for i, reader in readers[number] if observe is not None else ():
+                if i not in observed:
+                    observed.add(i)
+                    observe(i, _channels_last(x, reader, topology.gates[i].channels))
+            return _multiply(x, masks, readers[number])
+
+        return masked
+
+    return {number: change(number) for number in readers}
+
+
+def _multiply(x: jax.Array, masks: Sequence[jax.Array], readers: Sequence[tuple[int, Reader]]) -> jax.Array:
+    """Multiplies the channels of every gate on one axis; the data type of x stays."""
+    axis = readers[0][1].axis
     shape = [1] * x.ndim
-    shape[reader.axis] = x.shape[reader.axis]
-    return x * axis.reshape(shape).astype(x.dtype)
+    shape[axis] = x.shape[axis]
+    along = _along_axis(x.shape[axis], [(masks[i], reader.span) for i, reader in readers])
+    return x * along.reshape(shape).astype(x.dtype)
+
+
+def _along_axis(length: int, masks: Sequence[tuple[jax.Array, Span]]) -> jax.Array:
+    """The factors along an axis (length,): a mask where its gate is, 1 elsewhere."""
+    mask, span = masks[0]
+    (channels,) = jnp.shape(mask)
+    if span.outer * channels * span.inner == length:
+        repeated = jnp.broadcast_to(jnp.reshape(mask, (1, channels, 1)), (span.outer, channels, span.inner))
+        return repeated.reshape(length)
+    source = np.zeros(length, np.int64)  # of each position in all masks behind a 1
+    start = 1
+    for mask, span in masks:
+        source[span.positions(len(mask)).T] = start + np.arange(len(mask))
+        start += len(mask)
+    return jnp.concatenate([jnp.ones(1, masks[0][0].dtype), *(mask for mask, _ in masks)])[source]
 
 
 def _channels_last(x: jax.Array, reader: Reader, channels: int) -> jax.Array:
-    if reader.axis == x.ndim - 1 and reader.outer == reader.inner == 1:
+    """The channels of one gate, (..., C_l)."""
+    if reader.axis == x.ndim - 1 and x.shape[reader.axis] == channels:
         return x
+    positions = reader.span.positions(channels)
+    taken = jnp.take(x, positions.T.reshape(-1), axis=reader.axis)
     before, after = x.shape[: reader.axis], x.shape[reader.axis + 1 :]
-    return jnp.moveaxis(x.reshape(*before, reader.outer, channels, reader.inner, *after), reader.axis + 1, -1)
+    return jnp.moveaxis(taken.reshape(*before, positions.shape[1], channels, *after), reader.axis + 1, -1)

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ddnp_jax.topology import evaluation_kwargs, trace, variable_shapes
+from ddnp_jax.networks import as_network, flatten
+from ddnp_jax.topology import trace, variable_shapes
 
 # Published checkpoints of one network call its classifier by one of these names; either is taken for the other.
 ALIASES = {"fc": "linear", "linear": "fc"}
@@ -206,7 +207,7 @@ def _from_torch(path: TreePath, array: np.ndarray) -> np.ndarray:
 def _wanted(model: nn.Module, input_shape: Sequence[int]) -> dict[str, tuple[TreePath, tuple[int, ...]]]:
     """Flax path and PyTorch shape of every tensor of the model, by PyTorch name; nothing is computed."""
     image = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
-    leaves = variable_shapes(model, image, evaluation_kwargs(model, {}))
+    leaves = flatten(variable_shapes(as_network(model), image))
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
     return {
         _torch_name(path): (path, (shape[-1], shape[-2], *shape[:-2]) if path[-1] == "kernel" else shape)

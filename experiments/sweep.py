@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from ddnp_jax import data, methods, parallel, pipeline
-from ddnp_jax.compact import DESCRIPTION, save_pruned
 from ddnp_jax.pipeline import report
+from ddnp_jax.saved import DESCRIPTION, save_pruned
 
 SEEDS = flags.DEFINE_integer("seeds", 3, "Searches per setting.", lower_bound=1)
 AT_ONCE = flags.DEFINE_integer(

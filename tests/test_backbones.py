@@ -86,9 +86,9 @@ def test_inverted_residuals_have_one_gate_on_both_sides_of_the_depthwise_convolu
     assert topology.widths == (96, *[144] * 2, *[192] * 3, *[384] * 4, *[576] * 3, *[960] * 3)
     kernels = {where.path[2]: where.axis for where in topology.gates[0].slices if where.path[-1] == "kernel"}
     assert kernels == {"conv_0_0": 3, "conv_1_0": 3, "conv_2": 2}
-    ends = {layer.name: (layer.in_gate, layer.out_gate) for layer in topology.layers}
-    assert [ends[f"features_2/{name}"] for name in kernels] == [(None, 0), (None, 0), (0, None)]
-    assert ends["features_1/conv_0_0"] == ends["features_18_0"] == (None, None)
+    ends = {layer.name: (layer.inputs.gates, layer.outputs.gates) for layer in topology.layers}
+    assert [ends[f"features_2/{name}"] for name in kernels] == [((), (0,)), ((), (0,)), ((0,), ())]
+    assert ends["features_1/conv_0_0"] == ends["features_18_0"] == ((), ())
 
     cifar = trace(models.create("mobilenet_v2_cifar", 10), (32, 32, 3))
     assert gate_names(cifar) == [f"layers_{i}/conv1" for i in range(17)]

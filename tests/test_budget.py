@@ -14,30 +14,34 @@ from ddnp_jax import losses
 from ddnp_jax.cost import flops
 from ddnp_jax.cost.budget import Budget, Cost, make_budget
 from ddnp_jax.cost.latency import LatencyTable, LayerTimes
-from ddnp_jax.topology import Gate, Layer, Slice, Topology
+from ddnp_jax.topology import Extent, Gate, Layer, Slice, Topology, Variable
 
 
 def topology(widths, layers):
     """A network of 1x1 convolutions (name, inputs, outputs, positions, in_gate, out_gate), without biases."""
     paths = [("params", name, "kernel") for name, *_ in layers]
-    variables = tuple((path, (1, 1, layer[1], layer[2])) for path, layer in zip(paths, layers, strict=True))
+    shapes = [(1, 1, inputs, outputs) for _, inputs, outputs, *_ in layers]
     slices = [[] for _ in widths]
     for path, (_, _, _, _, in_gate, out_gate) in zip(paths, layers, strict=True):
         for axis, gate in ((2, in_gate), (3, out_gate)):
             if gate is not None:
                 slices[gate].append(Slice(path, axis))
+
+    def extent(channels, gate):
+        return Extent(channels) if gate is None else Extent(0, ((gate, 1),))
+
     return Topology(
         input_shape=(1, 1, 1),
         call_kwargs=(),
         gates=tuple(Gate(f"gate{i}", c, tuple(slices[i]), (), ()) for i, c in enumerate(widths)),
         layers=tuple(
-            Layer(name, path, shape, 1, positions, outputs, in_gate, out_gate)
-            for path, (_, shape), (name, _, outputs, positions, in_gate, out_gate) in zip(
-                paths, variables, layers, strict=True
+            Layer(name, path, i, 0, shape, 1, positions, extent(inputs, in_gate), extent(outputs, out_gate))
+            for i, (path, shape, (name, inputs, outputs, positions, in_gate, out_gate)) in enumerate(
+                zip(paths, shapes, layers, strict=True)
             )
         ),
         whole=(),
-        variables=variables,
+        variables=tuple(Variable(path, shape, True) for path, shape in zip(paths, shapes, strict=True)),
     )
 
 

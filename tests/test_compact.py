@@ -1,18 +1,23 @@
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo
+from flax import nnx
 
 from ddnp_jax import models
-from ddnp_jax.compact import compact, load_pruned, save_pruned, verify
+from ddnp_jax.compact import compact, rehearse, verify
 from ddnp_jax.masking import apply_masked
+from ddnp_jax.saved import load_pruned, save_pruned
 from ddnp_jax.topology import Selection, trace
 
 SHAPE = (8, 8, 3)
@@ -61,10 +66,12 @@ def test_cutting_is_masking(name):
     variables, topology = zoo.randomized(model, SHAPE), trace(model, SHAPE, residual=residual)
     masked = jax.jit(lambda masks: apply_masked(model, variables, images(), masks, topology))
     whole = np.asarray(apply(model, variables, images()))
-    for kind in ("random", "one", "all"):
+    # Own kernels: its code adds slices of a parameter that is sized by a tuple.
+    ways = (rebuild,) if name == "own kernel" else dict.fromkeys((None, rebuild))
+    for kind, way in itertools.product(("random", "one", "all"), ways):
         selection = selection_of(topology, kind)
         expected = np.asarray(masked(selection.masks(topology)))
-        small_model, small_variables = compact(model, variables, selection, topology, rebuild)
+        small_model, small_variables = compact(model, variables, selection, topology, way)
         logits = np.asarray(apply(small_model, small_variables, images()))
         np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
         assert (kind == "all") == np.allclose(logits, whole, rtol=0, atol=2e-5 * np.abs(whole).max())
@@ -130,7 +137,15 @@ def test_verify_fails_for_another_selection_and_for_nan():
     with pytest.raises(ValueError, match="logits differ"):
         verify(model, variables, small_model, small, other, topology, x)
     small["params"]["classifier"]["bias"] *= np.nan
-    with pytest.raises(ValueError, match="logits differ by up to nan"):
+    with pytest.raises(ValueError, match="params/classifier/bias of the smaller network has 7 values that are NaN"):
+        verify(model, variables, small_model, small, selection, topology, x)
+
+
+def test_verify_looks_at_the_variables_because_a_relu_may_hide_nan():
+    model, variables, small_model, small, selection, topology, x = vgg_cut()
+    for network in (variables, small):
+        network["batch_stats"]["norm_0"]["mean"] = network["batch_stats"]["norm_0"]["mean"] * np.nan
+    with pytest.raises(ValueError, match="batch_stats/norm_0/mean of the network has 6 values that are NaN or inf"):
         verify(model, variables, small_model, small, selection, topology, x)
 
 
@@ -146,16 +161,41 @@ def test_compact_names_what_does_not_fit():
         ValueError, match=r"expects batch_stats/layer1_1/bn1/mean with shape \(5,\), the cut gives \(4,\)"
     ):
         compact(model, variables, selection, topology, lambda w: model.clone(widths=(4, 5, *w[2:])))
-    vgg = zoo.VGG()
-    with pytest.raises(ValueError, match="VGG has no attribute `widths`; pass rebuild="):
-        compact(vgg, zoo.randomized(vgg, SHAPE), selection_of(trace(vgg, SHAPE), "one"), trace(vgg, SHAPE))
+    with pytest.raises(ValueError, match=r"OwnKernels cannot be called with fewer channels|expects params/"):
+        own = zoo.OwnKernels()
+        found = trace(own, SHAPE)
+        compact(own, zoo.randomized(own, SHAPE), selection_of(found, "one"), found)
+
+
+class Numbers(nn.Module):
+    """A network whose code scales by its own number of channels."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(6, (3, 3), name="first")(x))
+        x = nn.relu(nn.Conv(5, (3, 3), name="scaled")(x))
+        return nn.Dense(7, name="classifier")(x.mean((1, 2)) / x.shape[-1])
+
+
+def test_a_rehearsal_names_the_gate_that_cannot_be_cut():
+    model = Numbers()
+    variables, topology = zoo.randomized(model, SHAPE), trace(model, SHAPE)
+    with pytest.raises(ValueError, match=r"logits differ by .* It happens at the gates 'scaled': keep=\('scaled',\)"):
+        rehearse(model, variables, topology, (1, 1))
+    kept = trace(model, SHAPE, keep=("scaled",))
+    assert [gate.name for gate in kept.gates] == ["first"]
+    rehearse(model, variables, kept, (1,))
+    assert trace(model, SHAPE, keep=lambda gate: gate.channels < 6).gates == kept.gates
+    with pytest.raises(ValueError, match="keep names 'second', which is no gate; the gates are first, scaled"):
+        trace(model, SHAPE, keep=("second",))
 
 
 LOAD = """
 import sys
+import zoo
 import jax
 import numpy as np
-from ddnp_jax.compact import load_pruned
+from ddnp_jax.saved import load_pruned
 model, variables = load_pruned(sys.argv[1])
 x = np.load(sys.argv[2])
 np.save(sys.argv[3], jax.jit(model.apply)(variables, x))
@@ -212,9 +252,7 @@ def test_attributes_that_cannot_be_written_need_the_model(tmp_path):
     model = zoo.Middle(zoo.grouped)
     variables = zoo.randomized(model, SHAPE)
     save_pruned(tmp_path, model, variables)
-    with pytest.raises(
-        ValueError, match=r"lacks the attributes middle of zoo:Middle; pass load_pruned\(\.\.\., model=\)"
-    ):
+    with pytest.raises(ValueError, match=r"lacks the attributes middle of zoo:Middle; pass the unpruned network"):
         load_pruned(tmp_path)
     loaded_model, loaded = load_pruned(tmp_path, model=model)
     assert loaded_model is model
@@ -246,14 +284,15 @@ def test_damaged_files_are_named(tmp_path):
     weights.write_bytes(content)
     for cls, message in [
         ("os:system", "os:system is no flax module"),
-        ("zoo:Gone", "zoo:Gone cannot be imported"),
-        ("gone:Gone", "gone:Gone cannot be imported"),
+        ("zoo:Gone", "zoo:Gone is no class of this library, and no module of the program has it"),
+        ("antigravity:Gone", "antigravity:Gone is no class of this library, and no module of the program has it"),
         ("flax.linen:Dense", "flax.linen:Dense does not take its attributes"),
     ]:
         changed = json.loads(text) | {"class": cls, "attributes": {"unknown": 1}}
         description.write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=message):
             load_pruned(tmp_path)
+        assert "antigravity" not in sys.modules
     description.write_text(text[:20])
     with pytest.raises(ValueError, match=r"model\.json is damaged"):
         load_pruned(tmp_path)
@@ -268,3 +307,138 @@ def test_verify_sees_as_much_where_the_network_computes_in_bfloat16():
     assert small_model.dtype == jnp.bfloat16
     x = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
     assert verify(model, variables, small_model, small_variables, selection, topology, x).max_difference < 1e-5
+
+
+class Short(nn.Module):
+    """Computes in bfloat16 under a name that nobody could guess."""
+
+    kind: Any = jnp.bfloat16
+
+    @nn.compact
+    def __call__(self, x):
+        for i, features in enumerate((12, 16, 20)):
+            x = nn.Conv(features, (3, 3), dtype=self.kind, name=f"conv{i}")(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=True, dtype=self.kind, name=f"norm{i}")(x))
+        x = nn.softmax(nn.Dense(9, dtype=self.kind, name="hidden")(x.mean((1, 2))))
+        return nn.Dense(7, dtype=self.kind, name="classifier")(x)
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 3), (8, 8, 3), (8, 8, 1), (16, 16, 3), (16, 8, 3), (5, 7, 3), (32, 32, 1)])
+def test_correct_cuts_in_bfloat16_pass_and_swapped_channels_do_not(shape):
+    model = Short()
+    variables, topology = zoo.randomized(model, shape), trace(model, shape)
+    selection = selection_of(topology, "random")
+    small_model, small = compact(model, variables, selection, topology)
+    x = np.random.default_rng(0).normal(size=(4, *shape)).astype(np.float32)
+    arguments = model, variables, small_model, small, selection, topology, x
+    assert verify(*arguments).max_difference < 1e-5
+    kernel = small["params"]["conv1"]["kernel"]
+    small["params"]["conv1"]["kernel"] = kernel[..., jnp.array([1, 0, *range(2, kernel.shape[-1])])]
+    with pytest.raises(ValueError, match="does not compute what the masked one does"):
+        verify(*arguments)
+
+
+class Several(nn.Module):
+    """A network with two outputs."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(6, (3, 3), name="first")(x))
+        return {"logits": nn.Dense(7, name="classifier")(x.mean((1, 2))), "map": nn.Conv(2, (1, 1), name="head")(x)}
+
+
+def test_every_output_is_compared_unless_one_is_picked():
+    model = Several()
+    variables, topology = zoo.randomized(model, SHAPE), trace(model, SHAPE)
+    selection = selection_of(topology, "random")
+    small_model, small = compact(model, variables, selection, topology)
+    arguments = model, variables, small_model, small, selection, topology, images()
+    verify(*arguments)
+    small["params"]["head"]["bias"] += 1.0
+    verify(*arguments, outputs="logits")
+    with pytest.raises(ValueError, match="does not compute what the masked one does"):
+        verify(*arguments)
+    with pytest.raises(ValueError, match=r"which has no outputs='classes'"):
+        verify(*arguments, outputs="classes")
+
+
+def dense_function(variables, x):
+    """A plain function; its variables are a list of tuples."""
+    for kernel, bias in variables[:-1]:
+        x = jax.nn.relu(x @ kernel + bias[None])
+    kernel, bias = variables[-1]
+    return x @ kernel + bias[None]
+
+
+def test_a_function_is_cut_saved_and_loaded(tmp_path):
+    rng = np.random.default_rng(0)
+    sizes = (5, 8, 6, 3)
+    variables = [(rng.normal(size=(a, b)), rng.normal(size=b)) for a, b in itertools.pairwise(sizes)]
+    variables = jax.tree.map(jnp.float32, variables)
+    topology = trace(dense_function, (5,), variables=variables)
+    assert [(gate.name, gate.channels) for gate in topology.gates] == [("0", 8), ("1", 6)]
+    selection = Selection(((0, 3, 4, 7), (1, 2)))
+    small_function, small = compact(dense_function, variables, selection, topology)
+    assert small_function is dense_function
+    assert [leaf.shape for leaf in jax.tree.leaves(small)] == [(5, 4), (4,), (4, 2), (2,), (2, 3), (3,)]
+    x = rng.normal(size=(4, 5)).astype(np.float32)
+    verify(dense_function, variables, small_function, small, selection, topology, x)
+    save_pruned(tmp_path, small_function, small)
+    _, loaded = load_pruned(tmp_path, model=dense_function, variables=variables)
+    jax.tree.map(np.testing.assert_array_equal, loaded, small)
+    with pytest.raises(ValueError, match="lacks the attributes model of"):
+        load_pruned(tmp_path)
+    with pytest.raises(ValueError, match="dense_function is a function, which holds no variables; give variables="):
+        trace(dense_function, (5,))
+
+
+class NnxBlock(nnx.Module):
+    def __init__(self, features, rngs):
+        self.norm = nnx.BatchNorm(features, rngs=rngs)
+        self.depthwise = nnx.Conv(features, features, (3, 3), feature_group_count=features, rngs=rngs)
+        self.groups = nnx.GroupNorm(features, num_groups=4, rngs=rngs)
+
+    def __call__(self, x):
+        return nnx.relu(self.groups(self.depthwise(nnx.relu(self.norm(x)))))
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Conv(3, 12, (3, 3), rngs=rngs)
+        self.block = NnxBlock(12, rngs)
+        self.second = nnx.Conv(12, 10, (1, 1), rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.classifier = nnx.Linear(10, 7, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.second(self.block(self.first(x))))
+        return self.classifier(self.dropout(x.mean((1, 2))))
+
+
+def test_an_nnx_module_is_cut_saved_loaded_and_cut_again(tmp_path):
+    model = NnxNet(nnx.Rngs(0))
+    rng = np.random.default_rng(3)
+    for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        variable.set_value(variable.get_value() + rng.normal(0, 0.1, variable.get_value().shape).astype(np.float32))
+    model.block.norm.mean[...] = jnp.linspace(-1, 1, 12)
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    topology = trace(model, SHAPE)
+    assert [(gate.name, gate.channels) for gate in topology.gates] == [("first", 4), ("second", 10)]
+    selection = Selection(((1, 3), (0, 2, 9)))
+    small, nothing = compact(model, None, selection, topology)
+    assert nothing is None
+    assert (small.first.out_features, small.block.depthwise.feature_group_count) == (6, 6)
+    assert (small.block.groups.num_groups, small.second.in_features, small.classifier.in_features) == (2, 6, 3)
+    verify(model, None, small, None, selection, topology, images())
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    save_pruned(tmp_path, small)
+    loaded, _ = load_pruned(tmp_path, model=NnxNet(nnx.Rngs(1)))
+    loaded.eval()
+    small.eval()
+    np.testing.assert_array_equal(loaded(images()), small(images()))
+    again = trace(loaded, SHAPE)
+    assert again.widths == (2, 3)
+    smaller, _ = compact(loaded, None, Selection(((1,), (0, 1))), again)
+    verify(loaded, None, smaller, None, Selection(((1,), (0, 1))), again, images())
+    with pytest.raises(ValueError, match="holds a nnx network, and model= is a linen one"):
+        load_pruned(tmp_path, model=zoo.VGG())

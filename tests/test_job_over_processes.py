@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ddnp_jax import pipeline
-from ddnp_jax.compact import load_pruned
+from ddnp_jax.saved import load_pruned
 from tests.test_parallel import free_port
 from tests.test_pipeline import Own, tiny
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import json
 
 import jax
@@ -13,9 +12,10 @@ import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ddnp_jax.compact import compact
 from ddnp_jax.cost import latency
 from ddnp_jax.cost.latency import LatencyTable, LayerTimes
-from ddnp_jax.topology import trace
+from ddnp_jax.topology import Selection, jaxprs, trace
 
 SHAPE = (16, 16, 3)
 
@@ -29,10 +29,10 @@ def synthetic(network, seed=0, points=3):
     """A table with random times at random widths."""
     rng = np.random.default_rng(seed)
 
-    def grid(gate):
-        if gate is None:
+    def grid(extent):
+        if not extent.gates:
             return ()
-        channels = network.gates[gate].channels
+        channels = extent.at(network.widths)
         return (
             *sorted(map(int, rng.choice(np.arange(1, channels), min(points, channels) - 1, replace=False))),
             channels,
@@ -40,7 +40,7 @@ def synthetic(network, seed=0, points=3):
 
     layers = []
     for layer in network.layers:
-        inputs, outputs = grid(layer.in_gate), grid(layer.out_gate)
+        inputs, outputs = grid(layer.inputs), grid(layer.outputs)
         ms = rng.uniform(0.1, 9, (len(inputs) or 1, len(outputs) or 1))
         layers.append(
             LayerTimes(layer.name, layer.kernel_shape, layer.positions, inputs, outputs, tuple(map(tuple, ms.tolist())))
@@ -53,10 +53,10 @@ def counted(table, network, widths):
     total = 0.0
     for times, layer in zip(table.layers, network.layers, strict=True):
         rows = [
-            np.interp(1 if layer.out_gate is None else widths[layer.out_gate], times.outputs or (1,), row)
+            np.interp(layer.outputs.at(widths) if layer.outputs.gates else 1, times.outputs or (1,), row)
             for row in times.ms
         ]
-        total += np.interp(1 if layer.in_gate is None else widths[layer.in_gate], times.inputs or (1,), rows)
+        total += np.interp(layer.inputs.at(widths) if layer.inputs.gates else 1, times.inputs or (1,), rows)
     return total
 
 
@@ -93,7 +93,9 @@ def test_at_measured_widths_the_table_is_its_measurements():
 def test_a_layer_with_both_gates_literal():
     network = trace(zoo.VGG(features=(4, 8, 3, 5)), SHAPE)
     table = synthetic(network)
-    between = next(i for i, layer in enumerate(network.layers) if (layer.in_gate, layer.out_gate) == (0, 1))
+    between = next(
+        i for i, layer in enumerate(network.layers) if (layer.inputs.gates, layer.outputs.gates) == ((0,), (1,))
+    )
     free = [dataclasses.replace(t, ms=tuple((1e-9,) * len(row) for row in t.ms)) for t in table.layers]
     free[between] = dataclasses.replace(free[between], inputs=(2, 4), outputs=(4, 8), ms=((1.0, 3.0), (2.0, 8.0)))
     table = dataclasses.replace(table, layers=tuple(free))
@@ -124,10 +126,10 @@ def damage(content, path, value):
         ),
         (("layers", 0, "kernel_shape"), [1, 1, 3, 8], "it has stem with kernel (1, 1, 3, 8) at 64"),
         (("layers", 0, "positions"), 65, "with kernel (3, 3, 3, 8) at 65 positions where"),
-        (("layers", 1, "outputs"), [], "block1/expand: outputs [] must be ascending widths up to 12 channels"),
-        (("layers", 1, "outputs"), [1, 4, 11], "block1/expand: outputs [1, 4, 11] must be ascending widths up to 12"),
+        (("layers", 1, "outputs"), [], "block1/expand: outputs [] must be ascending numbers up to 12 channels"),
+        (("layers", 1, "outputs"), [1, 4, 11], "block1/expand: outputs [1, 4, 11] must be ascending numbers up to 12"),
         (("layers", 1, "outputs"), [4, 4, 12], "outputs [4, 4, 12] must be ascending"),
-        (("layers", 1, "inputs"), [8], "block1/expand: inputs [8] must be ascending widths up to None"),
+        (("layers", 1, "inputs"), [8], "block1/expand: inputs [8] must be ascending numbers up to None"),
         (("layers", 1, "ms"), [[1.0, 2.0]], "block1/expand: ms must be 1 rows of 3, one per width"),
         (("layers", 1, "ms"), [[1.0, 2.0, 0.0]], "every time must be a positive number"),
         (("layers", 1, "ms"), [[1.0, 2.0, float("nan")]], "every time must be a positive number"),
@@ -160,43 +162,47 @@ def test_a_damaged_file_is_refused(tmp_path):
 
 @pytest.fixture
 def timed(monkeypatch):
-    """Every call that is to be timed, in order, as (module, input); takes as long as its input and output are wide."""
+    """Every call that is to be timed, in order; takes as long as its input and output are wide."""
     calls = []
 
-    def pretend(module, x):
-        calls.append((module, x))
-        return float(x.shape[-1] * 1000 + module.features)
+    def pretend(call):
+        calls.append(call)
+        return float(call.x[call.read_axis] * 1000 + call.kernel[call.axes[1]])
 
     monkeypatch.setattr(latency, "_milliseconds", pretend)
     return calls
 
 
 @pytest.mark.parametrize(
-    "model", [zoo.MobileNet(), zoo.VGG(), zoo.Multiplier(), zoo.PreActResNet()], ids=lambda m: type(m).__name__
+    "model",
+    [zoo.MobileNet(), zoo.VGG(), zoo.Multiplier(), zoo.PreActResNet(), zoo.OwnKernels(), zoo.Middle(zoo.grouped)],
+    ids=lambda m: type(m).__name__,
 )
 def test_every_layer_is_timed_as_the_smaller_network_calls_it(model, timed):
-    """At all gates' smallest measured widths, the timed layers have the kernels of the network with these widths."""
+    """At all gates' smallest widths, the timed layers are the layers of the program of the cut network."""
     network = trace(model, SHAPE)
     table = latency.measure(model, network, batch=4, points=3)
-    smallest = {}
     for times, layer in zip(table.layers, network.layers, strict=True):
-        for grid, gate in ((times.inputs, layer.in_gate), (times.outputs, layer.out_gate)):
-            assert (grid == ()) == (gate is None)
-            if gate is not None:
-                assert smallest.setdefault(gate, grid[0]) == 1
-                assert grid[-1] == network.gates[gate].channels
-    kernels = {tuple(jax.eval_shape(m.init, jax.random.key(0), x)["params"]["kernel"].shape) for m, x in timed}
-    expected = set()
-    for layer in network.layers:
-        sides = [
-            (gate, network.gates[gate].channels if gate is not None else 1) for gate in (layer.in_gate, layer.out_gate)
-        ]
-        grids = [(1, c, latency._knots(c, 3, 1)[1]) if gate is not None else (1,) for gate, c in sides]
-        for a, b in itertools.product(*grids):
-            *window, inputs, outputs = layer.kernel_shape
-            expected.add((*window, inputs * a // sides[0][1], outputs * b // sides[1][1]))
-    assert kernels == expected
-    assert {x.shape[0] for _, x in timed} == {4}
+        for grid, extent in ((times.inputs, layer.inputs), (times.outputs, layer.outputs)):
+            assert (grid == ()) == (extent.gates == ())
+            if grid:
+                smallest = extent.at([1] * len(network.gates))
+                assert (grid[0], grid[-1]) == (smallest, extent.at(network.widths))
+    whole = {(call.primitive, call.x, call.kernel, call.groups) for call in timed}
+    for call in latency._calls(model, network, 4, None):
+        assert (call.primitive, call.x, call.kernel, call.groups) in whole
+        shapes = [jax.ShapeDtypeStruct(shape, call.dtype) for shape in (call.x, call.kernel)]
+        assert jax.eval_shape(call.__call__, *shapes).shape[0] == 4
+    timed.clear()
+    if network.gates and not isinstance(model, zoo.OwnKernels):
+        small, variables = compact(
+            model, zoo.randomized(model, SHAPE), Selection.first([1] * len(network.gates)), network
+        )
+        program = jax.make_jaxpr(lambda v, x: small.apply(v, x))(variables, jnp.ones((4, *SHAPE))).jaxpr
+        smallest = {tuple(v.aval.shape for v in eqn.invars) for eqn in jaxprs.contractions(program)}
+        kernels = {(call[1], call[2]) for call in whole}
+        for x, kernel in smallest:
+            assert (x, kernel) in kernels
 
 
 def test_geometry_of_a_layer_and_its_place_in_the_table(timed):
@@ -210,8 +216,8 @@ def test_geometry_of_a_layer_and_its_place_in_the_table(timed):
     assert (depthwise.inputs, depthwise.outputs, depthwise.ms) == ((), (1, 8, 16), ((1001.0, 8008.0, 16016.0),))
     assert (project.inputs, project.outputs) == ((1, 8, 16), (1, 6, 10))
     assert project.ms == ((1001.0, 1006.0, 1010.0), (8001.0, 8006.0, 8010.0), (16001.0, 16006.0, 16010.0))
-    module, x = next(call for call in timed if getattr(call[0], "feature_group_count", 1) == 8)
-    assert (module.strides, module.feature_group_count, x.shape) == (2, 8, (4, 8, 8, 8))
+    call = next(call for call in timed if call.groups == 8)
+    assert (dict(call.arguments)["window_strides"], call.x, call.kernel) == ((2, 2), (4, 8, 8, 8), (3, 3, 1, 8))
 
 
 def test_the_same_layer_is_timed_once(timed):
@@ -224,6 +230,18 @@ def test_the_same_layer_is_timed_once(timed):
     assert len(timed) == 2 + 4 + 2  # the layer that is used twice once, at both widths of either side
 
 
+def test_a_layer_is_computed_as_in_the_network():
+    x, kernel = jnp.ones((4, 8, 8, 16)), jnp.ones((3, 3, 1, 16))
+    network = topology()
+    names = [layer.name for layer in network.layers]
+    call = latency._calls(zoo.MobileNet(), network, 4, None)[names.index("block2/depthwise")]
+    expected = jax.lax.conv_general_dilated(
+        x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=16
+    )
+    np.testing.assert_array_equal(call(x, kernel), expected)
+    np.testing.assert_array_equal(call.resized(None, 5)(x[..., :5], kernel[..., :5]), expected[..., :5])
+
+
 @pytest.mark.parametrize(
     ("arguments", "widths"),
     [
@@ -232,19 +250,13 @@ def test_the_same_layer_is_timed_once(timed):
         ((20, 3, 8), (8, 16, 20)),
         ((4, 5, 8), (4,)),
         ((3, 5, 1), (1, 2, 3)),
-        ((1, 5, 1), (1,)),
     ],
 )
 def test_measured_widths_are_multiples_and_the_whole(arguments, widths):
-    assert latency._knots(*arguments) == widths
-
-
-def test_a_layer_that_is_not_flaxs_own_is_named():
-    model = zoo.OwnKernels()
-    with pytest.raises(
-        ValueError, match=r"^layer own cannot be timed by itself: .* put latency\.json into the workdir"
-    ):
-        latency.measure(model, trace(model, SHAPE), batch=4)
+    channels, points, multiple = arguments
+    network = trace(zoo.Middle(lambda x: x.mean((1, 2)), channels), SHAPE)
+    extent = network.layers[0].outputs
+    assert latency._knots(extent, network, points, multiple) == widths
 
 
 def test_a_table_is_measured_once_and_then_read(tmp_path, monkeypatch):

@@ -74,8 +74,15 @@ def test_the_tracer_counts_the_layer_once():
 
     topology = trace(Separable(), (8, 8, 3))
     assert [(gate.name, gate.channels) for gate in topology.gates] == [("expand", 6)]
-    layers = [(layer.name, layer.groups, layer.positions, layer.in_gate, layer.out_gate) for layer in topology.layers]
-    assert layers == [("expand", 1, 64, None, 0), ("depthwise", 6, 16, None, 0), ("classifier", 1, 1, 0, None)]
+    layers = [
+        (layer.name, layer.groups, layer.positions, layer.inputs.gates, layer.outputs.gates)
+        for layer in topology.layers
+    ]
+    assert layers == [
+        ("expand", 1, 64, (), (0,)),
+        ("depthwise", 6, 16, (), (0,)),
+        ("classifier", 1, 1, (0,), ()),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ import torch
 from configs import cifar10_r56, default, digits_r20
 from ddnp_jax import data, pipeline, training
 from ddnp_jax.checkpoint import Checkpoints
-from ddnp_jax.compact import load_pruned, save_pruned
 from ddnp_jax.cost import latency
+from ddnp_jax.saved import load_pruned, save_pruned
 from experiments import launch
 
 P = 0.5

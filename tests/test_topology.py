@@ -11,15 +11,22 @@ from hypothesis import strategies as st
 
 from ddnp_jax import models
 from ddnp_jax.masking import apply_masked
-from ddnp_jax.topology import Reader, Selection, Slice, trace
-from ddnp_jax.topology.axis_groups import AxisGroups, Factor
+from ddnp_jax.models.layers import Backbone
+from ddnp_jax.topology import Extent, Reader, Selection, Slice, Span, trace
+from ddnp_jax.topology.axis_groups import AxisGroups, Factor, free
 
 SHAPE = (16, 16, 3)
 
 
 def gates_of(topology):
     """(name, channels, readers) of all gates."""
-    return [(g.name, g.channels, ["/".join(r.path) for r in g.readers]) for g in topology.gates]
+    names = [layer.name for layer in topology.layers]
+    return [(g.name, g.channels, list(dict.fromkeys(names[r.layer] for r in g.readers))) for g in topology.gates]
+
+
+def gates_at(layer):
+    """The one gate of a layer's inputs and of its outputs, or None."""
+    return [next(iter(extent.gates), None) for extent in (layer.inputs, layer.outputs)]
 
 
 def reason_of(topology, name):
@@ -44,7 +51,8 @@ def test_cifar_resnet_gates_are_the_first_convolutions_in_block_order(shortcut):
         Slice((*bn[0], "var"), 0),
         Slice(("params", "layer2_0", "conv2", "kernel"), 2),
     }
-    assert topology.gates[3].readers == (Reader(("layer2_0", "conv2"), 3),)
+    (reader,) = topology.gates[3].readers
+    assert (topology.layers[reader.layer].name, reader.axis, reader.span) == ("layer2_0/conv2", 3, Span())
     assert topology.gates[3].producers == (Slice(("params", "layer2_0", "conv1", "kernel"), 3),)
     assert "a residual addition (CifarResNet/layer1_0)" in reason_of(topology, "layer1_1/conv2")
     assert reason_of(topology, "linear") == "it is the network's output"
@@ -63,16 +71,16 @@ def test_resnet56_has_27_gates_in_block_order():
 
 def test_vgg():
     topology = trace(zoo.VGG(), SHAPE)
-    assert topology.call_kwargs == (("train", False),)
     assert gates_of(topology) == [
         ("features_0", 6, ["features_1"]),
         ("features_1", 8, ["features_2"]),
         ("features_2", 10, ["hidden"]),
         ("hidden", 12, ["classifier"]),
     ]
-    assert topology.gates[2].readers == (Reader(("hidden",), 1, outer=16),)
-    assert Slice(("params", "hidden", "kernel"), 0, outer=16) in topology.gates[2].slices
-    ends = [(layer.name, layer.positions, layer.in_gate, layer.out_gate) for layer in topology.layers]
+    assert topology.gates[2].readers == (Reader(3, 1, Span(outer=16, stride=10)),)
+    assert Slice(("params", "hidden", "kernel"), 0, Span(outer=16, stride=10)) in topology.gates[2].slices
+    assert topology.layers[3].inputs == Extent(0, ((2, 16),))
+    ends = [(layer.name, layer.positions, *gates_at(layer)) for layer in topology.layers]
     assert ends == [
         ("features_0", 256, None, 0),
         ("features_1", 256, 0, 1),
@@ -98,7 +106,7 @@ def test_inverted_residuals_with_squeeze_excite():
     )
     assert Slice(("params", "block1", "depthwise", "kernel"), 3) in topology.gates[0].slices
     (depthwise,) = [layer for layer in topology.layers if layer.name == "block2/depthwise"]
-    assert (depthwise.groups, depthwise.positions, depthwise.in_gate, depthwise.out_gate) == (16, 16, None, 2)
+    assert (depthwise.groups, depthwise.positions, *gates_at(depthwise)) == (16, 16, None, 2)
     assert topology.whole[0] == ("stem, block1/project", "a residual addition (MobileNet/block1)")
 
 
@@ -136,8 +144,8 @@ def test_a_shared_module_has_one_gate_and_counts_twice():
 def test_channel_multiplier_and_flatten_of_channels_first():
     topology = trace(zoo.Multiplier(), SHAPE)
     assert gates_of(topology) == [("first", 6, ["classifier"])]
-    assert topology.gates[0].readers == (Reader(("classifier",), 1, outer=1, inner=2 * 4 * 4),)
-    assert Slice(("params", "depthwise", "kernel"), 3, inner=2) in topology.gates[0].slices
+    assert topology.gates[0].readers == (Reader(2, 1, Span(inner=2 * 4 * 4)),)
+    assert Slice(("params", "depthwise", "kernel"), 3, Span(inner=2)) in topology.gates[0].slices
 
 
 def test_layers_in_a_loop_are_refused():
@@ -159,39 +167,32 @@ def test_layers_behind_a_condition_are_refused_and_behind_the_platform_followed(
         return jax.lax.platform_dependent(x, kernel, cpu=second, tpu=second, default=first)
 
     topology = trace(Branch(by_platform), SHAPE)
-    assert [(layer.name, layer.kernel_shape) for layer in topology.layers] == [("", (3, 4)), ("classifier", (4, 7))]
+    assert [(layer.name, layer.kernel_shape) for layer in topology.layers] == [
+        ("kernel", (3, 4)),
+        ("classifier", (4, 7)),
+    ]
     with pytest.raises(ValueError, match=r"inside `cond` .* cannot be counted"):
         trace(Branch(lambda x, kernel, *branches: jax.lax.cond(x.sum() > 0, *branches, x, kernel)), SHAPE)
 
 
-class Sized(nn.Module):
+class Sized(Backbone):
     """Two hidden layers, of which `widths` sizes the second."""
 
-    widths: Any = (8,)
+    def whole_widths(self):
+        return (8,)
 
     @nn.compact
     def __call__(self, x):
         x = nn.relu(nn.Dense(6, name="first")(x.mean((1, 2))))
-        second = self.widths[0] if self.widths else 8
-        if second > 20:
-            raise ValueError("too wide")
-        return nn.Dense(7, name="classifier")(nn.relu(nn.Dense(second, name="second")(x)))
+        return nn.Dense(7, name="classifier")(nn.relu(nn.Dense(self.widths[0], name="second")(x)))
 
 
-def test_the_widths_of_a_model_say_what_is_a_gate():
-    topology = trace(Sized(), SHAPE)
+def test_the_widths_of_a_model_of_this_library_say_what_is_a_gate():
+    topology = trace(Sized(7), SHAPE)
     assert gates_of(topology) == [("second", 8, ["classifier"])]
     assert reason_of(topology, "first") == "the model's `widths` do not size it"
     both = [("first", 6, ["second"]), ("second", 8, ["classifier"])]
-    assert gates_of(trace(Sized(), SHAPE, residual=True)) == both
-    assert gates_of(trace(Sized(widths=None), SHAPE)) == both
-    assert gates_of(trace(zoo.VGG(), SHAPE)) != []  # no attribute `widths`
-
-
-def test_widths_that_cannot_grow_are_explained():
-    with pytest.raises(ValueError, match="too wide") as caught:
-        trace(Sized(widths=(12,)), SHAPE)
-    assert caught.value.__notes__[-1] == "`trace` doubled the model's `widths`, to see which channels they size."
+    assert gates_of(trace(Sized(7), SHAPE, residual=True)) == both
 
 
 def mean(x):
@@ -214,23 +215,45 @@ GATED = {
     ),
     "jit": lambda x: nn.jit(nn.Dense)(5)(mean(x)),
     "two readers": lambda x: nn.Dense(5)(mean(x)) * nn.Dense(5)(mean(x)),
+    "group norm, by groups": lambda x: mean(nn.GroupNorm(2)(x)),
+    "concatenation": lambda x: mean(jnp.concatenate([x, nn.relu(-x)], -1)),
+    "computed kernel": lambda x: zoo.OwnKernel(5, kernel_map=lambda k: k * 2)(mean(x)),
+    "vmap": zoo.over_rows,
+    "activation inside the reader": lambda x: zoo.OwnKernel(5, nn.relu)(mean(x)),
+    "subclass that changes its input": lambda x: zoo.ShiftedDense(5)(mean(x)),
+    "subclass that hands its input on": lambda x: zoo.HandedOn(5)(mean(x)),
+    "keyword argument": lambda x: nn.Dense(5)(inputs=mean(x)),
+    "attend": lambda x: nn.Embed(5, 8).attend(mean(x)),
+    "two layouts": zoo.two_layouts,
+    "two masks would meet": lambda x: zoo.OwnKernelAndDense()(mean(x)),
+    "ones added inside the reader": lambda x: mean(
+        zoo.OwnKernel(5, lambda x: jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0)), constant_values=1))(x)
+    ),
+    "blur with a constant kernel": lambda x: mean(zoo.blur(x)),
+    "resized image": lambda x: mean(jax.image.resize(x, (x.shape[0], 31, 9, x.shape[-1]), "bilinear")),
+    "resized image, nearest": lambda x: mean(jax.image.resize(x, (x.shape[0], 31, 9, x.shape[-1]), "nearest")),
 }
 
 
 @pytest.mark.parametrize("name", GATED)
 def test_channels_that_stay_apart_are_a_gate(name):
     topology = trace(zoo.Middle(GATED[name]), SHAPE)
-    assert ("conv", 8) in [(g.name, g.channels) for g in topology.gates]
+    channels = 2 if "groups" in name else 8
+    assert ("conv", channels) in [(g.name, g.channels) for g in topology.gates]
 
 
 WHOLE = {
-    "group norm": (lambda x: mean(nn.GroupNorm(2)(x)), "a reshape divides its channels"),
     "layer norm": (lambda x: mean(nn.LayerNorm()(x)), "`reduce_sum` mixes its channels"),
     "softmax": (lambda x: nn.softmax(mean(x)), "`reduce_max` mixes its channels"),
     "running sum": (lambda x: jnp.cumsum(mean(x), -1), "the operation `cumsum`"),
-    "concatenation": (lambda x: mean(jnp.concatenate([x, nn.relu(x)], -1)), "a concatenation"),
     "split": (lambda x: mean(jnp.split(x, 2, -1)[0]), "a split"),
     "slice": (lambda x: mean(x[..., 2:]), "a slice takes a part of it"),
+    "standardized kernel": (lambda x: mean(zoo.standardized(x)), "as in weight standardization, mixes its channels"),
+    "constant product": (lambda x: mean(x @ np.ones((8, 5), np.float32)), "a constant array of fixed size"),
+    "divided concatenation": (
+        lambda x: mean(jnp.concatenate([x, nn.Conv(4, (1, 1))(x)], -1).reshape(*x.shape[:-1], 4, 3)[..., 0]),
+        "a reshape divides",
+    ),
     "flip": (lambda x: mean(x[..., ::-1]), "its order is reversed"),
     "shift": (lambda x: mean(jax.lax.pad(x, 0.0, ((0, 0, 0),) * 3 + ((1, -1, 0),))), "padding adds channels"),
     "shuffle": (
@@ -243,7 +266,6 @@ WHOLE = {
     ),
     "constant": (lambda x: mean(x * np.arange(8, dtype=np.float32).reshape(1, 1, 1, 8)), "a constant array"),
     "iota": (lambda x: mean(x * jnp.arange(8.0).reshape(1, 1, 1, 8)), "a constant array"),
-    "grouped convolution": (zoo.grouped, "a grouped convolution"),
     "channels pooled": (lambda x: mean(nn.max_pool(x[..., None], (1, 1, 2))[..., 0]), "pooling mixes its channels"),
     "channels as space": (
         lambda x: nn.Conv(5, (3, 3))(jnp.swapaxes(x, 2, 3)).mean((1, 2)),
@@ -252,25 +274,12 @@ WHOLE = {
     "attention": (lambda x: mean(jnp.einsum("nhwc,nhvc->nhwv", x, x)), "`dot_general` of two activations"),
     "residual": (lambda x: mean(x + nn.Conv(8, (3, 3))(x)), "a residual addition"),
     "maximum of two layers": (lambda x: mean(jnp.maximum(x, nn.Conv(8, (3, 3))(x))), "a residual addition"),
-    "activation inside the reader": (lambda x: zoo.OwnKernel(5, nn.relu)(mean(x)), "otherwise than as"),
-    "ones added inside the reader": (
-        lambda x: mean(zoo.OwnKernel(5, lambda x: jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0)), constant_values=1))(x)),
-        "otherwise than as",
-    ),
-    "subclass that changes its input": (lambda x: zoo.ShiftedDense(5)(mean(x)), "otherwise than as"),
-    "subclass that hands its input on": (lambda x: zoo.HandedOn(5)(mean(x)), "otherwise than as"),
     "outer product of two layers": (lambda x: zoo.outer(mean(x), nn.Dense(5)(mean(x))), "an axis holds two kinds"),
     "outer product with itself": (lambda x: zoo.outer(mean(x), mean(x)), "an axis holds two kinds"),
-    "two masks would meet": (lambda x: zoo.OwnKernelAndDense()(mean(x)), "otherwise than as"),
-    "keyword argument": (lambda x: nn.Dense(5)(inputs=mean(x)), "otherwise than as"),
-    "attend": (lambda x: nn.Embed(5, 8).attend(mean(x)), "otherwise than as"),
-    "two layouts": (zoo.two_layouts, "otherwise than as"),
     "many output axes": (
         lambda x: nn.DenseGeneral((5, 2))(mean(x)).reshape(-1, 10),
         "its kernel has more than an input and an output axis",
     ),
-    "computed kernel": (lambda x: zoo.OwnKernel(5, kernel_map=lambda k: k * 2)(mean(x)), "its kernel is computed"),
-    "vmap": (zoo.over_rows, "otherwise than as"),
 }
 
 
@@ -280,6 +289,12 @@ def test_what_is_not_understood_stays_whole(name):
     topology = trace(zoo.Middle(middle), SHAPE)
     assert "conv" not in [g.name for g in topology.gates]
     assert reason in reason_of(topology, "conv")
+
+
+def test_a_kernel_of_two_parameters_produces_nothing_that_could_be_scored():
+    topology = trace(zoo.Middle(lambda x: zoo.two_kernels(mean(x))), SHAPE)
+    assert gates_of(topology) == [("conv", 8, ["Middle/TwoKernels_0"])]
+    assert reason_of(topology, "Middle/TwoKernels_0") == "its kernel is computed from several parameters"
 
 
 def test_call_kwargs_and_other_inputs_reach_the_model():
@@ -347,7 +362,7 @@ def test_apply_masked_keeps_the_data_type_and_observes_channels_last():
         topology,
         observe=lambda gate, x: seen.append((gate, x.shape, x.dtype)),
     )
-    assert seen == [(0, (2, 1, 32, 6), jnp.float32)]
+    assert seen == [(0, (2, 32, 6), jnp.float32)]
 
 
 def test_apply_masked_names_what_does_not_fit():
@@ -417,20 +432,69 @@ def test_reshapes_carry_channels_to_where_numpy_does(shape, data):
     parts = np.split(np.array(array.shape), cuts)
     merged = tuple(int(np.prod(part)) for part in parts)
     axes, array = groups.reshape(axes, merged), array.reshape(merged)
-    ((i, outer, inner),) = [
-        (
-            i,
-            int(np.prod([f.size for f in axis[:j]], initial=1)),
-            int(np.prod([f.size for f in axis[j + 1 :]], initial=1)),
-        )
-        for i, axis in enumerate(axes)
-        for j, factor in enumerate(axis)
-        if factor == wanted
-    ]
-    kept = (0, shape[channel] - 1)
-    positions = Slice(("params",), i, outer, inner).indices(shape[channel], kept)
+    ((i, span),) = [(i, span) for i, axis in enumerate(axes) for part, span in groups.places(axis) if part == wanted]
+    positions = span.positions(shape[channel])
     along = np.moveaxis(array, i, 0).reshape(merged[i], -1)  # a channel's positions hold its number everywhere
-    np.testing.assert_array_equal(positions, np.flatnonzero(np.isin(along[:, 0], kept)))
+    for number, found in enumerate(positions):
+        np.testing.assert_array_equal(np.sort(found), np.flatnonzero((along == number).all(1)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_concatenations_and_reshapes_carry_channels_to_where_numpy_does(data):
+    """Arrays whose rows hold channels, flattened and concatenated at random, again and again."""
+    groups = AxisGroups()
+    pieces, names = [], {}
+    for _ in range(data.draw(st.integers(1, 3))):
+        rows, channels = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 4))
+        axis = groups.new(channels)
+        numbers = 10 * len(names) + np.arange(channels)
+        names[axis[0]] = numbers
+        pieces.append((free(rows) + axis, np.tile(numbers, rows)))
+    for _ in range(data.draw(st.integers(1, 3))):
+        chosen = data.draw(st.lists(st.sampled_from(range(len(pieces))), min_size=1, max_size=3))
+        repeats = data.draw(st.integers(1, 3))
+        axis = groups.concatenate([pieces[i][0] for i in chosen])
+        numbers = np.concatenate([pieces[i][1] for i in chosen])
+        (axis,) = groups.reshape((free(repeats), axis), (repeats * len(numbers),))
+        pieces.append((axis, np.tile(numbers, repeats)))
+    axis, numbers = pieces[-1]
+    found = np.full(len(numbers), -1)
+    for part, span in groups.places(axis):
+        positions = span.positions(part.size)
+        assert (found[positions] == -1).all()  # no position is given twice
+        found[positions] = names[part][:, None]
+    np.testing.assert_array_equal(found, numbers)
+
+
+def test_concatenations_meet():
+    groups = AxisGroups()
+    a, b, c, d, scale = (groups.new(n) for n in (4, 6, 4, 6, 10))
+    first, second = groups.concatenate([a, b]), groups.concatenate([c, d])
+    groups.join(scale, first)
+    groups.join(first, second)  # segment by segment
+    assert groups.factors(a) == groups.factors(c)
+    assert groups.factors(b) == groups.factors(d)
+    assert [(part.size, span.start) for part, span in groups.places(scale)] == [(4, 0), (6, 4)]
+    groups.keep_whole(second, "a reason")
+    assert groups.live(scale) == []
+    other = groups.concatenate([groups.new(5), groups.new(5)])
+    fresh = groups.concatenate([groups.new(4), groups.new(6)])
+    groups.join(other, fresh)
+    assert groups.live(other) == groups.live(fresh) == []
+
+
+def test_a_concatenation_is_divided_into_groups():
+    groups = AxisGroups()
+    a, b = groups.new(4), groups.new(6)
+    heads, inner = groups.reshape((groups.concatenate([a, b]),), (5, 2))
+    assert [(part.size, span.start) for part, span in groups.places(heads)] == [(2, 0), (3, 2)]
+    (first, shared), (second, again) = groups.factors(a), groups.factors(b)
+    assert (first.size, second.size) == (2, 3)
+    assert (shared,) == (again,) == groups.factors(inner)
+    uneven = groups.concatenate([groups.new(3), groups.new(3)])
+    groups.reshape((uneven,), (3, 2))
+    assert groups.live(uneven) == []
 
 
 def test_joining_divides_the_group_that_was_flattened():

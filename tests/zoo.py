@@ -224,6 +224,45 @@ def over_rows(x):
     return rows(5)(x).mean((1, 2))
 
 
+def blur(x):
+    """A 3x3 box filter of every channel by itself, which learns nothing."""
+    kernel = jnp.broadcast_to(jnp.ones((3, 3, 1, 1)) / 9, (3, 3, 1, x.shape[-1]))
+    return jax.lax.conv_general_dilated(
+        x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[-1]
+    )
+
+
+class Standardized(nn.Module):
+    """A convolution whose kernel is standardized over all but its output channels."""
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, x.shape[-1], 5))
+        kernel = (kernel - kernel.mean((0, 1, 2), keepdims=True)) / kernel.std((0, 1, 2), keepdims=True)
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def standardized(x):
+    """A convolution with weight standardization."""
+    return Standardized()(x)
+
+
+class TwoKernels(nn.Module):
+    """A dense layer whose kernel is the elementwise product of two parameters."""
+
+    @nn.compact
+    def __call__(self, x):
+        n = x.shape[-1]
+        first = self.param("first", nn.initializers.lecun_normal(), (n, n))
+        second = self.param("second", nn.initializers.lecun_normal(), (n, n))
+        return x @ (first * second)
+
+
+def two_kernels(x):
+    """Two stored kernels in place of one."""
+    return TwoKernels()(x)
+
+
 def outer(x, y):
     """All products of two kinds of channels, on one axis."""
     return (x[:, :, None] * y[:, None, :]).reshape(x.shape[0], -1)

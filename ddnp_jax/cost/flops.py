@@ -6,14 +6,17 @@ other layers cost their MACs. Padding counts as if it were image. Matrix product
 """
 
 import functools
+import itertools
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddnp_jax.topology import Layer, LeafPath, Topology
+from ddnp_jax.networks import LeafPath
+from ddnp_jax.topology.types import Extent, Layer, Topology
 
 CONVENTIONS = ("macs", "authors")
 
@@ -116,12 +119,12 @@ def reduction_for_p(topology: Topology, p: float, convention: str = "macs") -> f
     return (1 - p) * prunable(topology, None, convention) / total(topology, None, convention)
 
 
+def _touches_gate(layer: Layer) -> bool:
+    return bool(layer.gates)
+
+
 def _macs(layer: Layer) -> int:
     return layer.positions * math.prod(layer.kernel_shape)
-
-
-def _touches_gate(layer: Layer) -> bool:
-    return layer.in_gate is not None or layer.out_gate is not None
 
 
 class _Terms(NamedTuple):
@@ -138,37 +141,54 @@ def _sum(terms: _Terms, channels: Any) -> Any:
     return int(result) if on_host else result
 
 
+def _terms(products: Iterable[tuple[int, Sequence[Extent]]], gates: int) -> _Terms:
+    """The sum of `coefficient * product of extents`, multiplied out."""
+    rows: dict[tuple[int, ...], int] = {}
+    for coefficient, extents in products:
+        options = [((gates, extent.constant), *extent.counts) for extent in extents]
+        for choice in itertools.product(*options):
+            factors = tuple(sorted(gate for gate, _ in choice if gate != gates))
+            rows[factors] = rows.get(factors, 0) + coefficient * math.prod(count for _, count in choice)
+    rows = {factors: coefficient for factors, coefficient in rows.items() if coefficient}
+    degree = max(map(len, rows), default=0) or 1
+    factors = [(*found, *(gates,) * (degree - len(found))) for found in rows]
+    return _Terms(np.array(list(rows.values()), np.int64), np.array(factors, np.int64).reshape(-1, degree))
+
+
 @functools.cache
 def _flops_terms(topology: Topology, convention: str) -> _Terms:
-    one = len(topology.gates)
-    whole = (*topology.widths, 1)
+    widths = topology.widths
     layers = list(filter(_touches_gate, topology.layers))
-    terms = [(_macs(layer), layer.in_gate, layer.out_gate) for layer in layers]
+    products: list[tuple[int, Sequence[Extent]]] = [
+        (_macs(layer) // (layer.inputs.at(widths) * layer.outputs.at(widths)), (layer.inputs, layer.outputs))
+        for layer in layers
+    ]
     if convention == "authors":
-        terms += [(3 * layer.positions * layer.outputs, None, layer.out_gate) for layer in layers]
-    rows = [(cost, one if i is None else i, one if o is None else o) for cost, i, o in terms]
-    costs, *factors = np.array(rows, np.int64).reshape(-1, 3).T
-    return _Terms(costs // math.prod(np.take(whole, factor) for factor in factors), np.stack(factors, 1))
+        products += [(3 * layer.positions, (layer.outputs,)) for layer in layers]
+    return _terms(products, len(topology.gates))
 
 
 @functools.cache
 def _parameter_terms(topology: Topology) -> _Terms:
-    one = len(topology.gates)
-    sliced: dict[LeafPath, dict[int, tuple[int, int]]] = {}
+    counts: dict[LeafPath, dict[int, dict[int, int]]] = {}
     for i, gate in enumerate(topology.gates):
-        for where in gate.slices:
-            sliced.setdefault(where.path, {})[where.axis] = (i, where.outer * where.inner)
-    rows = []
-    for path, shape in topology.variables:
-        if path[0] == "params":
-            gates = sliced.get(path, {})
-            coefficient = math.prod(gates[axis][1] if axis in gates else n for axis, n in enumerate(shape))
-            rows.append((coefficient, [gate for gate, _ in gates.values()]))
-    degree = max((len(gates) for _, gates in rows), default=1) or 1
-    factors = [gates + [one] * (degree - len(gates)) for _, gates in rows]
-    return _Terms(
-        np.array([coefficient for coefficient, _ in rows], np.int64), np.array(factors, np.int64).reshape(-1, degree)
-    )
+        for cut in gate.slices:
+            axis = counts.setdefault(cut.path, {}).setdefault(cut.axis, {})
+            axis[i] = axis.get(i, 0) + cut.span.outer * cut.span.inner
+    products = []
+    for variable in topology.variables:
+        if variable.parameter:
+            axes = counts.get(variable.path, {})
+            whole = math.prod(n for axis, n in enumerate(variable.shape) if axis not in axes)
+            extents = [
+                Extent(
+                    variable.shape[axis] - sum(count * topology.widths[gate] for gate, count in found.items()),
+                    tuple(found.items()),
+                )
+                for axis, found in axes.items()
+            ]
+            products.append((whole, extents))
+    return _terms(products, len(topology.gates))
 
 
 def _integers(widths: Any) -> bool:

@@ -1,7 +1,7 @@
 """What a network's layers take on a device: measured over their widths, interpolated, and kept as a plain file.
 
-A table has, for every convolution and dense layer, milliseconds per batch at a grid of the widths of its input and
-output gate. The time of a network is the sum over its layers of the multilinear interpolation, which is differentiable
+A table has, for every convolution and dense layer, milliseconds per batch at a grid of its numbers of input and output
+channels. The time of a network is the sum over its layers of the multilinear interpolation, which is differentiable
 in the widths. Batch norm, activations, additions and pooling are not in it, nor is what a compiler gains by fusing
 them, so that it predicts differences between networks better than the time of one.
 
@@ -16,26 +16,25 @@ import json
 import math
 import statistics
 import time
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.extend import core
 from tqdm import tqdm
 
-from ddnp_jax import parallel
-from ddnp_jax.checkpoint import write_json_atomic
+from ddnp_jax import files, parallel
 from ddnp_jax.cost import flops
-from ddnp_jax.topology import Layer, ModulePath, Topology
+from ddnp_jax.models.layers import depthwise_conv
+from ddnp_jax.networks import as_network
+from ddnp_jax.topology import Extent, Layer, Topology, jaxprs, variable_shapes
 
 ROUNDS = 5  # of which the median counts
 ROUND_MS = 5.0  # shortest time of a round; short layers are called several times
-
-Call = tuple[nn.Module, jax.ShapeDtypeStruct]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +45,8 @@ class LayerTimes:
       name: as in the topology.
       kernel_shape: of the whole network's kernel.
       positions: output positions.
-      inputs: ascending widths of the input gate, up to the whole one; empty where the layer reads no gate.
-      outputs: the same of the output gate; a depthwise layer has only these.
+      inputs: ascending numbers of input channels, up to the whole; empty where no gate changes them.
+      outputs: the same of the output channels; a depthwise layer has only these.
       ms: milliseconds per batch, (len(inputs) or 1) rows of (len(outputs) or 1).
     """
 
@@ -69,10 +68,10 @@ class LayerTimes:
                 f"it has {self.name} with kernel {self.kernel_shape} at {self.positions} positions where the network "
                 f"has {layer.name} with kernel {layer.kernel_shape} at {layer.positions}"
             )
-        for side, grid, gate in (("inputs", self.inputs, layer.in_gate), ("outputs", self.outputs, layer.out_gate)):
-            whole = None if gate is None else topology.gates[gate].channels
+        for side, grid, extent in (("inputs", self.inputs, layer.inputs), ("outputs", self.outputs, layer.outputs)):
+            whole = extent.at(topology.widths) if extent.gates else None
             if (grid[-1] if grid else None) != whole or any(a >= b for a, b in itertools.pairwise((0, *grid))):
-                raise ValueError(f"{self.name}: {side} {list(grid)} must be ascending widths up to {whole} channels")
+                raise ValueError(f"{self.name}: {side} {list(grid)} must be ascending numbers up to {whole} channels")
         shape = [len(self.inputs) or 1, len(self.outputs) or 1]
         if len(self.ms) != shape[0] or any(len(row) != shape[1] for row in self.ms):
             raise ValueError(f"{self.name}: ms must be {shape[0]} rows of {shape[1]}, one per width")
@@ -110,11 +109,11 @@ class LatencyTable:
         channels = flops.channels(topology, widths)
         on_host = isinstance(channels, np.ndarray)
         xp, kind = (np, np.float64) if on_host else (jnp, np.float32)
-        gates, knots, times = _arrays(self, topology)
+        extents, knots, times = _arrays(self, topology)
         times = xp.asarray(times, kind)
         (i, s), (j, t) = (
-            _locate(xp, axis_knots.astype(kind), channels[axis_gates].astype(kind))
-            for axis_gates, axis_knots in zip(gates, knots, strict=True)
+            _locate(xp, axis_knots.astype(kind), xp.asarray(axis_extents, kind) @ channels.astype(kind))
+            for axis_extents, axis_knots in zip(extents, knots, strict=True)
         )
         rows = np.arange(len(times))
         below = (1 - t) * times[rows, i, j] + t * times[rows, i, j + 1]
@@ -124,7 +123,7 @@ class LatencyTable:
 
     def save(self, path: str | Path) -> None:
         """Writes the table as JSON; `load` gives back the same numbers, bit for bit."""
-        write_json_atomic(path, dataclasses.asdict(self))
+        files.write_json(path, dataclasses.asdict(self))
 
     @classmethod
     def load(cls, path: str | Path, topology: Topology) -> Self:
@@ -151,16 +150,17 @@ class LatencyTable:
 
 
 def measured_once(
-    path: Path, model: nn.Module, topology: Topology, batch: int, points: int, multiple: int
+    path: Path, model: Any, topology: Topology, batch: int, points: int, multiple: int, variables: Any = None
 ) -> LatencyTable:
     """The table in `path`, measured and written there first where there is none; further arguments as for `measure`.
 
     In a run of several processes all must call; the first one measures, and all read the same numbers.
     """
     if parallel.any_process(not path.exists()):
-        calls = _calls(model, topology, batch)  # every process refuses what cannot be measured, or none
         path.parent.mkdir(parents=True, exist_ok=True)
-        parallel.on_first_process(lambda: _measure(calls, topology, batch, points, multiple).save(path))
+        parallel.on_first_process(
+            lambda: measure(model, topology, batch, points, multiple, variables=variables).save(path)
+        )
     table = LatencyTable.load(path, topology)
     if table.batch != batch:
         raise ValueError(
@@ -170,20 +170,33 @@ def measured_once(
     return table
 
 
-def measure(model: nn.Module, topology: Topology, batch: int, points: int = 5, multiple: int = 1) -> LatencyTable:
-    """Compiles and times every layer by itself on the present device.
+def measure(
+    model: Any, topology: Topology, batch: int, points: int = 5, multiple: int = 1, *, variables: Any = None
+) -> LatencyTable:
+    """Compiles and times every layer by itself on the current device.
 
     Args:
-      model: the network.
-      topology: what `trace` found for it.
-      batch: images per call.
-      points: widths per gate, evenly spaced from the smallest to the whole; at least 2.
-      multiple: the widths are multiples of this, except the whole.
-
-    Raises:
-      ValueError: a layer is not flax's convolution or dense layer.
+      model: The network.
+      topology: Topology of `model`, as returned by `trace`.
+      batch: Images per call.
+      points: Widths per gate, evenly spaced from the smallest to the whole; at least 2.
+      multiple: The widths are multiples of this, except the whole.
+      variables: Variables of a function, or their shapes.
     """
-    return _measure(_calls(model, topology, batch), topology, batch, points, multiple)
+    calls = _calls(model, topology, batch, variables)
+    known: dict[_Call, float] = {}  # networks repeat their layers
+
+    def milliseconds(call: _Call) -> float:
+        if call not in known:
+            known[call] = _milliseconds(call)
+        return known[call]
+
+    layers = []
+    for layer, call in tqdm(list(zip(topology.layers, calls, strict=True)), desc="latency table", unit="layer"):
+        inputs, outputs = (_knots(extent, topology, points, multiple) for extent in (layer.inputs, layer.outputs))
+        ms = tuple(tuple(milliseconds(call.resized(a, b)) for b in outputs or (None,)) for a in inputs or (None,))
+        layers.append(LayerTimes(layer.name, layer.kernel_shape, layer.positions, inputs, outputs, ms))
+    return LatencyTable(jax.devices()[0].device_kind, batch, tuple(layers))
 
 
 def _as_tuple(value: Any) -> Any:
@@ -192,21 +205,28 @@ def _as_tuple(value: Any) -> Any:
 
 @functools.cache
 def _arrays(table: LatencyTable, topology: Topology) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gates (2, N), knots (2, N, G) and times (N, G, G) of N layers, of which the first axis is (input, output)."""
-    one = len(topology.gates)
-    gates = [(layer.in_gate, layer.out_gate) for layer in topology.layers]
-    grids = [(layer.inputs or (1,), layer.outputs or (1,)) for layer in table.layers]
+    """Extents (2, N, L + 1), knots (2, N, G) and times (N, G, G) of N layers; the first axis is (input, output).
+
+    An extent times `flops.channels` is a number of channels.
+    """
+    sides = [(layer.inputs, layer.outputs) for layer in topology.layers]
+    extents = np.zeros((2, len(sides), len(topology.gates) + 1))
+    for n, pair in enumerate(sides):
+        for side, extent in enumerate(pair):
+            extents[side, n, -1] = extent.constant
+            for gate, count in extent.counts:
+                extents[side, n, gate] = count
+    grids = [
+        (times.inputs or (inputs.constant,), times.outputs or (outputs.constant,))
+        for times, (inputs, outputs) in zip(table.layers, sides, strict=True)
+    ]
     size = max(2, *(len(grid) for pair in grids for grid in pair))
     times = [
         np.pad(layer.ms, [(0, size - len(grid)) for grid in pair], mode="edge")
         for layer, pair in zip(table.layers, grids, strict=True)
     ]
     knots = [[[*grid, *(grid[-1] + 1 + n for n in range(size - len(grid)))] for grid in pair] for pair in grids]
-    return (
-        np.array([[one if gate is None else gate for gate in pair] for pair in gates], np.int64).T,
-        np.array(knots, np.float64).swapaxes(0, 1),
-        np.array(times, np.float64),
-    )
+    return extents, np.array(knots, np.float64).swapaxes(0, 1), np.array(times, np.float64)
 
 
 def _locate(xp: Any, knots: np.ndarray, widths: Any) -> tuple[Any, Any]:
@@ -218,96 +238,125 @@ def _locate(xp: Any, knots: np.ndarray, widths: Any) -> tuple[Any, Any]:
     return below, (widths - first) / (second - first)
 
 
-def _calls(model: nn.Module, topology: Topology, batch: int) -> list[Call]:
-    """Of each layer of the topology: its module, by itself, and the input of its call."""
-    owners = {layer.path[1:-1] for layer in topology.layers}
-    found: dict[ModulePath, deque[Call]] = {path: deque() for path in owners}
+class _Call(NamedTuple):
+    """One convolution or matrix product, by itself.
 
-    def record(next_fun: Any, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
-        if context.method_name == "__call__" and context.module.path in owners and args:
-            alone = context.module.clone(parent=None, name=None)
-            found[context.module.path].append((alone, jax.ShapeDtypeStruct(args[0].shape, args[0].dtype)))
-        return next_fun(*args, **kwargs)
+    Attributes:
+      primitive: "conv_general_dilated" or "dot_general".
+      arguments: Further arguments of the function of this name in `jax.lax`, (name, value).
+      x: Shape of the layer's input.
+      kernel: Shape of the kernel.
+      operand: Which operand the input is.
+      read_axis: Axis of the input that is contracted; the channels of a grouped convolution.
+      axes: Axes of the kernel's input and output channels.
+      groups: Feature groups.
+      dtype: Data type of the input.
+      by_platform: Whether it is `models.layers.depthwise_conv`, in the form that suits the platform.
+    """
 
+    primitive: str
+    arguments: tuple[tuple[str, Any], ...]
+    x: tuple[int, ...]
+    kernel: tuple[int, ...]
+    operand: int
+    read_axis: int
+    axes: tuple[int, int]
+    groups: int
+    dtype: Any
+    by_platform: bool
+
+    def resized(self, inputs: int | None, outputs: int | None) -> "_Call":
+        """The same layer with other numbers of input and output channels; None for those that it has."""
+        x, kernel, groups = list(self.x), list(self.kernel), self.groups
+        if inputs is not None:
+            x[self.read_axis] = kernel[self.axes[0]] = inputs
+        if outputs is not None:
+            kernel[self.axes[1]] = outputs
+            if groups > 1:  # whole groups stay or go
+                x[self.read_axis] = self.x[self.read_axis] * outputs // self.kernel[self.axes[1]]
+                groups = groups * outputs // self.kernel[self.axes[1]]
+        return self._replace(x=tuple(x), kernel=tuple(kernel), groups=groups)
+
+    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """Computes the layer."""
+        arguments = dict(self.arguments)
+        if self.by_platform:
+            padding = arguments["padding"]
+            arguments = {name: arguments[name] for name in ("window_strides", "dimension_numbers")}
+            return depthwise_conv(x, kernel, padding=padding, feature_group_count=self.groups, **arguments)
+        operands = (x, kernel) if self.operand == 0 else (kernel, x)
+        if self.primitive == "conv_general_dilated":
+            arguments["feature_group_count"] = self.groups
+        return getattr(lax, self.primitive)(*operands, **arguments)
+
+
+_ARGUMENTS = {
+    "conv_general_dilated": (
+        *("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers", "precision"),
+        "preferred_element_type",
+    ),
+    "dot_general": ("dimension_numbers", "precision", "preferred_element_type"),
+}
+
+
+def _calls(model: Any, topology: Topology, batch: int, variables: Any) -> list[_Call]:
+    """Every layer of the topology by itself, as the network calls it with `batch` images."""
+    network = as_network(model, **dict(topology.call_kwargs))
     images = jax.ShapeDtypeStruct((batch, *topology.input_shape), jnp.float32)
-    with nn.intercept_methods(record):
-        kwargs = dict(topology.call_kwargs)
-        variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, **kwargs), images)
-        for calls in found.values():
-            calls.clear()
-        jax.eval_shape(lambda v, x: model.apply(v, x, **kwargs), variables, images)
-    return [_checked(layer, found[layer.path[1:-1]]) for layer in topology.layers]
+    shapes = variable_shapes(network, images, variables)
+    program = jax.make_jaxpr(network.evaluate)(shapes, images).jaxpr
+    found = list(jaxprs.contractions(program))
+    return [_call(found[layer.contraction], layer) for layer in topology.layers]
 
 
-def _checked(layer: Layer, calls: deque[Call]) -> Call:
-    if not calls or not layer.path or not isinstance(calls[0][0], nn.Conv | nn.Dense):
-        raise ValueError(
-            f"layer {layer.name} cannot be timed by itself: it is not one call of flax's Conv or Dense; "
-            "use budget.kind='flops' or 'params', or measure it yourself and put latency.json into the workdir."
-        )
-    return calls.popleft()
+def _call(eqn: core.JaxprEqn, layer: Layer) -> _Call:
+    name = eqn.primitive.name
+    x, kernel = (eqn.invars[operand].aval for operand in (layer.operand, 1 - layer.operand))
+    numbers = eqn.params["dimension_numbers"]
+    if name == "conv_general_dilated":
+        read_axis, axes = numbers.lhs_spec[1], (numbers.rhs_spec[1], numbers.rhs_spec[0])
+    else:
+        read_axis, contracted = numbers[0][layer.operand][0], numbers[0][1 - layer.operand]
+        free = [axis for axis in range(len(kernel.shape)) if axis not in contracted]
+        axes = (contracted[0], free[-1] if free else 0)
+    arguments = tuple((key, eqn.params[key]) for key in _ARGUMENTS[name])
+    return _Call(
+        name, arguments, x.shape, kernel.shape, layer.operand, read_axis, axes, layer.groups, x.dtype, layer.by_platform
+    )
 
 
-def _measure(calls: list[Call], topology: Topology, batch: int, points: int, multiple: int) -> LatencyTable:
-    grids = [_knots(gate.channels, points, multiple) for gate in topology.gates]
-    known: dict[str, float] = {}  # networks repeat their layers
-
-    def milliseconds(call: Call) -> float:
-        geometry = repr(call)
-        if geometry not in known:
-            known[geometry] = _milliseconds(*call)
-        return known[geometry]
-
-    layers = []
-    for layer, call in tqdm(list(zip(topology.layers, calls, strict=True)), desc="latency table", unit="layer"):
-        inputs, outputs = (() if gate is None else grids[gate] for gate in (layer.in_gate, layer.out_gate))
-        ms = tuple(
-            tuple(milliseconds(_resized(call, layer, topology, a, b)) for b in outputs or (None,))
-            for a in inputs or (None,)
-        )
-        layers.append(LayerTimes(layer.name, layer.kernel_shape, layer.positions, inputs, outputs, ms))
-    return LatencyTable(jax.devices()[0].device_kind, batch, tuple(layers))
+def _knots(extent: Extent, topology: Topology, points: int, multiple: int) -> tuple[int, ...]:
+    """Numbers of channels at which a layer is timed: the gates on its axis from the smallest to the whole."""
+    if not extent.gates:
+        return ()
+    channels = {gate: topology.widths[gate] for gate in extent.gates}
+    smallest = {gate: min(multiple, count) for gate, count in channels.items()}
+    numbers = set()
+    for fraction in np.linspace(0, 1, points):
+        widths = {}
+        for gate, count in channels.items():
+            spaced = smallest[gate] + fraction * (count - smallest[gate])
+            nearest = int(np.round(spaced / multiple)) * multiple
+            widths[gate] = count if fraction == 1 else min(max(nearest, smallest[gate]), count)
+        numbers.add(extent.at(widths))
+    return tuple(sorted(numbers))
 
 
-def _knots(channels: int, points: int, multiple: int) -> tuple[int, ...]:
-    """Measured widths of a gate: multiples, evenly spaced, from the smallest to the whole."""
-    smallest = min(multiple, channels)
-    spaced = np.round(np.linspace(smallest, channels, points) / multiple).astype(int) * multiple
-    return tuple(sorted({*(min(max(int(width), smallest), channels) for width in spaced[:-1]), channels}))
-
-
-def _resized(call: Call, layer: Layer, topology: Topology, a: int | None, b: int | None) -> Call:
-    """A layer's module and input with widths a of its input gate and b of its output gate; None is the whole."""
-    module, x = call
-    shape = list(x.shape)
-    if a is not None:
-        readers = topology.gates[layer.in_gate].readers
-        reader = next(reader for reader in readers if reader.path == layer.path[1:-1])
-        shape[reader.axis] = reader.outer * a * reader.inner
-    if b is not None:
-        module = module.clone(features=layer.outputs // topology.gates[layer.out_gate].channels * b)
-        if layer.groups > 1:  # depthwise: the gate's channels are its input too
-            module = module.clone(feature_group_count=b)
-            shape[-1] = b
-    return module, jax.ShapeDtypeStruct(tuple(shape), x.dtype)
-
-
-def _milliseconds(module: nn.Module, x: jax.ShapeDtypeStruct) -> float:
+def _milliseconds(call: _Call) -> float:
     """Median time of a compiled call."""
-    shapes = jax.eval_shape(module.init, jax.random.key(0), x)
-    variables, images = jax.tree.map(_filled, (shapes, x))
-    call = jax.jit(module.apply).lower(variables, images).compile()
-    first, second = next(_rounds(call, variables, images, 1)), next(_rounds(call, variables, images, 1))
+    x, kernel = (_filled(jax.ShapeDtypeStruct(shape, call.dtype)) for shape in (call.x, call.kernel))
+    compiled = jax.jit(call.__call__).lower(x, kernel).compile()
+    first, second = next(_rounds(compiled, x, kernel, 1)), next(_rounds(compiled, x, kernel, 1))
     calls = max(1, math.ceil(ROUND_MS / min(first, second)))
-    return statistics.median(itertools.islice(_rounds(call, variables, images, calls), ROUNDS))
+    return statistics.median(itertools.islice(_rounds(compiled, x, kernel, calls), ROUNDS))
 
 
-def _rounds(call: Any, variables: Any, images: jax.Array, calls: int) -> Iterator[float]:
+def _rounds(call: Any, x: jax.Array, kernel: jax.Array, calls: int) -> Iterator[float]:
     """Milliseconds per call, round by round; the calls of a round wait for each other on the device alone."""
     while True:
         started = time.perf_counter()
         for _ in range(calls):
-            result = call(variables, images)
+            result = call(x, kernel)
         jax.block_until_ready(result)
         yield 1e3 * (time.perf_counter() - started) / calls
 

@@ -20,9 +20,8 @@ def _l1_norm(variables: Any, gate: Gate) -> np.ndarray:
         kernel = variables
         for name in piece.path:
             kernel = kernel[name]
-        by_channel = np.moveaxis(np.asarray(kernel, np.float64), piece.axis, 0)
-        by_channel = by_channel.reshape(piece.outer, gate.channels, -1)
-        norm += np.abs(by_channel).sum(axis=(0, 2))
+        by_position = np.moveaxis(np.abs(np.asarray(kernel, np.float64)), piece.axis, 0)
+        norm += by_position[piece.span.positions(gate.channels)].reshape(gate.channels, -1).sum(1)
     return norm
 
 

@@ -15,11 +15,13 @@ import numpy as np
 import optax
 
 from ddnp_jax import checkpoint, data, fields, methods, models, parallel, torch_weights, training
-from ddnp_jax.compact import compact, load_pruned, save_pruned, verify
+from ddnp_jax.compact import compact, rehearse, verify
 from ddnp_jax.cost import flops, latency
 from ddnp_jax.cost.budget import Budget, make_budget
 from ddnp_jax.masking import apply_masked
+from ddnp_jax.networks import as_network
 from ddnp_jax.pipeline import report
+from ddnp_jax.saved import load_pruned, save_pruned
 from ddnp_jax.topology import Selection, Topology, trace
 
 Rebuild = Callable[[tuple[int, ...]], nn.Module]
@@ -136,12 +138,12 @@ def _check_workdir(workdir: Path, identity: dict[str, Any]) -> None:
 
 
 def _check_rebuild(model: nn.Module, rebuild: Rebuild | None, topology: Topology, budget: Budget) -> None:
-    """Cuts zeros down to the smallest widths, so that a module that cannot be cut is refused before it is trained."""
+    """Cuts random variables, so that a module that cannot be cut is refused before it is trained."""
     if rebuild is None and hasattr(model, "widths"):
         return
-    zeros = flax.traverse_util.unflatten_dict({path: np.zeros(shape) for path, shape in topology.variables})
-    smallest = Selection(tuple(tuple(range(width)) for width in budget.smallest_widths))
-    compact(model, zeros, smallest, topology, rebuild)
+    rng = np.random.default_rng(0)
+    drawn = {variable.path: abs(rng.normal(size=variable.shape)).astype(np.float32) for variable in topology.variables}
+    rehearse(model, flax.traverse_util.unflatten_dict(drawn), topology, budget.smallest_widths, rebuild)
 
 
 def _check_splits(config: ml_collections.ConfigDict, dataset: data.Dataset) -> None:
@@ -346,8 +348,7 @@ def _fitted(job: Run, proposed: float) -> list[str]:
 
 def _initial_variables(job: Run) -> Any:
     images = np.zeros((1, *job.dataset.image_shape), np.float32)
-    init = functools.partial(job.model.init, **dict(job.topology.call_kwargs))
-    return jax.jit(init)(jax.random.key(job.config.seed), images)
+    return jax.jit(as_network(job.model).initial)(jax.random.key(job.config.seed), images)
 
 
 def _train(

@@ -1,29 +1,19 @@
 """What can be removed from a network: `trace` finds its gates and layers."""
 
-from ddnp_jax.topology.trace import (
-    Gate,
-    Layer,
-    LeafPath,
-    ModulePath,
-    Reader,
-    Selection,
-    Slice,
-    Topology,
-    evaluation_kwargs,
-    trace,
-    variable_shapes,
-)
+from ddnp_jax.topology.axis_groups import Span
+from ddnp_jax.topology.trace import trace, variable_shapes
+from ddnp_jax.topology.types import Extent, Gate, Layer, Reader, Selection, Slice, Topology, Variable
 
 __all__ = [
+    "Extent",
     "Gate",
     "Layer",
-    "LeafPath",
-    "ModulePath",
     "Reader",
     "Selection",
     "Slice",
+    "Span",
     "Topology",
-    "evaluation_kwargs",
+    "Variable",
     "trace",
     "variable_shapes",
 ]

@@ -1,15 +1,24 @@
-"""Groups of axes that must keep the same channels: a union-find whose groups can be divided by reshapes."""
+"""Groups of axes that must keep the same channels: a union-find whose groups can be divided.
 
+A reshape divides a group into factors, a product in row-major order; a concatenation makes a group of segments, one
+behind the other. Both may be nested.
+"""
+
+import functools
+import itertools
 import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 
 class Factor(NamedTuple):
     """A part of an axis, in row-major order with the axis' other parts.
 
     Attributes:
-      group: the group that it belongs to, or None where the value is the same all along it (it was broadcast).
-      size: its length.
+      group: Group that it belongs to, or None where the value is the same all along it (it was broadcast).
+      size: Length.
     """
 
     group: int | None
@@ -17,6 +26,41 @@ class Factor(NamedTuple):
 
 
 Axis = tuple[Factor, ...]  # an axis of length 1 has no factors, a flattened (H, W, C) has three
+
+
+class Span(NamedTuple):
+    """Where the channels of a group are on an axis: c at start + o * stride + c * inner + i, for all o and i.
+
+    Attributes:
+      start: Position of the first one.
+      outer: Number of o.
+      stride: Distance of two o.
+      inner: Number of i, the neighbouring positions of one channel.
+    """
+
+    start: int = 0
+    outer: int = 1
+    stride: int = 0
+    inner: int = 1
+
+    def positions(self, channels: int) -> np.ndarray:
+        """Positions on the axis, (channels, outer * inner)."""
+        grid = np.add.outer(np.arange(self.outer) * self.stride, np.arange(self.inner)).reshape(-1)
+        return self.start + np.add.outer(np.arange(channels) * self.inner, grid)
+
+    def within(self, start: int, outer: int, stride: int, inner: int) -> Iterator["Span"]:
+        """The spans on a larger axis, in which this one's axis begins at `start`, `outer` times, `inner` as coarse."""
+        nested = Span(start + self.start * inner, self.outer, self.stride * inner, self.inner * inner)
+        if outer == 1:
+            yield nested
+        elif nested.outer == 1:
+            yield nested._replace(outer=outer, stride=stride)
+        else:
+            for i in range(outer):
+                yield nested._replace(start=nested.start + i * stride)
+
+
+WHOLE_AXIS = Span()  # the channels and nothing else
 
 
 def free(size: int) -> Axis:
@@ -34,7 +78,8 @@ class AxisGroups:
 
     def __init__(self) -> None:
         self._parent: list[int] = []
-        self._parts: dict[int, Axis] = {}
+        self._factors: dict[int, Axis] = {}
+        self._segments: dict[int, tuple[Axis, ...]] = {}
         self._reasons: dict[int, dict[str, str]] = {}  # group -> kind of reason -> where it was first met
 
     def new(self, size: int, kind: str | None = None, where: str = "") -> Axis:
@@ -52,18 +97,50 @@ class AxisGroups:
         known: list[Factor] = []
         for factor in axis:
             root = factor.group if factor.group is None else self._root(factor.group)
-            known += self.factors(self._parts[root]) if root in self._parts else [Factor(root, factor.size)]
+            known += self.factors(self._factors[root]) if root in self._factors else [Factor(root, factor.size)]
         return tuple(known)
+
+    def places(self, axis: Axis) -> Iterator[tuple[Factor, Span]]:
+        """Every group on an axis that is not divided itself, and where it is; parts that are constant are left out."""
+        factors = self.factors(axis)
+        for i, factor in enumerate(factors):
+            if factor.group is None:
+                continue
+            outer, inner = length(factors[:i]), length(factors[i + 1 :])
+            stride = factor.size * inner
+            start = 0
+            for segment in self._segments.get(factor.group, ()):
+                for part, span in self.places(segment):
+                    for nested in span.within(start * inner, outer, stride, inner):
+                        yield part, nested
+                start += length(segment)
+            if factor.group not in self._segments:
+                yield factor, Span(0, outer, stride if outer > 1 else 0, inner)
+
+    def live(self, axis: Axis) -> list[Factor]:
+        """Groups on an axis that nothing speaks against pruning, each once."""
+        return list(dict.fromkeys(part for part, _ in self.places(axis) if not self.reasons(part.group)))
+
+    def is_product(self, axis: Axis) -> bool:
+        """Whether two or more factors of the axis could be pruned."""
+        return sum(bool(self.live((factor,))) for factor in self.factors(axis)) > 1
 
     def keep_whole(self, axis: Axis, kind: str, where: str = "") -> None:
         """Notes why no channel of the axis' groups can be removed."""
-        for factor in self.factors(axis):
-            if factor.group is not None:
-                self._reasons.setdefault(factor.group, {}).setdefault(kind, where)
+        for part, _ in self.places(axis):
+            self._reasons.setdefault(part.group, {}).setdefault(kind, where)
 
     def reasons(self, group: int) -> dict[str, str]:
         """Why a group stays whole (kind -> where); empty if nothing speaks against pruning it."""
         return self._reasons.get(self._root(group), {})
+
+    def concatenate(self, axes: Sequence[Axis]) -> Axis:
+        """An axis of the given ones, one behind the other."""
+        if all(factor.group is None for axis in axes for factor in self.factors(axis)):
+            return free(sum(map(length, axes)))
+        axis = self.new(sum(map(length, axes)))
+        self._segments[axis[0].group] = tuple(axes)
+        return axis
 
     def join(self, left: Axis, right: Axis) -> Axis:
         """Makes two axes of one length keep the same channels, dividing groups where their factors differ."""
@@ -78,7 +155,7 @@ class AxisGroups:
                 rest = (*joined, a, b, *lefts, *rights)
                 self.keep_whole(rest, "its channels are divided in two ways")
                 return self.new(length(left), "its channels are divided in two ways")
-            (a, *a_rest), (b, *b_rest) = self._split(a, size), self._split(b, size)
+            (a, *a_rest), (b, *b_rest) = self._divide(a, size), self._divide(b, size)
             lefts += a_rest
             rights += b_rest
             joined.append(self._merge(a, b))
@@ -98,7 +175,7 @@ class AxisGroups:
                     for old in axes:
                         self.keep_whole(old, "a reshape mixes its channels with another axis")
                     return tuple(self.new(n, "a reshape mixes its channels with another axis") for n in shape)
-                head, *tail = self._split(factor, part)
+                head, *tail = self._divide(factor, part)
                 rest += tail
                 axis.append(head)
                 missing //= part
@@ -115,23 +192,68 @@ class AxisGroups:
         stack.extend(reversed(others))
         return first
 
-    def _split(self, factor: Factor, size: int) -> Axis:
+    def _divide(self, factor: Factor, size: int) -> Axis:
         """Divides a factor into (size, rest), and its whole group with it."""
         if factor.size == size:
             return (factor,)
+        rest = factor.size // size
         if factor.group is None:
-            return Factor(None, size), Factor(None, factor.size // size)
-        parts = self.new(size) + self.new(factor.size // size)
-        for kind, where in self.reasons(factor.group).items():
-            self.keep_whole(parts, kind, where)
-        self._parts[factor.group] = parts
+            return Factor(None, size), Factor(None, rest)
+        if factor.group in self._segments:
+            parts = self._divide_segments(self._segments.pop(factor.group), size, rest)
+        else:
+            parts = self.new(size) + self.new(rest)
+            for kind, where in self.reasons(factor.group).items():
+                self.keep_whole(parts, kind, where)
+        self._factors[factor.group] = parts
         return parts
+
+    def _divide_segments(self, segments: tuple[Axis, ...], size: int, rest: int) -> Axis:
+        """(size, rest) of a concatenation: every segment is divided into units of `rest` channels."""
+        if any(length(segment) % rest for segment in segments):
+            kind = "a reshape divides it otherwise than its concatenation"
+            for segment in segments:
+                self.keep_whole(segment, kind)
+            return self.new(size, kind) + self.new(rest, kind)
+        divided = [self.reshape((segment,), (length(segment) // rest, rest)) for segment in segments]
+        heads, tails = zip(*divided, strict=True)
+        tail = functools.reduce(self.join, tails)
+        if len(tail) > 1:  # a factor has one group
+            self.keep_whole(tail, "a reshape divides it twice")
+            tail = self.new(rest, "a reshape divides it twice")
+        return self.concatenate(heads) + tail
 
     def _merge(self, a: Factor, b: Factor) -> Factor:
         if a.group is None or b.group is None:
             return b if a.group is None else a
-        if a.group != b.group:
-            self._parent[b.group] = a.group
+        if a.group == b.group:
+            return a
+        if b.group in self._segments and a.group not in self._segments:
+            a, b = b, a
+        if b.group in self._segments:
+            self._merge_segments(a, b)
+        else:
             for kind, where in self._reasons.pop(b.group, {}).items():
-                self._reasons.setdefault(a.group, {}).setdefault(kind, where)
+                self.keep_whole((a,), kind, where)
+        self._parent[b.group] = a.group
         return a
+
+    def _merge_segments(self, a: Factor, b: Factor) -> None:
+        """Joins two concatenations segment by segment; their boundaries must be the same."""
+        pairs = [self._flat_segments(factor.group) for factor in (a, b)]
+        boundaries = [list(itertools.accumulate(map(length, segments))) for segments in pairs]
+        if boundaries[0] == boundaries[1]:
+            self._segments[a.group] = tuple(itertools.starmap(self.join, zip(*pairs, strict=True)))
+        else:
+            for factor in (a, b):
+                self.keep_whole((factor,), "two concatenations with other boundaries meet")
+        del self._segments[b.group]
+
+    def _flat_segments(self, group: int) -> list[Axis]:
+        """The segments of a group, those of nested concatenations too."""
+        flat: list[Axis] = []
+        for segment in self._segments[group]:
+            factors = self.factors(segment)
+            nested = len(factors) == 1 and factors[0].group in self._segments
+            flat += self._flat_segments(factors[0].group) if nested else [factors]
+        return flat

@@ -1,0 +1,57 @@
+"""Files that are written whole or not at all, and JSON."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Writes a file so that after a kill or a power cut it is either the old one or the new one, whole.
+
+    Args:
+      path: Path of the file, whose folder exists.
+      content: What it holds.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp")  # in the same folder: only there is renaming atomic
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the names of a folder durable, where the system can."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes text in UTF-8, as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes a JSON value, as `write_bytes` does; a value that is none leaves the file as it is."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Reads a file of JSON.
+
+    Raises:
+      ValueError: The file is damaged; the message names it.
+      OSError: The file cannot be read.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); put a good copy back, or delete it.") from error

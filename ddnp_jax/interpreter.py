@@ -1,0 +1,165 @@
+"""Evaluates the traced program (jaxpr) of a network with changes: masks in front of layers, or in full precision."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core
+
+from ddnp_jax.topology import jaxprs
+
+Change = Callable[[jax.Array], jax.Array]  # what happens to the input of a layer
+
+
+def evaluate(function: Callable[..., Any], interpreter: "Interpreter", *args: Any) -> Any:
+    """Traces a function and evaluates its program."""
+    result_tree = None
+
+    def flat(*leaves: Any) -> list[Any]:
+        nonlocal result_tree
+        results, result_tree = jax.tree.flatten(function(*jax.tree.unflatten(tree, leaves)))
+        return results
+
+    leaves, tree = jax.tree.flatten(args)
+    closed = jax.make_jaxpr(flat)(*leaves)
+    return jax.tree.unflatten(result_tree, interpreter.run(closed.jaxpr, closed.consts, leaves))
+
+
+class Interpreter:
+    """Evaluates a program, with changes of the inputs of some of its convolutions and matrix products."""
+
+    def __init__(
+        self,
+        changes: Mapping[int, tuple[int, Change]] | None = None,
+        kernel_shapes: Mapping[int, tuple[int, ...]] | None = None,
+        *,
+        keeps_rematerialization: bool = True,
+    ) -> None:
+        """Prepares.
+
+        Args:
+          changes: (operand, change of it) by the number of the contraction.
+          kernel_shapes: Shapes that the kernels must have, by the number of the contraction.
+          keeps_rematerialization: Whether `jax.checkpoint` stays around what it is around.
+        """
+        self._changes, self._kernel_shapes = changes or {}, kernel_shapes or {}
+        self._keeps_rematerialization = keeps_rematerialization
+
+    def run(self, jaxpr: core.Jaxpr, consts: Iterable[Any], args: Iterable[Any], first: int = 0) -> list[Any]:
+        """Evaluates a program.
+
+        Args:
+          jaxpr: The program.
+          consts: Its constants.
+          args: Its arguments.
+          first: Number of its first contraction.
+        """
+        known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+        for eqn in jaxpr.eqns:
+            operands = [atom.val if isinstance(atom, core.Literal) else known[atom] for atom in eqn.invars]
+            known.update(zip(eqn.outvars, self._results(jaxpr, eqn, operands, first), strict=True))
+            first += jaxprs.count(eqn)
+        return [atom.val if isinstance(atom, core.Literal) else known[atom] for atom in jaxpr.outvars]
+
+    def _results(self, jaxpr: core.Jaxpr, eqn: core.JaxprEqn, operands: list[Any], first: int) -> list[Any]:
+        program = jaxprs.program_of(eqn)
+        if program is not None and self._enters(eqn, first):
+            return self._enter(eqn, program, operands, first)
+        if eqn.primitive.name in jaxprs.CONTRACTIONS and first in self._changes:
+            operand, change = self._changes[first]
+            expected, found = self._kernel_shapes.get(first), eqn.invars[1 - operand].aval.shape
+            if expected is not None and expected != found:
+                raise ValueError(
+                    f"the network's program has another layer than the one that was traced: a kernel {found} in place "
+                    f"of {expected}; trace the network again, as it is called now."
+                )
+            operands[operand] = change(operands[operand])
+        return self.compute(jaxpr, eqn, operands)
+
+    def _enters(self, eqn: core.JaxprEqn, first: int) -> bool:
+        return any(number in self._changes for number in range(first, first + jaxprs.count(eqn)))
+
+    def _enter(self, eqn: core.JaxprEqn, program: Any, operands: list[Any], first: int) -> list[Any]:
+        jaxpr, consts = program
+
+        def run(*args: Any) -> list[Any]:
+            return self.run(jaxpr, consts, args, first)
+
+        if eqn.primitive.name in jaxprs.REMATERIALIZED and self._keeps_rematerialization:
+            return jax.checkpoint(run, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])(*operands)
+        return run(*operands)
+
+    def compute(self, jaxpr: core.Jaxpr, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
+        """Computes one equation of a program as it is."""
+        operand_of = {atom: value for atom, value in zip(eqn.invars, operands, strict=True) if _is_variable(atom)}
+        alone = jaxpr.replace(
+            constvars=[], invars=list(operand_of), outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects
+        )
+        return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*operand_of.values())
+
+
+def _is_variable(atom: Any) -> bool:
+    return not isinstance(atom, core.Literal)
+
+
+class FullPrecision(Interpreter):
+    """Computes in float32 what a network computes in bfloat16 or another short type, whatever asks for it there."""
+
+    def run(self, jaxpr: core.Jaxpr, consts: Iterable[Any], args: Iterable[Any], first: int = 0) -> list[Any]:
+        """Evaluates a program, whose arguments are widened first."""
+        return super().run(jaxpr, map(_widened, consts), map(_widened, args), first)
+
+    def compute(self, jaxpr: core.Jaxpr, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
+        """Computes one equation in float32; those that hold programs which run several times, as they are."""
+        name = eqn.primitive.name
+        if name == "reduce_precision":
+            return operands
+        if name in _FIXED_TYPES or any(map(jaxprs.is_program, jax.tree.leaves(_programs(eqn)))):
+            operands = [_of_type(value, atom.aval.dtype) for value, atom in zip(operands, eqn.invars, strict=True)]
+        else:
+            eqn = eqn.replace(params=_wide_params(name, eqn.params), invars=list(map(_wide_literal, eqn.invars)))
+            operands = list(map(_widened, operands))
+        return list(map(_widened, super().compute(jaxpr, eqn, operands)))
+
+    def _enters(self, eqn: core.JaxprEqn, first: int) -> bool:
+        return True
+
+
+_FIXED_TYPES = ("bitcast_convert_type", "ffi_call", "pure_callback", "io_callback")
+
+
+def _programs(eqn: core.JaxprEqn) -> list[Any]:
+    return jax.tree.leaves(list(eqn.params.values()), is_leaf=jaxprs.is_program)
+
+
+def _wide_type(dtype: Any) -> Any:
+    """Float32 for a shorter floating-point type; any other stays."""
+    is_short = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4
+    return np.dtype(np.float32) if is_short else dtype
+
+
+def _widened(value: Any) -> Any:
+    dtype = getattr(value, "dtype", None)
+    return value if dtype is None or _wide_type(dtype) == dtype else value.astype(np.float32)
+
+
+def _of_type(value: Any, dtype: Any) -> Any:
+    return value if getattr(value, "dtype", dtype) == dtype else value.astype(dtype)
+
+
+def _wide_literal(atom: Any) -> Any:
+    return core.Literal(_widened(np.asarray(atom.val)), atom.aval) if isinstance(atom, core.Literal) else atom
+
+
+def _wide_params(name: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    wide = {
+        key: _wide_type(value)
+        for key, value in params.items()
+        if key in ("new_dtype", "dtype", "preferred_element_type") and value is not None
+    }
+    if name in jaxprs.CONTRACTIONS:
+        wide["precision"] = (lax.Precision.HIGHEST, lax.Precision.HIGHEST)
+    return {**params, **wide}

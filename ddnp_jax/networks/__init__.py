@@ -1,0 +1,61 @@
+"""Networks of any kind as pure functions of their variables: flax.linen modules, flax.nnx modules, plain functions.
+
+Everything else in the library works on a `Network` and knows no module system.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+from flax import nnx
+
+from ddnp_jax.networks.base import (
+    LeafPath,
+    ModulePath,
+    Network,
+    Outputs,
+    Resizing,
+    Sizes,
+    flatten,
+    picked,
+    replace_leaves,
+)
+from ddnp_jax.networks.flax_linen import LinenNetwork, Resized
+from ddnp_jax.networks.flax_nnx import NnxNetwork
+from ddnp_jax.networks.function import FunctionNetwork
+
+__all__ = [
+    "LeafPath",
+    "ModulePath",
+    "Network",
+    "Outputs",
+    "Resized",
+    "Resizing",
+    "Sizes",
+    "as_network",
+    "flatten",
+    "picked",
+    "replace_leaves",
+]
+
+
+def as_network(model: Any, **call_kwargs: Any) -> Network:
+    """The network that a model is.
+
+    Args:
+      model: A flax.linen module, a flax.nnx module, or a function `(variables, images) -> outputs`.
+      **call_kwargs: Further keyword arguments of every call. Those that switch between training and evaluation
+        (`train`, `deterministic`, ...) are passed by themselves where the module takes them.
+
+    Raises:
+      TypeError: The model is none of these.
+    """
+    if isinstance(model, nn.Module):
+        return LinenNetwork(model, call_kwargs)
+    if isinstance(model, nnx.Module):
+        return NnxNetwork(model, call_kwargs)
+    if callable(model) and not isinstance(model, type):
+        return FunctionNetwork(model, call_kwargs)
+    raise TypeError(
+        f"{model!r} is no network; give a flax.linen module, a flax.nnx module, or a function (variables, images) -> "
+        "outputs."
+    )

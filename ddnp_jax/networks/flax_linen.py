@@ -1,0 +1,220 @@
+"""flax.linen modules as networks, and the wrapper that gives their layers other sizes than their code says."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+
+from ddnp_jax.networks.base import (
+    MODES,
+    LeafPath,
+    ModulePath,
+    Network,
+    Resizing,
+    Sizes,
+    mode_kwargs,
+    size_attributes,
+)
+
+PARAMETERS = "params"
+LAYERS = (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum, nn.ConvLocal)
+
+
+class Resized(nn.Module):
+    """A module whose layers have other sizes than its own code gives them; its variables are named as there.
+
+    Attributes:
+      module: The module.
+      sizes: Attributes of submodules, by path.
+    """
+
+    module: nn.Module
+    sizes: Sizes
+
+    def setup(self) -> None:
+        """Puts the module's variables where they are without this wrapper."""
+        nn.share_scope(self, self.module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the module."""
+        sizes = dict(self.sizes)
+
+        def resize(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+            for name, value in sizes.get(context.module.path, ()):
+                object.__setattr__(context.module, name, value)  # modules are frozen, and this is their own copy
+            return next_fun(*args, **kwargs)
+
+        with nn.intercept_methods(resize):
+            return self.module(*args, **kwargs)
+
+
+class LinenNetwork(Network):
+    """A linen module, called with one array."""
+
+    kind = "linen"
+
+    def __init__(self, model: nn.Module, call_kwargs: Mapping[str, Any]) -> None:
+        """Takes a module without variables.
+
+        Raises:
+          ValueError: The module is bound to variables.
+        """
+        if model.scope is not None:
+            raise ValueError(f"{type(model).__name__} is bound to variables; give it unbound, model.unbind()[0].")
+        super().__init__(model, call_kwargs)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module without its wrapper."""
+        return self.model.module if isinstance(self.model, Resized) else self.model
+
+    @property
+    def name(self) -> str:
+        """Of the module's class."""
+        return type(self.module).__name__
+
+    def variables(self, given: Any) -> Any:
+        """The variables that were given."""
+        if given is None:
+            raise ValueError(f"{self.name} is a linen module, which holds no variables; give variables=.")
+        return given
+
+    def initial(self, rng: jax.Array, images: Any) -> Any:
+        """What `model.init` returns."""
+        return self._in_mode(training=False).init(rng, images, **self._kwargs(training=False))
+
+    def evaluate(self, variables: Any, images: jax.Array) -> Any:
+        """The outputs in evaluation mode."""
+        return self._in_mode(training=False).apply(variables, images, **self._kwargs(training=False))
+
+    def train(
+        self, variables: Any, images: jax.Array, rng: jax.Array, batch_axis: str | None = None
+    ) -> tuple[Any, Any]:
+        """The outputs in training mode, and the variables with new batch statistics.
+
+        Every random stream of the module (`dropout`, `drop_path`, ...) is drawn from `rng`: flax takes that of
+        `params` for streams that are not given.
+        """
+
+        def over_batch(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+            if isinstance(context.module, nn.BatchNorm):
+                object.__setattr__(context.module, "axis_name", batch_axis)
+            return next_fun(*args, **kwargs)
+
+        with nn.intercept_methods(over_batch):
+            outputs, updated = self._in_mode(training=True).apply(
+                variables,
+                images,
+                **self._kwargs(training=True),
+                rngs={PARAMETERS: rng, "dropout": jax.random.fold_in(rng, 1)},
+                mutable=[name for name in variables if name != PARAMETERS],
+            )
+        return outputs, {**variables, **updated}
+
+    def split(self, variables: Any) -> tuple[Any, Any]:
+        """The collection "params", and the others."""
+        return variables[PARAMETERS], {name: value for name, value in variables.items() if name != PARAMETERS}
+
+    def merge(self, parameters: Any, rest: Any) -> Any:
+        """The inverse of `split`."""
+        return {PARAMETERS: parameters, **rest}
+
+    def is_parameter(self, path: LeafPath) -> bool:
+        """Whether it is in the collection "params"."""
+        return path[0] == PARAMETERS
+
+    def module_of(self, path: LeafPath) -> ModulePath:
+        """The module that a leaf belongs to: its path without the collection."""
+        return path[1:-1]
+
+    def sizes(self, resizing: Resizing, variables: Any, images: Any) -> Sizes:
+        """Attributes of the layers, found from their own variables and, of group normalization, from its input."""
+        found: dict[ModulePath, Mapping[str, Any]] = dict(map(_as_mapping, self.saved_sizes()))
+        for path, call in self._calls(variables, images).items():
+            own = {leaf[-1]: shapes for leaf, shapes in resizing.shapes.items() if self.module_of(leaf) == path}
+            call = call._replace(attributes={**call.attributes, **found.get(path, {})})  # as an earlier cut left them
+            new = _new_sizes(call, own, resizing.groups.get((PARAMETERS, *path, "kernel")))
+            if new:
+                found[path] = {**found.get(path, {}), **new}
+        return tuple(sorted((path, tuple(sorted(new.items()))) for path, new in found.items()))
+
+    def with_sizes(self, sizes: Sizes) -> nn.Module:
+        """The module in a wrapper that holds the sizes."""
+        return Resized(self.module, sizes) if sizes else self.module
+
+    def saved_sizes(self) -> Sizes:
+        """The wrapper's sizes."""
+        return self.model.sizes if isinstance(self.model, Resized) else ()
+
+    def _calls(self, variables: Any, images: Any) -> dict[ModulePath, "_Call"]:
+        """The first call of every submodule; nothing is computed."""
+        found: dict[ModulePath, _Call] = {}
+
+        def record(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+            module = context.module
+            if context.method_name == "__call__" and module.path not in found:
+                channels = args[0].shape[-1] if args and getattr(args[0], "ndim", 0) else None
+                found[module.path] = _Call(type(module), _attributes(module), channels)
+            return next_fun(*args, **kwargs)
+
+        with nn.intercept_methods(record):
+            jax.eval_shape(self.evaluate, variables, images)
+        return found
+
+    def _in_mode(self, training: bool) -> nn.Module:
+        """The module, with an attribute that is its mode set where its call takes none."""
+        call = inspect.signature(type(self.module).__call__).parameters
+        own = {name: on != training for name, on in MODES.items() if name in _attributes(self.module)}
+        if not own or set(MODES) & set(call):
+            return self.model
+        module = self.module.clone(**own)
+        return self.model.clone(module=module) if isinstance(self.model, Resized) else module
+
+    def _kwargs(self, training: bool) -> dict[str, Any]:
+        return mode_kwargs(type(self.module).__call__, self._call_kwargs, training)
+
+
+def _as_mapping(entry: tuple[ModulePath, tuple[tuple[str, Any], ...]]) -> tuple[ModulePath, Mapping[str, Any]]:
+    return entry[0], dict(entry[1])
+
+
+class _Call(NamedTuple):
+    """A call of a submodule.
+
+    Attributes:
+      kind: Class of the submodule.
+      attributes: Its attributes.
+      channels: Last axis of its input; None without an array.
+    """
+
+    kind: type
+    attributes: dict[str, Any]
+    channels: int | None
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: getattr(module, name, None) for name in type(module).__dataclass_fields__ if name != "parent"}
+
+
+def _new_sizes(
+    call: _Call,
+    own: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
+    groups: tuple[int, int] | None,
+) -> dict[str, int | None]:
+    """New attributes of one submodule, from the old and new shapes of its own leaves."""
+    if issubclass(call.kind, nn.GroupNorm):
+        count = call.attributes["num_groups"]
+        grouped = count is not None and count > 1 and call.channels is not None
+        return {"num_groups": None, "group_size": call.channels // count} if grouped else {}
+    if not own:
+        return {}
+    if issubclass(call.kind, LAYERS) and "kernel" in own:
+        last = -2 if call.attributes.get("transpose_kernel") else -1
+        new: dict[str, int | None] = {"features": own["kernel"][1][last]}
+        return new | ({"feature_group_count": groups[1]} if groups else {})
+    if call.kind.__module__.startswith("flax."):
+        return {}  # all of flax's others take the sizes of what they are given
+    integers = {name: value for name, value in call.attributes.items() if type(value) is int}
+    return dict(size_attributes(integers, own))

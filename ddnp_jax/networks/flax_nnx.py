@@ -1,0 +1,152 @@
+"""flax.nnx modules as networks. Their variables, as pure nested dictionaries, are taken out and put back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.traverse_util
+import jax
+from flax import nnx
+
+from ddnp_jax.networks.base import (
+    LeafPath,
+    ModulePath,
+    Network,
+    Resizing,
+    Sizes,
+    flatten,
+    is_size,
+    mode_kwargs,
+    size_attributes,
+)
+
+LAYER_SIZES = ("in_features", "out_features", "kernel_shape", "feature_group_count")
+
+
+class NnxNetwork(Network):
+    """An nnx module. It is never changed: what is computed is computed on copies."""
+
+    kind = "nnx"
+
+    def __init__(self, model: nnx.Module, call_kwargs: Mapping[str, Any]) -> None:
+        """Takes a module with its variables."""
+        super().__init__(model, call_kwargs)
+        self._graph, self._state = nnx.split(model)
+        self._kinds = {tuple(map(str, path)): type(variable) for path, variable in nnx.to_flat_state(self._state)}
+
+    def variables(self, given: Any) -> Any:
+        """The module's own variables as nested dictionaries of arrays, unless others were given."""
+        return nnx.to_pure_dict(self._state) if given is None else given
+
+    def initial(self, rng: jax.Array, images: Any) -> Any:
+        """The module's own variables: it was built with them."""
+        return self.variables(None)
+
+    def evaluate(self, variables: Any, images: jax.Array) -> Any:
+        """The outputs in evaluation mode."""
+        module = self._module(variables)
+        module.eval()
+        return module(images, **mode_kwargs(type(module).__call__, self._call_kwargs, training=False))
+
+    def train(
+        self, variables: Any, images: jax.Array, rng: jax.Array, batch_axis: str | None = None
+    ) -> tuple[Any, Any]:
+        """The outputs in training mode, and the variables with new batch statistics and counts of random numbers."""
+        leaves = flatten(variables)
+        keys = {path: leaf for path, leaf in leaves.items() if issubclass(self._kinds[path], nnx.RngKey)}
+        # The same module on another device, or in another step, draws other numbers; its own keys stay.
+        drawn = {path: jax.random.fold_in(key, jax.random.bits(rng)) for path, key in keys.items()}
+        module = self._module(_nested(variables, {**leaves, **drawn}))
+        module.train()
+        for _, part in nnx.iter_modules(module):
+            if isinstance(part, nnx.BatchNorm):
+                part.axis_name = batch_axis
+        outputs = module(images, **mode_kwargs(type(module).__call__, self._call_kwargs, training=True))
+        updated = nnx.to_pure_dict(nnx.state(module))
+        return outputs, _nested(updated, {**flatten(updated), **keys})
+
+    def split(self, variables: Any) -> tuple[Any, Any]:
+        """`nnx.Param` variables, and all others."""
+        flat = flax.traverse_util.flatten_dict(variables)
+        parts: tuple[dict, dict] = ({}, {})
+        for path, leaf in flat.items():
+            parts[not self.is_parameter(tuple(map(str, path)))][path] = leaf
+        return flax.traverse_util.unflatten_dict(parts[0]), flax.traverse_util.unflatten_dict(parts[1])
+
+    def merge(self, parameters: Any, rest: Any) -> Any:
+        """The inverse of `split`."""
+        flat = map(flax.traverse_util.flatten_dict, (parameters, rest))
+        return flax.traverse_util.unflatten_dict({path: leaf for part in flat for path, leaf in part.items()})
+
+    def is_parameter(self, path: LeafPath) -> bool:
+        """Whether it is an `nnx.Param`."""
+        return issubclass(self._kinds[path], nnx.Param)
+
+    def sizes(self, resizing: Resizing, variables: Any, images: Any) -> Sizes:
+        """Attributes of the layers, found from their own variables."""
+        modules = _modules(self.model)
+        paths = sorted({path[:-1] for path in resizing.shapes})
+        return tuple((path, tuple(_new_attributes(modules[path], path, resizing).items())) for path in paths)
+
+    def with_sizes(self, sizes: Sizes) -> nnx.Module:
+        """A copy whose layers have these attributes; its variables are still the old ones."""
+        module = nnx.clone(self.model)
+        modules = _modules(module)
+        for path, attributes in sizes:
+            if path not in modules:
+                raise ValueError(f"{self.name} has no submodule {'/'.join(path)!r}; give the network that was pruned.")
+            for name, value in attributes:
+                setattr(modules[path], name, value)
+        return module
+
+    def saved_sizes(self) -> Sizes:
+        """Every size of every layer."""
+        found = ((path, tuple(_sizes_of(module).items())) for path, module in _modules(self.model).items())
+        return tuple(sorted((path, own) for path, own in found if own))
+
+    def bind(self, variables: Any) -> tuple[Any, Any]:
+        """(a module with the variables inside, None)."""
+        return self._module(variables), None
+
+    def _module(self, variables: Any) -> nnx.Module:
+        state = jax.tree.map(lambda leaf: leaf, self._state)
+        nnx.replace_by_pure_dict(state, variables)
+        return nnx.merge(self._graph, state)
+
+
+def _modules(model: nnx.Module) -> dict[ModulePath, nnx.Module]:
+    return {tuple(map(str, path)): module for path, module in nnx.iter_modules(model)}
+
+
+def _sizes_of(module: nnx.Module) -> dict[str, Any]:
+    """Attributes that `_new_attributes` may change."""
+    if isinstance(module, nnx.Conv | nnx.Linear | nnx.ConvTranspose):
+        return {name: getattr(module, name) for name in LAYER_SIZES if hasattr(module, name)}
+    if isinstance(module, nnx.GroupNorm):
+        return {"num_groups": module.num_groups}
+    return {name: value for name, value in vars(module).items() if type(value) is int and is_size(name)}
+
+
+def _nested(like: Any, leaves: Mapping[LeafPath, Any]) -> Any:
+    """Nested dictionaries with the keys of `like`, which may be numbers, and other leaves."""
+    paths = flax.traverse_util.flatten_dict(like)
+    return flax.traverse_util.unflatten_dict({path: leaves[tuple(map(str, path))] for path in paths})
+
+
+def _new_attributes(module: nnx.Module, path: ModulePath, resizing: Resizing) -> dict[str, Any]:
+    """New sizes of one module, from those of its own variables."""
+    own = {leaf[-1]: shapes for leaf, shapes in resizing.shapes.items() if leaf[:-1] == path}
+    if "kernel" in own and isinstance(module, nnx.Conv | nnx.Linear | nnx.ConvTranspose):
+        return _layer_sizes(module, own["kernel"][1], resizing.groups.get((*path, "kernel")))
+    if isinstance(module, nnx.GroupNorm):
+        ((old, *_), (new, *_)) = next(iter(own.values()))
+        return {"num_groups": module.num_groups * new // old}
+    return dict(size_attributes(_sizes_of(module), own))
+
+
+def _layer_sizes(module: Any, kernel: tuple[int, ...], groups: tuple[int, int] | None) -> dict[str, Any]:
+    *_, inputs, outputs = kernel
+    if getattr(module, "transpose_kernel", False):
+        inputs, outputs = outputs, inputs
+    count = groups[1] if groups else getattr(module, "feature_group_count", 1)
+    sizes = dict(zip(LAYER_SIZES, (inputs * count, outputs, kernel, count), strict=True))
+    return {name: value for name, value in sizes.items() if hasattr(module, name)}

@@ -1,0 +1,225 @@
+"""A network in a folder: its weights, and what its module needs to take them. Nothing is pickled."""
+
+import hashlib
+import importlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from ddnp_jax import files
+from ddnp_jax.networks import LeafPath, Network, Sizes, as_network, flatten, replace_leaves
+
+DESCRIPTION = "model.json"
+OWN_PACKAGE = __name__.partition(".")[0]
+_DEFAULTS = {"kind": "linen", "sizes": []}  # of folders that were written before there were other kinds
+_FIELDS = ("kind", "class", "attributes", "missing", "sizes", "weights", "sha256")
+
+
+def save_pruned(path: str | Path, model: Any, variables: Any = None) -> None:
+    """Writes a network into a folder, for `load_pruned`.
+
+    The folder gets the weights (msgpack) and `model.json`: the module's class and attributes, the sizes of its layers,
+    and the weights' checksum. `model.json` is replaced last and at once, so that a reader finds the old network or the
+    new one, never a mixture.
+
+    Args:
+      path: Path of the folder, which is made.
+      model: The network. Attributes of a linen module that are neither JSON values, data types nor defaults of their
+        class are listed as missing, and `load_pruned` then needs the module.
+      variables: Variables of the network; None of an nnx module.
+    """
+    network = as_network(model)
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    leaves = {
+        "/".join(path): np.asarray(leaf)
+        for path, leaf in flatten(network.variables(variables)).items()
+        if _is_saved(leaf)
+    }
+    weights = flax.serialization.msgpack_serialize(leaves)
+    checksum = hashlib.sha256(weights).hexdigest()
+    name = f"weights-{checksum[:16]}.msgpack"
+    files.write_bytes(folder / name, weights)
+    module = getattr(network, "module", model)
+    attributes, missing = _attributes(module) if network.kind == "linen" else ({}, ["model"])
+    description = {
+        "kind": network.kind,
+        "class": f"{type(module).__module__}:{type(module).__qualname__}",
+        "attributes": attributes,
+        "missing": missing,
+        "sizes": [["/".join(path), dict(sizes)] for path, sizes in network.saved_sizes()],
+        "weights": name,
+        "sha256": checksum,
+    }
+    files.write_json(folder / DESCRIPTION, description)
+    for old in folder.glob("weights-*.msgpack"):
+        if old.name != name:
+            old.unlink()
+
+
+def load_pruned(path: str | Path, model: Any = None, variables: Any = None) -> tuple[Any, Any]:
+    """Reads a network that `save_pruned` wrote.
+
+    No code of the folder runs: besides this library's own classes, only those are built whose modules the program has
+    imported already.
+
+    Args:
+      path: Path of the folder.
+      model: The unpruned network, for all but linen modules whose class is known and whose attributes could be written.
+      variables: Variables with the structure of those saved, where that is not nested dictionaries.
+
+    Returns:
+      The network and its variables; None of an nnx module, which holds them.
+
+    Raises:
+      ValueError: The folder holds no such network, it is damaged, its module cannot be built again, or `model` has
+        other attributes; the data type may differ.
+    """
+    file = Path(path) / DESCRIPTION
+    description = _description(file)
+    leaves = _weights(file, description)
+    sizes: Sizes = tuple(
+        (tuple(name.split("/")) if name else (), tuple((key, _from_json(value)) for key, value in own.items()))
+        for name, own in description["sizes"]
+    )
+    if model is None:
+        model = _build(description, file)
+    network = as_network(model)
+    if network.kind != description["kind"]:
+        raise ValueError(f"{file} holds a {description['kind']} network, and model= is a {network.kind} one.")
+    if network.kind == "linen":
+        _check_attributes(getattr(network, "module", model), description, file)
+    network = as_network(network.with_sizes(sizes))
+    return network.bind(_variables(network, variables, leaves, file))
+
+
+def _is_saved(leaf: Any) -> bool:
+    """Random keys are no weights; the module that reads the folder has its own."""
+    return not jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key)
+
+
+def _variables(network: Network, like: Any, leaves: Mapping[LeafPath, Any], file: Path) -> Any:
+    """The variables in their structure."""
+    if network.kind != "nnx" and like is None:
+        return unflatten_dict(leaves)
+    like = network.variables(like)
+    own = flatten(like)
+    if unknown := [path for path in leaves if path not in own]:
+        raise ValueError(f"{file} has {'/'.join(unknown[0])!r}, which the given network lacks; give the one it was.")
+    if absent := [path for path, leaf in own.items() if path not in leaves and _is_saved(leaf)]:
+        raise ValueError(f"{file} lacks {'/'.join(absent[0])!r} of the given network; give the one it was.")
+    return replace_leaves(like, {**own, **leaves})
+
+
+def _description(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        raise ValueError(f"{file} does not exist; load_pruned reads a folder that save_pruned wrote.")
+    try:
+        description = json.loads(file.read_text())
+        if not isinstance(description, dict):
+            raise TypeError("it holds no fields")
+        found = {name: (_DEFAULTS | description)[name] for name in _FIELDS}
+        kinds = dict(zip(_FIELDS, (str, str, dict, list, list, str, str), strict=True))
+        if wrong := [name for name, kind in kinds.items() if not isinstance(found[name], kind)]:
+            raise TypeError(f"{wrong[0]} is no {kinds[wrong[0]].__name__}")
+        for name, own in found["sizes"]:
+            if not (isinstance(name, str) and isinstance(own, dict)):
+                raise TypeError("sizes are no pairs of a name and sizes")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}); write the network again with save_pruned.") from error
+    return found
+
+
+def _weights(file: Path, description: Mapping[str, Any]) -> dict[LeafPath, jax.Array]:
+    weights_file = file.parent / Path(description["weights"]).name
+    content = weights_file.read_bytes() if weights_file.is_file() else b""
+    if hashlib.sha256(content).hexdigest() != description["sha256"]:
+        raise ValueError(f"{weights_file} is damaged or missing: its checksum is not that of {DESCRIPTION}.")
+    try:
+        leaves = flatten(flax.serialization.msgpack_restore(content))
+        return {tuple("/".join(path).split("/")): jnp.asarray(leaf) for path, leaf in leaves.items()}
+    except Exception as error:  # a hostile file can raise anything
+        raise ValueError(f"{weights_file} holds no weights ({error!r}); write the network again.") from error
+
+
+def _attributes(module: nn.Module) -> tuple[dict[str, Any], list[str]]:
+    """A module's attributes as JSON values, and the names of those that are none; defaults are left out."""
+    attributes, missing = {}, []
+    for name, field in type(module).__dataclass_fields__.items():
+        value = getattr(module, name)
+        if name in ("parent", "name") or value is field.default:
+            continue
+        try:
+            attributes[name] = _to_json(value)
+        except TypeError:
+            missing.append(name)
+    return attributes, missing
+
+
+def _check_attributes(module: nn.Module, description: Mapping[str, Any], file: Path) -> None:
+    own, _ = _attributes(module)
+    theirs, missing = description["attributes"], description["missing"]
+    for name in theirs | own:
+        if name not in ("dtype", *missing) and theirs.get(name) != own.get(name):
+            shown = (repr(each[name]) if name in each else "its default" for each in (theirs, own))
+            raise ValueError(f"{file} holds a network with {name}={next(shown)}, and the model has {next(shown)}.")
+
+
+def _to_json(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_to_json(each) for each in value]
+    if isinstance(value, type(jnp.float32) | np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
+        return {"dtype": jnp.dtype(value).name}
+    raise TypeError(f"{value!r} is no JSON value")
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(map(_from_json, value))
+    return jnp.dtype(value["dtype"]) if isinstance(value, dict) else value
+
+
+def _build(description: Mapping[str, Any], file: Path) -> nn.Module:
+    name, missing = description["class"], description["missing"]
+    if missing:
+        raise ValueError(
+            f"{file} lacks the attributes {', '.join(map(str, missing))} of {name}; pass the unpruned network, "
+            "load_pruned(..., model=)."
+        )
+    found = _class(name)
+    if found is None:
+        raise ValueError(
+            f"{file}: {name} is no class of this library, and no module of the program has it; import its module "
+            "first, or pass load_pruned(..., model=)."
+        )
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ValueError(f"{file}: {name} is no flax module.")
+    try:
+        return found(**{key: _from_json(value) for key, value in description["attributes"].items()})
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{file}: {name} does not take its attributes any more ({error}).") from error
+
+
+def _class(name: str) -> Any:
+    """A class of this library, or of a module that is imported already; None of others."""
+    module, _, qualname = name.partition(":")
+    if module.partition(".")[0] == OWN_PACKAGE and module not in sys.modules:
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            return None
+    found: Any = sys.modules.get(module)
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    return found

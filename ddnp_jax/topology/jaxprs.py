@@ -1,0 +1,68 @@
+"""How the program of a network is read: which equations hold programs of their own, and how its layers are numbered.
+
+Convolutions and matrix products are numbered in the order of the program, through all programs inside of it, so that
+whoever reads the program again, with another batch or other data types, finds the same ones.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.extend import core
+
+CONTRACTIONS = ("conv_general_dilated", "dot_general")
+
+# Equations that hold a program of their own which runs once; with their parameter that holds it.
+REMATERIALIZED = ("checkpoint", "remat", "remat2")
+DIFFERENTIATED = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+_CALLS = ("closed_call", "core_call", "jit", "pjit", *REMATERIALIZED, *DIFFERENTIATED)
+_PROGRAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+
+def program_of(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, tuple[Any, ...]] | None:
+    """The program inside an equation that runs it once, with its constants; None of other equations."""
+    if eqn.primitive.name not in _CALLS:
+        return None
+    return _opened(next(eqn.params[name] for name in _PROGRAMS if name in eqn.params))
+
+
+def default_branch_of(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, tuple[Any, ...]] | None:
+    """The last branch of a `jax.lax.platform_dependent`, whose branches are all the same function; else None."""
+    if eqn.primitive.name != "cond" or not eqn.params.get("branches_platforms"):
+        return None
+    return _opened(eqn.params["branches"][-1])
+
+
+def _opened(program: Any) -> tuple[core.Jaxpr, tuple[Any, ...]]:
+    return (program.jaxpr, tuple(program.consts)) if isinstance(program, core.ClosedJaxpr) else (program, ())
+
+
+def contractions(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    """The convolutions and matrix products of a program, in the order of their numbers."""
+    for eqn in jaxpr.eqns:
+        inner = program_of(eqn) or default_branch_of(eqn)
+        if eqn.primitive.name in CONTRACTIONS:
+            yield eqn
+        elif inner is not None:
+            yield from contractions(inner[0])
+
+
+def count(eqn: core.JaxprEqn) -> int:
+    """Number of convolutions and matrix products of an equation."""
+    inner = program_of(eqn) or default_branch_of(eqn)
+    return int(eqn.primitive.name in CONTRACTIONS) if inner is None else sum(1 for _ in contractions(inner[0]))
+
+
+def holds_contractions(eqn: core.JaxprEqn) -> bool:
+    """Whether any program inside of an equation, loops included, has a convolution or matrix product."""
+    return any(
+        inner.primitive.name in CONTRACTIONS or holds_contractions(inner)
+        for program in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_program)
+        if is_program(program)
+        for inner in program.eqns
+    )
+
+
+def is_program(x: Any) -> bool:
+    """Whether a parameter of an equation is a program."""
+    return isinstance(x, core.Jaxpr | core.ClosedJaxpr)

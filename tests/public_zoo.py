@@ -340,7 +340,7 @@ class RegNetY(nn.Module):
     def __call__(self, x, train: bool = True):
         x = nn.Conv(8, (3, 3), 2, use_bias=False, name="stem")(x)
         x = nn.relu(nn.BatchNorm(use_running_average=not train, name="stem_bn")(x))
-        for i, (features, strides) in enumerate(((8, 1), (16, 2), (16, 1))):
+        for i, (features, strides) in enumerate(((8, 1), (16, 2))):
             x = YBlock(features, 4, strides, name=f"block{i}")(x, train)
         return nn.Dense(7, name="fc")(x.mean((1, 2)))
 
@@ -370,7 +370,7 @@ class EfficientNet(nn.Module):
     def __call__(self, x, training: bool = False):
         norm = functools.partial(nn.BatchNorm, use_running_average=not training)
         x = nn.silu(norm(name="stem_bn")(nn.Conv(6, (3, 3), 2, use_bias=False, name="stem")(x)))
-        for i, (features, strides) in enumerate(((6, 1), (8, 2), (8, 1), (10, 1))):
+        for i, (features, strides) in enumerate(((6, 1), (8, 2), (10, 2))):
             x = MBConv(features, strides, name=f"block{i}")(x, training)
         x = nn.silu(norm(name="head_bn")(nn.Conv(20, (1, 1), use_bias=False, name="head")(x)))
         x = nn.Dropout(0.2, deterministic=not training)(x.mean((1, 2)))
@@ -544,6 +544,52 @@ class NarrowPlaces(nn.Module):
         return nn.Dense(7, name="out")(x.mean((1, 2)))
 
 
+class Backbone(nn.Module):
+    """A feature extractor that knows no classes, and an identity made on the spot where others have an attention."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = nn.Conv(6, (3, 3), (2, 2), name="conv1")(x)
+        x = Identity()(nn.relu(nn.BatchNorm(use_running_average=not train, name="bn1")(x)))
+        return nn.relu(nn.Conv(8, (3, 3), (2, 2), name="conv2")(x))
+
+
+class Identity(nn.Module):
+    def __call__(self, x):
+        return x
+
+
+class Classifier(nn.Module):
+    """A module that was made outside and given as an attribute, with a head in `setup`."""
+
+    backbone: nn.Module
+    classes: int = 7
+
+    def setup(self):
+        self.head = nn.Dense(self.classes)
+
+    def __call__(self, x, train: bool = False):
+        return self.head(self.backbone(x, train=train).mean((1, 2)))
+
+
+def sequential():
+    """No class at all."""
+    pooled = functools.partial(jnp.mean, axis=(1, 2))
+    return nn.Sequential([nn.Conv(6, (3, 3)), nn.relu, nn.Conv(8, (3, 3), (2, 2)), nn.relu, pooled, nn.Dense(7)])
+
+
+class ShortcutWhereShapesAgree(nn.Module):
+    """Whether there is a shortcut depends on widths that a cut can make equal."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(6, (3, 3), name="conv1")(x))
+        y = nn.relu(nn.Conv(8, (3, 3), name="conv2")(x))
+        if x.shape == y.shape:
+            y = x + y
+        return nn.Dense(7, name="out")(y.mean((1, 2)))
+
+
 # ---- nnx
 
 
@@ -663,7 +709,8 @@ def equinox_network():
             x = jax.nn.relu(self.layers[1](jax.nn.relu(x)))
             return self.out(jax.nn.relu(self.hidden(x.mean((1, 2))))), state
 
-    network, state = eqx.nn.make_with_state(Network)(jax.random.key(0))
+    shapes = eqx.filter_eval_shape(eqx.nn.make_with_state(Network), jax.random.key(0))
+    network, state = jax.tree.map(_zeros, shapes)
     network = {"network": eqx.nn.inference_mode(network), "state": state}
     arrays, rest = eqx.partition(network, eqx.is_inexact_array)
 
@@ -811,8 +858,22 @@ def drawn(tree, seed=0):
     return jax.tree.map_with_path(draw, tree, is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata))
 
 
+def _zeros(leaf):
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.key(0)
+    return jnp.zeros(leaf.shape, leaf.dtype)
+
+
 def _nnx(kind):
-    return lambda: kind(rngs=nnx.Rngs(0))
+    """Makes a module of zeros: its own initializers take seconds to compile, and `drawn` replaces what they give."""
+
+    def make():
+        graph, state = nnx.split(nnx.eval_shape(lambda: kind(rngs=nnx.Rngs(0))))
+        return nnx.merge(graph, jax.tree.map(_zeros, state))
+
+    return make
 
 
 def _merges():
@@ -856,19 +917,13 @@ NETWORKS = {
         share=0.96,
     ),
     "regnet y": Network(
-        RegNetY, gates=tuple(f"block{i}/{name}" for i in range(3) for name in ("conv1", "se/reduce")), share=0.8
+        RegNetY, gates=tuple(f"block{i}/{name}" for i in range(2) for name in ("conv1", "se/reduce")), share=0.75
     ),
-    # In the first two blocks squeezing leaves a single channel.
+    # In the first two blocks squeezing leaves a single channel; the last two blocks are added to nothing.
     "efficientnet": Network(
         EfficientNet,
-        gates=(
-            *(f"block{i}/expand" for i in range(4)),
-            "block2/se/reduce",
-            "block3/se/reduce",
-            "block3/project",
-            "head",
-        ),
-        share=0.9,
+        gates=(*(f"block{i}/expand" for i in range(3)), "block1/project", "block2/se/reduce", "block2/project", "head"),
+        share=0.85,
     ),
     "convnext": Network(
         ConvNeXt, gates=tuple(f"stage{i}/pwconv1" for i in ("0_block0", "1_block0", "1_block1")), share=0.39
@@ -880,6 +935,10 @@ NETWORKS = {
     "detector": Network(Detector, gates=("trunk0", "trunk1", "scores_hidden", "boxes_hidden"), share=1.0),
     # What the constant kernels touch cannot be made smaller by its variables, and all of it is touched.
     "blurred": Network(Blurred),
+    "classifier of a backbone": Network(
+        lambda: Classifier(Backbone()), gates=("backbone/conv1", "backbone/conv2"), share=1.0
+    ),
+    "sequential": Network(sequential, gates=("layers_0", "layers_2"), share=1.0),
     "narrow places": Network(NarrowPlaces, gates=("conv1", "conv2"), share=1.0),
     "nnx resnet": Network(_nnx(NnxResNet), gates=tuple(f"layers/{i}/conv0" for i in range(3)), share=0.77),
     "nnx mobilenet": Network(_nnx(NnxMobileNet), gates=("stem", "pointwise", "hidden"), share=1.0),

@@ -1,5 +1,6 @@
 """Networks of other people's making: traced, cut, verified, saved and loaded, with no word of how to build them."""
 
+import contextlib
 import functools
 import os
 import subprocess
@@ -16,7 +17,6 @@ from public_zoo import NETWORKS, SHAPE
 
 import ddnp_jax
 
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # most of the time is compiling
 ROUNDING = {"half precision": 2e-2}  # relative to the largest output, where it is not that of float32
 
 names = pytest.mark.parametrize(
@@ -29,10 +29,12 @@ names = pytest.mark.parametrize(
 
 
 @pytest.fixture(autouse=True)
-def rank_promotion():
-    """Public code adds (C,) to (N, H, W, C)."""
+def settings():
+    """Public code adds (C,) to (N, H, W, C); and nearly all the time of these tests goes into compiling."""
+    jax.config.update("jax_disable_most_optimizations", True)
     with jax.numpy_rank_promotion("allow"):
         yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache
@@ -67,8 +69,13 @@ def images(n=3):
 
 def outputs(name, model, variables):
     """All outputs in evaluation mode, as a list of arrays."""
-    run = jax.jit(lambda v, x: public_zoo.run(NETWORKS[name], model, v, x), compiler_options=FAST)
+    run = jax.jit(lambda v, x: public_zoo.run(NETWORKS[name], model, v, x))
     return jax.tree.map(lambda each: np.asarray(each, np.float32), jax.tree.leaves(run(variables, images())))
+
+
+@functools.cache
+def cut_outputs(name):
+    return outputs(name, *cut(name)[2:4])
 
 
 def close(name, found, expected):
@@ -92,18 +99,32 @@ def test_what_is_free_is_found(name):
 @names
 def test_cutting_is_masking(name):
     model, variables, topology = traced(name)
-    masked = jax.jit(lambda v, masks: ddnp_jax.apply_masked(model, v, images(), masks, topology), compiler_options=FAST)
+    masked = jax.jit(lambda v, masks: ddnp_jax.apply_masked(model, v, images(), masks, topology))
     whole = outputs(name, model, variables)
     for kind in ("random", "one", "all"):
         selection = selection_of(topology, kind)
-        small = cut(name)[2:4] if kind == "random" else ddnp_jax.compact(model, variables, selection, topology)
         expected = jax.tree.map(np.asarray, jax.tree.leaves(masked(variables, selection.masks(topology))))
-        found = outputs(name, *small)
+        if kind == "random":
+            found = cut_outputs(name)
+        elif selection.widths == topology.widths:
+            found = whole
+        else:
+            found = outputs(name, *ddnp_jax.compact(model, variables, selection, topology))
         assert all(np.isfinite(each).all() and np.ptp(each) > 0 for each in found)
         assert close(name, found, expected)
-        if topology.gates:
-            assert close(name, found, whole) == (selection.widths == topology.widths)
-    ddnp_jax.verify(*cut(name), images())
+        assert close(name, found, whole) == (selection.widths == topology.widths)
+
+
+@names
+def test_keeping_everything_changes_nothing(name):
+    model, variables, topology = traced(name)
+    small_model, small_variables = ddnp_jax.compact(model, variables, selection_of(topology, "all"), topology)
+    before, after = (nnx.state(m) if v is None else v for m, v in ((model, variables), (small_model, small_variables)))
+    jax.tree.map(np.testing.assert_array_equal, without_keys(after), without_keys(before))
+
+
+def without_keys(variables):
+    return [leaf for leaf in jax.tree.leaves(variables) if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
 
 
 @names
@@ -126,8 +147,7 @@ def test_saved_and_loaded(name, tmp_path):
     model, variables, small_model, small_variables, *_ = cut(name)
     ddnp_jax.save_pruned(tmp_path, small_model, small_variables)
     loaded = ddnp_jax.load_pruned(tmp_path, model=model, **only_of_functions(model, variables=variables))
-    expected = outputs(name, small_model, small_variables)
-    for found, wanted in zip(outputs(name, *loaded), expected, strict=True):
+    for found, wanted in zip(outputs(name, *loaded), cut_outputs(name), strict=True):
         np.testing.assert_array_equal(found, wanted)
 
 
@@ -139,6 +159,18 @@ def test_the_smaller_network_is_traced_and_cut_again(name):
     second = selection_of(topology, "random", seed=1)
     small_model, small_variables = ddnp_jax.compact(model, variables, second, topology)
     ddnp_jax.verify(model, variables, small_model, small_variables, second, topology, images())
+
+
+def test_a_shortcut_that_only_the_smaller_network_has_is_refused():
+    model = public_zoo.ShortcutWhereShapesAgree()
+    variables = public_zoo.drawn(jax.eval_shape(model.init, jax.random.key(0), images()))
+    topology = ddnp_jax.trace(model, SHAPE)
+    assert topology.widths == (6, 8)
+    for kept, equal in ((((0, 2, 3), (1, 4, 5, 7)), False), (((0, 2, 3), (1, 4, 5)), True)):
+        selection = ddnp_jax.Selection(kept)
+        with pytest.raises(ValueError) if equal else contextlib.nullcontext():
+            small = ddnp_jax.compact(model, variables, selection, topology)
+            ddnp_jax.verify(model, variables, *small, selection, topology, images())
 
 
 LOAD = """
@@ -167,4 +199,4 @@ def test_a_fresh_process_loads_it(tmp_path, name):
         env={**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"},
     )
     with np.load(tmp_path / "y.npz") as found:
-        assert close(name, list(found.values()), outputs(name, small_model, small_variables))
+        assert close(name, list(found.values()), cut_outputs(name))

@@ -1,6 +1,6 @@
 """Every field of an experiment, with the values that most experiments share. Configurations start from this one.
 
-The fields of a search method stand in its module, `ddnp_jax/methods/METHOD.py`.
+The fields of a search method stand in its class `Fields`, in `ddnp_jax/methods/`.
 """
 
 from collections.abc import Mapping
@@ -33,6 +33,9 @@ SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "dg": ("nppm", {"data.search_fraction": 0.1, "search.predictor": "none"}),
     "uniform": ("uniform", {}),
     "magnitude": ("magnitude", {}),
+    "bn_scale": ("bn_scale", {}),
+    "fpgm": ("fpgm", {}),
+    "taylor": ("taylor", {}),
 }
 
 
@@ -84,10 +87,12 @@ def get_config() -> ConfigDict:
     config.model.attributes = ConfigDict({"shortcut": "subsample"})  # further attributes of the module
 
     config.data = ConfigDict()
-    config.data.name = "cifar10"  # TFDS data set
-    config.data.label = "CIFAR-10"  # how reports call it
-    config.data.data_dir = ""  # folder of prepared TFDS data; '' is TFDS's own folder and download
-    config.data.train_split = "train"  # the training images to use; 'train[:2000]' are the first ones
+    config.data.name = "cifar10"  # 'folder' of image files, or a data set that TFDS has prepared
+    config.data.label = ""  # how reports call it; '' is its own name
+    config.data.data_dir = ""  # folder of images, or of prepared TFDS data; '' is TFDS's own folder and download
+    config.data.train_split = "train"  # of TFDS: the training images to use; 'train[:2000]' are the first ones
+    config.data.test_split = ""  # of TFDS: the test images; '' is 'test', or else 'validation'
+    config.data.test_fraction = 0.2  # of a folder without test images: held out of every class for the test
     config.data.seed = 0  # draws the held-out splits
     config.data.search_fraction = 0.05  # of the training images: read by the search, held out from base training
     config.data.validation_fraction = 0.02  # of the training images: chooses the best checkpoint, never trained on
@@ -110,7 +115,7 @@ def get_config() -> ConfigDict:
     config.base = trainer(weights="")  # weights: PyTorch checkpoint or save_pruned folder; '' trains from scratch
 
     config.search = search = ConfigDict()
-    search.method = "ddnp"  # a module of ddnp_jax.methods, which has its further fields
+    search.method = "ddnp"  # one of ddnp_jax.methods.METHODS, which says what its further fields are
     search.epochs = 200  # passes over the search images
     search.batch_size = 256  # images per step, over all devices
     search.augment = False  # random crops and flips, as `data` says
@@ -119,6 +124,7 @@ def get_config() -> ConfigDict:
     search.test_curve = False  # also logs test accuracy at every checkpoint, for figures; it decides nothing
     search.resource_loss = "log_abs"  # R: 'log_abs', 'log_max', 'abs' or 'square'
     search.resource_weight = 4.0  # λ
+    search.ranking = "per_gate"  # of scores: 'per_gate', the same fraction of each gate; or 'global', one ranking
 
     config.finetune = trainer(warmup_epochs=5.0)
     config.finetune.distillation_weight = 0.0  # share of the loss from the unpruned network's outputs
@@ -127,8 +133,7 @@ def get_config() -> ConfigDict:
 
     config.parallel = ConfigDict()
     config.parallel.mode = "shard_map"  # or 'pmap'; the same numbers
-    # Batch statistics of the whole batch; models without bn_axis_name: per device.
-    config.parallel.sync_batch_norm = True
+    config.parallel.sync_batch_norm = True  # batch statistics of the whole batch; else of each device
     # What XLA:CPU may fuse; '' leaves it to XLA. 'eltwise' halves a training step on small images.
     config.parallel.cpu_fusions = "individual_convolution,individual_dot,dot,eltwise,reduce"
     return config
@@ -159,7 +164,8 @@ def choose(
         raise ValueError(f"the configuration's argument names two searches, {' and '.join(searches)}; name one.")
     method, fields = SEARCHES[searches[0]]
     config.search.method = method
-    config.search.update(methods.default_config(method))
+    config.search.update(ConfigDict(methods.default_fields(method)))
+    config.search.update(methods.METHODS[method].job_fields)
     config.budget.p = p.get(method, p["ddnp"])
     for chosen in (fields, *(forms[word] for word in words if word in forms)):
         config.update_from_flattened_dict(chosen)

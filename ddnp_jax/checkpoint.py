@@ -1,6 +1,6 @@
 """What survives a run being stopped: checkpoints (orbax), the workdir's identity, and a clean stop on SIGTERM.
 
-Orbax saves atomically, but restores flipped bits in array data without a word, and raises almost anything on a missing
+Orbax saves atomically, but restores flipped bits in array data silently, and raises almost anything on a missing
 or truncated file. So each checkpoint carries a record with a SHA-256 per leaf, and one that does not match its record
 is set aside for the one before it.
 """
@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import signal
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from ddnp_jax import parallel
+from ddnp_jax import files, parallel
 
 _policies = ocp.checkpoint_managers
 
@@ -42,8 +41,8 @@ class Checkpoints:
         """Opens the directory, or makes it.
 
         Args:
-          directory: of this stage alone.
-          keep: how many of the latest checkpoints stay; 2 leaves one to fall back to.
+          directory: Directory of this stage alone.
+          keep: Number of latest checkpoints that stay; 2 leaves one to fall back to.
         """
         self.directory = Path(directory).absolute()
         self._metrics: dict[int, float | None] = {}
@@ -68,17 +67,17 @@ class Checkpoints:
         """Saves a pytree; the files are written in the background.
 
         Args:
-          step: its number; a state saved already under its own step is not saved again.
-          state: a pytree of arrays, replicated where they are on devices.
-          metric: how good the state is, higher being better; None where that was not measured.
+          step: Number of the step; a state saved already under its own step is not saved again.
+          state: Pytree of arrays, replicated where they are on devices.
+          metric: Measure of the state, higher being better; None where it was not measured.
 
         Raises:
-          ValueError: if the metric is not finite, two leaves share a name, or the step holds another state.
+          ValueError: The metric is not finite, two leaves share a name, or the step holds another state.
         """
         if metric is not None and not math.isfinite(metric):
             raise ValueError(f"metric={metric} of step {step} is not finite; save the state without a metric.")
         metric = None if metric is None else float(metric)
-        leaves = _named(parallel.fetch(state))
+        leaves = {name: _key_data(x) for name, x in _named(parallel.fetch(state)).items()}
         record = {
             "metric": metric,
             "leaves": {name: _describe(x) | {"sha256": _sha256(x)} for name, x in leaves.items()},
@@ -103,13 +102,14 @@ class Checkpoints:
         Damaged ones that are newer are logged and renamed to `<step>.damaged`, so that their steps can be saved again.
 
         Args:
-          template: a pytree with the structure, shapes and dtypes of the state (arrays or `jax.ShapeDtypeStruct`).
+          template: Pytree with the structure, shapes and dtypes of the state: arrays, or `jax.ShapeDtypeStruct` where
+            these are no random keys.
 
         Returns:
           The step, and the state as numpy arrays with the bits that were saved; None if there is no checkpoint.
 
         Raises:
-          ValueError: if the checkpoint does not fit the template (the message names the first leaf that differs), or if
+          ValueError: The checkpoint does not fit the template (the message names the first leaf that differs), or
             there are checkpoints and all are damaged.
         """
         return self._first_undamaged(sorted(self._manager.all_steps(), reverse=True), template)
@@ -158,7 +158,8 @@ class Checkpoints:
     def _read(self, step: int, template: Any) -> Any:
         """Reads and verifies one checkpoint, or raises `_DamagedError`."""
         record = self._record(step)
-        wanted = _named(template)
+        named = _named(template)
+        wanted = {name: _key_data(x) for name, x in named.items()}
         self._check_fit(step, record["leaves"], wanted)
         empty = {name: np.empty(x.shape, x.dtype) for name, x in wanted.items()}
         targets = {name: x for name, x in empty.items() if x.size}
@@ -170,7 +171,10 @@ class Checkpoints:
         for name in wanted:
             if _sha256(leaves[name]) != record["leaves"][name]["sha256"]:
                 raise _DamagedError(f"leaf {name} does not have the SHA-256 that it was saved with")
-        return jax.tree.unflatten(jax.tree.structure(template), [leaves[name] for name in wanted])
+        restored = [
+            _as_key(leaves[name], like) if parallel.is_key(like) else leaves[name] for name, like in named.items()
+        ]
+        return jax.tree.unflatten(jax.tree.structure(template), restored)
 
     def _check_fit(self, step: int, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         for name in [*wanted, *saved]:
@@ -231,6 +235,15 @@ def _named(tree: Any) -> dict[str, Any]:
     return leaves
 
 
+def _key_data(x: Any) -> Any:
+    """What is saved of a leaf: of random keys their data."""
+    return np.asarray(jax.random.key_data(x)) if parallel.is_key(x) else x
+
+
+def _as_key(data: np.ndarray, like: Any) -> jax.Array:
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
+
+
 def _describe(x: np.ndarray) -> dict[str, Any]:
     return {"shape": list(x.shape), "dtype": str(x.dtype)}
 
@@ -249,50 +262,21 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
-def write_json_atomic(path: str | Path, value: Any) -> None:
-    """Writes JSON so that after a kill or a power cut the file is either the old one or the new one, whole."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the renaming itself
-    finally:
-        os.close(folder)
-
-
-def read_json(path: Path) -> Any:
-    """What a file of a workdir holds.
-
-    Raises:
-      ValueError: it is damaged.
-    """
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); put it back, or give this run another workdir.") from error
-
-
 def claim_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequence[str] = ()) -> None:
     """Makes a workdir this run's own, or checks that it is: its `config.json` must hold the same config.
 
     Args:
-      workdir: of the run; made if absent.
-      config: nested mappings of JSON values.
-      ignore: fields, or prefixes of fields ('parallel' for all 'parallel.*'), that may differ when a run goes on.
+      workdir: Folder of the run; made if absent.
+      config: Nested mappings of JSON values.
+      ignore: Fields, or prefixes of fields ('parallel' for all 'parallel.*'), that may differ when a run resumes.
 
     Raises:
-      ValueError: if the workdir belongs to a run with another config (the message lists the fields that differ), or
+      ValueError: The workdir belongs to a run with another config (the message lists the fields that differ), or
         is not shared by all processes.
     """
     path = _identity(workdir)
     path.parent.mkdir(parents=True, exist_ok=True)
-    parallel.on_first_process(lambda: path.exists() or write_json_atomic(path, config))
+    parallel.on_first_process(lambda: path.exists() or files.write_json(path, config))
     if not path.exists():
         raise ValueError(f"{workdir} is not the same folder in every process; put it where all of them see it.")
     check_workdir(workdir, config, ignore)
@@ -303,7 +287,7 @@ def check_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequen
     path = _identity(workdir)
     if not path.exists():
         return
-    theirs = _fields(read_json(path))
+    theirs = _fields(files.read_json(path))
     ours = _fields(json.loads(json.dumps(config)))  # tuples become lists, as in the file
     differing = [
         f"  {name}: workdir has {_shown(theirs, name)}, this run has {_shown(ours, name)}"

@@ -1,16 +1,80 @@
 """The terms of the training and search objectives."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from ddnp_jax.networks import Outputs, picked
+
 RESOURCE = ("log_abs", "log_max", "abs", "square")
+
+Loss = Callable[[Any, Any], jax.Array]  # (outputs, targets) -> scalar, a mean over the images
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
     """Mean cross-entropy of logits (N, K) against integer labels (N,), with label smoothing."""
     targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
     return jnp.mean(optax.softmax_cross_entropy(logits, targets))
+
+
+def top1(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Accuracy of logits (N, K) against integer labels (N,), in percent."""
+    return 100.0 * jnp.mean(jnp.argmax(logits, -1) == labels)
+
+
+def check_labels(shape: tuple[int, ...], labels: Any, name: str = "the network") -> None:
+    """Checks that labels fit the logits of the default loss, on the host.
+
+    Args:
+      shape: Shape of the network's outputs for the batch.
+      labels: Labels of the batch.
+      name: Name of the network, for messages.
+
+    Raises:
+      ValueError: The outputs are no logits (N, K), or the labels are no whole numbers (N,) in 0..K - 1.
+    """
+    advice = "give loss=, a function (outputs, targets) -> scalar, for anything but classes."
+    if len(shape) != 2:
+        raise ValueError(f"{name} returns outputs {shape}, which are no logits (N, K); {advice}")
+    if not hasattr(labels, "shape") or not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != shape[:1]:
+        found = f"{labels.dtype} {labels.shape}" if hasattr(labels, "shape") else type(labels).__name__
+        raise ValueError(f"the targets are {found}, and must be whole numbers ({shape[0]},), one label each; {advice}")
+    numbers = np.asarray(labels)
+    bad = np.flatnonzero((numbers < 0) | (numbers >= shape[1]))
+    if bad.size:
+        raise ValueError(
+            f"label {numbers[bad[0]]} of image {bad[0]} of a batch is outside 0..{shape[1] - 1}, the classes of "
+            f"{name}; give labels from 0, or a network with more outputs."
+        )
+
+
+def measure(
+    found: Any,
+    targets: Any,
+    loss: Loss | None = None,
+    outputs: Outputs = None,
+    label_smoothing: float = 0.0,
+    name: str = "the network",
+) -> dict[str, jax.Array]:
+    """The "loss" of what a network returned and, of the default loss, the "top1" accuracy in percent.
+
+    Args:
+      found: What the network returned for a batch.
+      targets: Targets of the batch.
+      loss: Loss `(outputs, targets) -> scalar`; None is the cross-entropy of logits (N, K) against integer labels (N,).
+      outputs: Which of the outputs count: a key, an index or a function; see `networks.picked`. Without it an own loss
+        is given everything that the network returned.
+      label_smoothing: Mass that the label gives to all classes, in the default loss.
+      name: Name of the network, for messages.
+    """
+    if loss is not None:
+        return {"loss": loss(found if outputs is None else picked(found, outputs, name), targets)}
+    logits = picked(found, outputs, name).astype(jnp.float32)
+    return {"loss": cross_entropy(logits, targets, label_smoothing), "top1": top1(logits, targets)}
 
 
 def distillation(logits: jax.Array, teacher_logits: jax.Array, temperature: float) -> jax.Array:

@@ -1,12 +1,14 @@
 """Devices and hosts: a step written from one device's view runs on all devices of all processes.
 
-Every state is replicated and every batch split, so there is one mesh with one axis, `data`, and nothing else to choose.
+Every state is replicated and every batch split, so there is one mesh with one axis and nothing else to choose. The axis
+is known in this file alone: a step is given `Devices`.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -18,6 +20,31 @@ _SPLIT = PartitionSpec(None, AXIS)  # (chunk, batch, ...): the batch axis
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
+class Devices(NamedTuple):
+    """What a step on one device's share of a batch needs to know of the other devices.
+
+    Attributes:
+      mean: Mean of a pytree of arrays over all devices.
+      index: Number of the device that the step runs on.
+      batch_axis: Mapped axis over which batch normalization takes its means; None for the device's share alone.
+    """
+
+    mean: Callable[[Any], Any]
+    index: Callable[[], jax.Array | int]
+    batch_axis: str | None
+
+
+ONE_DEVICE = Devices(mean=lambda tree: tree, index=lambda: 0, batch_axis=None)
+OVER_DEVICES = Devices(
+    mean=lambda tree: jax.lax.pmean(tree, AXIS), index=lambda: jax.lax.axis_index(AXIS), batch_axis=AXIS
+)
+
+
+def sum_over_devices(tree: Any) -> Any:
+    """Sum of a pytree of arrays over all devices, in a function that `data_parallel` maps."""
+    return jax.lax.psum(tree, AXIS)
+
+
 def initialize(
     distributed: bool,
     coordinator_address: str | None = None,
@@ -27,13 +54,14 @@ def initialize(
     """Joins this process to the others of the run; must come before anything touches a device.
 
     Args:
-      distributed: whether the run has several processes; False does nothing.
-      coordinator_address: 'host:port' of process 0; None on TPU, Slurm and Kubernetes, where JAX finds all three.
-      num_processes: how many processes the run has.
-      process_id: which one this is, from 0.
+      distributed: Whether the run has several processes; False does nothing.
+      coordinator_address: Address 'host:port' of process 0; None on TPU, Slurm and Kubernetes, where JAX finds it,
+        and the other two.
+      num_processes: Number of processes of the run.
+      process_id: Number of this process, from 0.
 
     Raises:
-      ValueError: if only some of the three are given, or any of them to a run that is not distributed.
+      ValueError: Only some of the three are given, or any of them to a run that is not distributed.
     """
     given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
@@ -47,19 +75,19 @@ def initialize(
 
 
 def mesh() -> Mesh:
-    """All devices of all processes along one axis, `data`."""
+    """All devices of all processes along one axis."""
     return Mesh(np.array(jax.devices()), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def check_batch(batch_size: int, name: str) -> None:
-    """Refuses a batch that the devices cannot share equally.
+    """Raises for a batch that the devices cannot share equally.
 
     Args:
-      batch_size: images per step over all devices.
-      name: the config field that holds it, for the message.
+      batch_size: Images per step over all devices.
+      name: Field of the configuration that holds it, for the message.
 
     Raises:
-      ValueError: if `batch_size` is not a positive multiple of the number of devices.
+      ValueError: `batch_size` is not a positive multiple of the number of devices.
     """
     devices = jax.device_count()
     if batch_size < 1 or batch_size % devices:
@@ -76,7 +104,7 @@ def shard_batches(tree: Any) -> Any:
     """Puts batches on the devices that read them.
 
     Args:
-      tree: a pytree of host arrays (chunk, batch / processes, ...), this process's part of every batch.
+      tree: Pytree of host arrays (chunk, batch / processes, ...), this process's part of every batch.
 
     Returns:
       The same pytree as global arrays (chunk, batch, ...), split over the devices along axis 1.
@@ -86,8 +114,23 @@ def shard_batches(tree: Any) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-    """Copies a pytree of replicated (or local) arrays to the host as numpy arrays that outlive donation."""
-    return jax.tree.map(lambda x: np.array(jax.device_get(x)), tree)
+    """Copies a pytree of replicated (or local) arrays to the host as numpy arrays that outlive donation.
+
+    Random keys stay keys, in an array of their own on the current device.
+    """
+
+    def copy(x: Any) -> Any:
+        if is_key(x):
+            data = np.array(jax.device_get(jax.random.key_data(x)))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        return np.array(jax.device_get(x))
+
+    return jax.tree.map(copy, tree)
+
+
+def is_key(x: Any) -> bool:
+    """Whether an array holds typed random keys, as flax.nnx modules do; numpy knows no such arrays."""
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def process() -> tuple[int, int]:
@@ -104,7 +147,7 @@ def any_process(flag: bool) -> bool:
 
 
 def on_first_process(write: Callable[[], Any]) -> None:
-    """Calls `write` in the first process alone; the others go on when it has returned. Every process must call.
+    """Calls `write` in the first process alone; the others continue when it has returned. Every process must call.
 
     Raises:
       OSError: `write` failed, in the processes that did not call it; in the first one, what it raised.
@@ -120,10 +163,10 @@ def on_first_process(write: Callable[[], Any]) -> None:
 
 
 def check_mode(mode: str) -> None:
-    """Refuses an unknown mode of `data_parallel`.
+    """Raises for an unknown mode of `data_parallel`.
 
     Raises:
-      ValueError: if `mode` is neither 'shard_map' nor 'pmap'.
+      ValueError: `mode` is neither 'shard_map' nor 'pmap'.
     """
     if mode not in ("shard_map", "pmap"):
         raise ValueError(f"mode={mode!r} is unknown; use 'shard_map' or 'pmap'.")
@@ -132,22 +175,22 @@ def check_mode(mode: str) -> None:
 def data_parallel(step: Step, *, mode: str = "shard_map", donate: bool = True) -> Step:
     """Maps a step over all devices of all processes.
 
-    The step takes its means with `jax.lax.pmean(..., "data")`: of the gradients, of what it returns as metrics and of
-    batch statistics that stay in the state, so that both outputs are the same on every device. Both modes give the same
+    The step takes its means with `OVER_DEVICES.mean`: of the gradients, of what it returns as metrics and of batch
+    statistics that stay in the state, so that both outputs are the same on every device. Both modes give the same
     numbers.
 
     Args:
-      step: `(state, constants, batches) -> (state, metrics)` as one device sees it: `batches` holds its own share of
-        each batch, (chunk, batch / devices, ...).
+      step: Function `(state, constants, batches) -> (state, metrics)` as one device sees it: `batches` holds its own
+        share of each batch, (chunk, batch / devices, ...).
       mode: 'shard_map' (under jit) or 'pmap'.
-      donate: whether the call may reuse the memory of its state, which is then gone.
+      donate: Whether the call may reuse the memory of its state, which is then gone.
 
     Returns:
       The same function of a replicated state and constants (see `replicate`) and batches split along axis 1 (see
       `shard_batches`); its outputs are replicated.
 
     Raises:
-      ValueError: if `mode` is neither.
+      ValueError: `mode` is neither.
     """
     donated = (0,) if donate else ()
     check_mode(mode)

@@ -52,7 +52,7 @@ CLASSES = 10
 
 
 def steps_per_turn(platform: str) -> int:
-    """One on CPU, where every step is a dispatch of its own (see `training.run`)."""
+    """One on CPU, where every step is a dispatch of its own (see `training.loop`)."""
     return 1 if platform == "cpu" else 10
 
 
@@ -101,16 +101,19 @@ def _our_turn(
     import jax
 
     from ddnp_jax import data, models, parallel, training
+    from ddnp_jax.networks import as_network
+    from ddnp_jax.training.evaluation import evaluator
 
     rng = np.random.default_rng(0)
     count = steps * batch_size
     pixels = rng.integers(0, 256, (count, *image_shape), np.uint8)
-    images = data.InMemory(pixels, rng.integers(0, CLASSES, count, np.int32), config.data)
+    preprocessing = data.Preprocessing.of(config.data)
+    images = data.InMemory(pixels, rng.integers(0, CLASSES, count, np.int32), preprocessing)
     model = models.create(config.model.name, CLASSES, **config.model.attributes)
     variables = jax.jit(model.init)(jax.random.key(config.seed), np.zeros((1, *image_shape), np.float32))
     if stage == "evaluation":
         mode = config.parallel.mode
-        evaluate = training.evaluator(lambda v, x: model.apply(v, x, train=False), images, batch_size, mode)
+        evaluate = evaluator(as_network(model).evaluate, images, batch_size, mode)
         return lambda: evaluate(variables, np.arange(count))
 
     if stage == "search":
@@ -119,7 +122,11 @@ def _our_turn(
     else:
         step, state = _training(config, model, variables)
         constants, augment = None, config.base.augment
-    chunk = parallel.data_parallel(training.over_chunk(step, images, config.seed, augment), mode=config.parallel.mode)
+    devices = parallel.OVER_DEVICES
+    if not config.parallel.sync_batch_norm:
+        devices = devices._replace(batch_axis=None)
+    chunk = training.chunk_of(step, images, config.seed, augment, devices)
+    chunk = parallel.data_parallel(chunk, mode=config.parallel.mode)
     constants = {"images": images.on_devices, "step": parallel.replicate(constants)}
     state = parallel.replicate(state)
     indices = np.arange(count, dtype=np.int32).reshape(steps, batch_size)
@@ -139,20 +146,23 @@ def _search(
 
     from ddnp_jax import methods, trace
     from ddnp_jax.cost.budget import Budget
+    from ddnp_jax.pipeline import checks
 
     topology = trace(model, image_shape)
     budget = Budget(topology, config.budget.p)
-    problem = methods.Problem(model, variables, topology, budget, config.search, steps=1000)
+    problem = methods.Problem(model, variables, topology, budget, checks.method_fields(config.search), steps=1000)
     search = methods.build(config.search.method, problem)
     return search.step, search.init(jax.random.key(config.seed))
 
 
 def _training(config: ConfigDict, model: Any, variables: Any) -> tuple[Callable[..., Any], Any]:
-    from ddnp_jax import parallel, training
+    from ddnp_jax import training
+    from ddnp_jax.networks import as_network
+    from ddnp_jax.pipeline import checks
 
-    model = model.clone(bn_axis_name=parallel.AXIS if config.parallel.sync_batch_norm else None)
-    optimizer = training.make_optimizer(config.base, steps_per_epoch=1000)
-    return training.train_step(model, optimizer, config.base), training.init_state(variables, optimizer)
+    network, optimizer = as_network(model), checks.optimizer(config.base, steps_per_epoch=1000)
+    step = training.train_step(network, optimizer, label_smoothing=config.base.label_smoothing)
+    return step, training.init_state(network, variables, optimizer)
 
 
 def pytorch(stage: str, batch_size: int, platform: str) -> Side:

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from ddnp_jax.checkpoint import read_json
+from ddnp_jax.files import read_json
 from ddnp_jax.pipeline import report
 
 if __name__ == "__main__":

@@ -36,9 +36,10 @@ def our_forward(config: ConfigDict, checkpoint: str, num_classes: int, image_sha
     """
     import jax
 
-    from ddnp_jax import fields, models, parallel, torch_weights
+    from ddnp_jax import models, parallel, torch_weights
+    from ddnp_jax.pipeline import checks
 
-    attributes = {**config.model.attributes, "dtype": fields.computation_dtype(config.precision)}
+    attributes = {**config.model.attributes, "dtype": checks.computation_dtype(config.precision)}
     model = models.create(config.model.name, num_classes, **attributes)
     variables = parallel.replicate(torch_weights.load(checkpoint, model, image_shape))
     split = jax.sharding.NamedSharding(parallel.mesh(), jax.sharding.PartitionSpec(parallel.AXIS))
@@ -107,8 +108,8 @@ def compare(config: ConfigDict, checkpoint: str) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     labels = []
     batches = data.evaluation_batches(np.arange(len(dataset.test)), config.eval_batch_size)
-    for draws, valid in tqdm(batches, desc="comparing", unit="batch"):
-        batch = dataset.test.batch(dataset.test.on_devices, dataset.test.read(draws, None), None)
+    for indices, valid in tqdm(batches, desc="comparing", unit="batch"):
+        batch = dataset.test.batch(dataset.test.on_devices, dataset.test.read(indices, None), None)
         images, targets = map(np.array, batch)  # copies, because PyTorch warns of arrays that cannot be written
         labels.append(targets[valid])
         for name, forward in sides.items():

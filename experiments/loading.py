@@ -120,9 +120,9 @@ def make_turn(name: str, data_dir: str, batch_size: int, steps: int) -> Callable
 def _records(data_dir: str) -> Any:
     if not data_dir:
         return [{"image": _photograph(i), "label": 0} for i in range(COUNT)]
-    from ddnp_jax import data
+    from ddnp_jax.data import prepared
 
-    return data.open_records(data.open_builder("imagenet2012", data_dir), "train")
+    return prepared.open_records(prepared.open_builder("imagenet2012", data_dir), "train")
 
 
 def _photograph(seed: int) -> bytes:

@@ -1,12 +1,13 @@
 """Searches of several settings and seeds from one base, their curves as CSV, and the curves as a picture.
 
 The seeds of a setting are one vmapped search, or several one after another, and each such search is a run of its own in
-the workdir, made by the pipeline: the same command goes on where it was stopped. The base is trained (or read) once.
+the workdir, made by the pipeline: the same command resumes where it was stopped. The base is trained (or read) once.
 Networks during a search are cut to the budget and evaluated on the test images; the curves decide nothing. So an early
 accuracy is that of a cut which the search has not yet come to, and a search that ends above the budget is cut further.
 """
 
 import csv
+import io
 import itertools
 import json
 import math
@@ -20,7 +21,7 @@ from absl import flags
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from ddnp_jax import data, methods, parallel, pipeline
+from ddnp_jax import data, files, methods, parallel, pipeline
 from ddnp_jax.pipeline import report
 from ddnp_jax.saved import DESCRIPTION, save_pruned
 
@@ -84,7 +85,7 @@ def draw(config: ConfigDict, workdir: str | Path, title: str, settings: Settings
 
 
 def run(config: ConfigDict, workdir: str | Path, settings: Settings, seeds: int, at_once: int) -> Curves:
-    """Runs, or goes on with, the search of every setting for seeds 0, 1, ...; writes `curves.csv`.
+    """Runs, or resumes, the search of every setting for seeds 0, 1, ...; writes `curves.csv`.
 
     Args:
       config: of all searches.
@@ -146,17 +147,18 @@ def _base(config: ConfigDict, workdir: Path) -> Path:
     job = pipeline.prepare(config, workdir)
     if parallel.any_process(not (folder / DESCRIPTION).exists()):
         variables = pipeline.base(job)
-        parallel.on_first_process(lambda: save_pruned(folder, job.model, variables))
+        parallel.on_first_process(lambda: save_pruned(folder, *job.network.bind(variables)))
     return folder
 
 
 def _write_csv(path: Path, curves: Curves) -> None:
     rows = [{"setting": name, "seed": seed, **line} for (name, seed), lines in curves.items() for line in lines]
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    content = io.StringIO(newline="")
+    writer = csv.DictWriter(content, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    files.write_text(path, content.getvalue())
 
 
 def mean_and_deviation(curves: Curves, setting: str, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -177,8 +179,8 @@ def publish(workdir: Path, title: str, panels: Sequence[Panel], curves: Curves) 
     metrics = dict.fromkeys(panel.metric for panel in panels)
 
     def write() -> None:
-        figure(title, panels, curves).savefig(workdir / "figures.png", dpi=150)
-        (workdir / "summary.md").write_text(summary(curves, metrics) + "\n")
+        report.write_figure(workdir / "figures.png", figure(title, panels, curves))
+        files.write_text(workdir / "summary.md", summary(curves, metrics) + "\n")
 
     parallel.on_first_process(write)
     return f"figure: {workdir}/figures.png; last values: {workdir}/summary.md"

@@ -215,14 +215,14 @@ def test_a_budget_that_can_be_met_passes():
 
 @pytest.mark.parametrize("p", [0.0, -0.5, 1.01, float("nan")])
 def test_p_outside_its_range_is_refused(p):
-    message = f"budget.p={p} must be in (0, 1]: the fraction of the cost that remains."
+    message = f"p={p} must be in (0, 1]: the fraction of the cost that remains."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Budget(TWO, p).check()
 
 
 def test_a_budget_below_the_smallest_network_is_refused():
     message = (
-        "budget.p=0.05 cannot be met: it wants 2 prunable FLOPs (macs), but the smallest network (widths 1 or whole) "
+        "p=0.05 cannot be met: it wants 2 prunable FLOPs (macs), but the smallest network (widths 1 or whole) "
         "has 4 and 4 parameters, the largest 40 and 40 parameters; use p of at least 0.1000."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -244,7 +244,7 @@ def test_the_p_that_the_refusal_names_is_accepted(problem):
 
 
 def test_a_multiple_below_one_is_refused():
-    with pytest.raises(ValueError, match=r"^budget\.multiple=0 must be at least 1\.$"):
+    with pytest.raises(ValueError, match=r"^multiple=0 must be at least 1\.$"):
         Budget(TWO, 0.5, multiple=0).check()
 
 

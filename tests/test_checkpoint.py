@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from ddnp_jax import parallel
-from ddnp_jax.checkpoint import Checkpoints, PreemptionGuard, claim_workdir, write_json_atomic
+from ddnp_jax.checkpoint import Checkpoints, PreemptionGuard, claim_workdir
 
 # After a failed read, a thread of orbax may still call into the event loop that orbax has closed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -328,14 +328,6 @@ def test_a_run_goes_on_in_its_own_workdir_only(tmp_path):
     (workdir / "config.json").write_text('{"seed": ')
     with pytest.raises(ValueError, match=r"config\.json is not JSON"):
         claim_workdir(workdir, config)
-
-
-def test_json_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "report.json"
-    write_json_atomic(path, {"a": [1, 2.5]})
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        write_json_atomic(path, {"a": 1, "b": object()})
-    assert json.loads(path.read_text()) == {"a": [1, 2.5]}
 
 
 def test_sigterm_and_ctrl_c_ask_the_loop_to_stop():

@@ -22,13 +22,14 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from ddnp_jax import data
+from ddnp_jax.data import prepared
 from ddnp_jax.data.cifar10 import Cifar10
 
 REPOSITORY = Path(__file__).parents[1]
 
 
 def make_config(**fields):
-    defaults = dict(name="digits", data_dir="", train_split="train", seed=0)
+    defaults = dict(name="digits", label="", data_dir="", train_split="train", test_split="", test_fraction=0.2, seed=0)
     defaults |= dict(search_fraction=0.05, validation_fraction=0.1)
     pixels = dict(mean=(0.305,), std=(0.376,), bgr=False, pad=2, flip=False, crop_size=224, resize_size=256, threads=0)
     return ml_collections.ConfigDict(defaults | pixels | fields)
@@ -92,7 +93,8 @@ def test_a_slice_of_the_training_images(digits_dir):
 def test_two_processes_prepare_digits_at_once(tmp_path):
     code = (
         "import sys, ml_collections; from ddnp_jax import data; sys.stdin.readline();"
-        "config = ml_collections.ConfigDict(dict(name='digits', data_dir=sys.argv[1], train_split='train', seed=0,"
+        "config = ml_collections.ConfigDict(dict(name='digits', label='', data_dir=sys.argv[1], train_split='train',"
+        "test_split='', test_fraction=0.2, seed=0,"
         "search_fraction=0.1,validation_fraction=0.1, mean=(0.3,), std=(0.4,), bgr=False, pad=0, flip=False,"
         "crop_size=224, resize_size=256, threads=0)); print(data.load(config).train.images.sum())"
     )
@@ -113,7 +115,7 @@ def test_a_preparation_that_another_process_finished_first_is_used(tmp_path, dig
         Path(builder.data_dir).symlink_to(digits_dir / "digits" / "1.0.0")
         raise OSError("Directory not empty")
 
-    monkeypatch.setattr(data.BUILDERS["digits"], "download_and_prepare", lose_the_race)
+    monkeypatch.setattr(prepared.BUILDERS["digits"], "download_and_prepare", lose_the_race)
     assert len(data.load(make_config(data_dir=str(tmp_path))).train.images) == 1442
 
 
@@ -210,7 +212,8 @@ def test_cifar10_keeps_the_published_checksum():
         (
             {"name": "cifar11"},
             ValueError,
-            "data.name='cifar11' is unknown; known data sets: cifar10, digits, imagenet2012.",
+            "data.name='cifar11' is unknown; use cifar10, digits, imagenet2012, 'folder', or the name of a data set "
+            "that TFDS knows or that is prepared in data.data_dir.",
         ),
         (
             {"search_fraction": 1.5},
@@ -228,13 +231,18 @@ def test_cifar10_keeps_the_published_checksum():
             (
                 {"train_split": split},
                 ValueError,
-                f"data.train_split={split!r} is no part of the 1442 training images; use 'train', or a slice in TFDS's "
-                "form, 'train[:2000]' or 'train[10%:20%]'.",
+                f"data.train_split={split!r} is no part of digits (train: 1442 images, test: 355 images); use the name "
+                "of a split, or a slice of one in TFDS's form, 'train[:2000]' or 'train[10%:20%]'.",
             )
             for split in (
-                *("trian", "test", "train+test", "train[:9]+test"),
+                *("trian", "train+test", "train[:9]+test"),
                 *("train[:x]", "train[:0]", "train[:1443]", "train[5:5]", "train[101:100]"),
             )
+        ),
+        (
+            {"train_split": "test"},
+            ValueError,
+            "data.train_split='test' and data.test_split='test' have images in common; give parts that have none.",
         ),
         ({"seed": -1}, ValueError, "data.seed=-1 must be a whole number, 0 or more."),
         ({"std": (0.0,)}, ValueError, "data.std=(0.0,) must be positive in every channel."),

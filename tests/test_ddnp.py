@@ -9,12 +9,11 @@ import optax
 import pytest
 import torch
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 from test_masks import reference_ranks, reference_soft_top_k
 from torch.nn import functional
 
 import ddnp_jax
-from ddnp_jax import methods
+from ddnp_jax import methods, parallel
 from ddnp_jax.cost.budget import Budget
 from ddnp_jax.methods import masks
 from ddnp_jax.methods.ddnp import search as ddnp
@@ -59,28 +58,7 @@ IMAGES, LABELS = np.float32(RNG.normal(size=(8, SIZE, SIZE, 3))), RNG.integers(0
 
 
 def make_config(**fields):
-    config = ConfigDict(
-        {
-            "importance": "scalar",
-            "width": "scalar",
-            "output": "sigmoid",
-            "learned_inputs": False,
-            "bidirectional": False,
-            "layer_norm": False,
-            "energy_weight": 0.0,
-            "importance_average": 0.0,
-            "resource_loss": "log_abs",
-            "resource_weight": 4.0,
-            "tie_weight": 1.0,
-            "tie_noise": 0.02,
-            "band": 0.05,
-            "floor": 0.025,
-            "importance_optimizer": {"learning_rate": 1e-3, "weight_decay": 1e-4},
-            "width_optimizer": {"learning_rate": 1e-3, "weight_decay": 0.0},
-        }
-    )
-    config.update(fields)
-    return config
+    return ddnp.Fields(**{"importance": "scalar", "width": "scalar", **fields})
 
 
 def make_problem(steps=10, p=0.4, model=None, **fields):
@@ -94,7 +72,8 @@ def compiled(search, devices=1):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("data",))
     specs = {"in_specs": (P(), P(), P("data"), P()), "out_specs": P()}
     quick = {"xla_backend_optimization_level": "0"}  # compiling takes longer than running here
-    return jax.jit(jax.shard_map(search.step, mesh=mesh, check_vma=False, **specs), compiler_options=quick)
+    step = functools.partial(search.step, devices=parallel.OVER_DEVICES)
+    return jax.jit(jax.shard_map(step, mesh=mesh, check_vma=False, **specs), compiler_options=quick)
 
 
 def make_state(search, seed=0):
@@ -314,7 +293,7 @@ def convolutions(search_or_function, *arguments):
     if not arguments:
         state = jax.eval_shape(f.init, jax.random.key(0))
         f, arguments = f.step, (state, VARIABLES, (IMAGES, LABELS), jax.random.key(0))
-    closed = jax.make_jaxpr(f, axis_env=[("data", 1)])(*arguments)
+    closed = jax.make_jaxpr(f)(*arguments)
     found = [e for e in equations(closed.jaxpr) if e.primitive.name == "conv_general_dilated"]
     return [e.outvars[0].aval.shape for e in found]
 
@@ -359,7 +338,7 @@ def test_four_devices_take_the_step_of_one():
 def assert_a_step_keeps_shapes_and_types(search):
     state = jax.eval_shape(search.init, jax.random.key(0))
     arguments = (state, VARIABLES, (IMAGES, LABELS), jax.random.key(0))
-    after, metrics = jax.make_jaxpr(search.step, axis_env=[("data", 1)], return_shape=True)(*arguments)[1]
+    after, metrics = jax.make_jaxpr(search.step, return_shape=True)(*arguments)[1]
     assert jax.tree.structure(state) == jax.tree.structure(after)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -385,8 +364,7 @@ def test_the_resource_term_alone_leads_to_the_budget(width, p):
         keys = jax.random.split(jax.random.key(0), 300)
         return jax.lax.scan(lambda s, key: search.step(s, VARIABLES, (images, LABELS), key), state, keys)
 
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
-    run = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False))
+    run = jax.jit(run)
     state, metrics = run(search.init(jax.random.key(0)), IMAGES)
     start = {"scalar": 0.9124859, "generator": 0.89}[width]  # at k = sigmoid(3), and near it
     np.testing.assert_allclose(metrics["remaining"][0], start, atol={"scalar": 1e-6, "generator": 0.05}[width])
@@ -442,34 +420,29 @@ def test_selection_keeps_the_best_ranked_channels_within_the_budget():
     assert methods.select(search, None, Budget(topology(), 1.0)).widths == WIDTHS
 
 
-@pytest.mark.parametrize("method", ["uniform", "magnitude"])
-def test_one_shot_methods_keep_one_fraction_in_every_gate(method):
-    problem = make_problem()
-    search = methods.build(method, problem)
-    chosen = [methods.select(search, search.init(jax.random.key(seed)), problem.budget) for seed in (0, 0, 1)]
-    assert search.steps == 0
-    assert chosen[0] == chosen[1]
-    assert (chosen[0] == chosen[2]) == (method == "magnitude")
-    a, b = chosen[0].widths
-    assert abs(a / 8 - b / 24) < 1 / 8
-    cost = problem.budget.cost((a, b))
-    assert cost <= problem.budget.wanted < min(problem.budget.cost((a + 1, b)), problem.budget.cost((a, b + 1)))
-    if method == "magnitude":
-        for kept, name in zip(chosen[0].kept, ("conv1", "conv2"), strict=True):
-            norms = np.abs(VARIABLES["params"][name]["kernel"]).sum((0, 1, 2))
-            assert set(kept) == set(np.argsort(norms)[-len(kept) :])
-
-
 def test_unknown_names_are_refused():
-    with pytest.raises(
-        ValueError, match=r"^search\.method='dnp' is unknown; choose one of .*ddnp.*magnitude.*uniform\.$"
-    ):
+    with pytest.raises(ValueError, match=r"^method='dnp' is unknown; choose one of .*ddnp.*magnitude.*taylor\.$"):
         methods.build("dnp", make_problem())
+    with pytest.raises(ValueError) as error:
+        methods.configure("ddnp", {"tie_wieght": 0.5})
+    assert str(error.value).startswith(
+        "ddnp has no field 'tie_wieght'; its fields are resource_loss, resource_weight, "
+    )
+    assert str(error.value).endswith("importance_optimizer, width_optimizer.")
+    with pytest.raises(ValueError, match=r"^ddnp's width_optimizer has no field 'lr'; its fields are learning_rate, "):
+        methods.configure("ddnp", {"width_optimizer": {"lr": 1.0}})
     for field, choices in {
         "importance": "one of generator, scalar, l1",
         "width": "one of generator, scalar, half",
         "output": "one of sigmoid, abs, square",
         "resource_loss": "one of log_abs, log_max, abs, square",
     }.items():
-        with pytest.raises(ValueError, match=rf"^search\.{field}='wrong' is unknown; use {choices}\.$"):
-            ddnp.build(make_problem(**{field: "wrong"}))
+        with pytest.raises(ValueError, match=rf"^{field}='wrong' is unknown; use {choices}\.$"):
+            methods.configure("ddnp", {field: "wrong"})
+
+
+def test_fields_have_their_defaults_unless_they_are_given():
+    assert methods.configure("ddnp") == ddnp.Fields()
+    config = methods.configure("ddnp", {"band": 0.1, "width_optimizer": {"learning_rate": 3e-3}})
+    assert (config.band, config.floor) == (0.1, 0.025)
+    assert config.width_optimizer == methods.AdamW(learning_rate=3e-3, weight_decay=0.0)

@@ -53,7 +53,7 @@ def test_two_processes_stopped_and_resumed_do_the_job_of_one(tmp_path):
     one, two, data_dir = tmp_path / "one", tmp_path / "two", str(tmp_path / "tfds")
     expected = pipeline.run(tiny(data_dir), one, model=Own((20, 12)), rebuild=Own)  # eight devices in this process
     for output in run_processes(data_dir, two, stop=2):  # one got SIGTERM, both said so and left
-        assert "stage 'search' is saved at step 3; the same command goes on." in output
+        assert "stage 'search' is saved at step 3; the same command resumes it." in output
     assert not (two / "selection.json").exists()
     run_processes(data_dir, two, stop=-1)
     report = json.loads((two / "report.json").read_text())

@@ -30,12 +30,11 @@ from ddnp_jax.methods.nppm import search as nppm
 from ddnp_jax.methods.nppm.predictor import PREDICTORS
 
 D = sum(WIDTHS)
-NO_LOSS = {"cross_entropy": jnp.float32(0), "top1": jnp.float32(0)}
+NO_LOSS = methods.Measured(jnp.float32(0), jnp.float32(0), {})
 
 
 def make_problem(p=0.4, steps=10, **fields):
-    config = methods.default_config("nppm")
-    config.update(resource_weight=4.0, **fields)
+    config = methods.configure("nppm", fields)
     return methods.Problem(Tiny(), VARIABLES, topology(), Budget(topology(), p), config, steps)
 
 
@@ -205,7 +204,7 @@ def test_four_devices_take_the_step_of_one():
 
 
 def test_the_resource_term_alone_leads_to_the_budget(monkeypatch):
-    monkeypatch.setattr(nppm._NPPM, "classification", lambda self, gates, *_: (0.0 * jnp.sum(gates), NO_LOSS))
+    monkeypatch.setattr(nppm._NPPM, "task", lambda self, gates, *_: (0.0 * jnp.sum(gates), NO_LOSS))
     problem = make_problem(predictor="none", steps=400, resource_loss="log_abs", p=0.3)
     search = make_search(problem)
     state, step, remaining = search.init(jax.random.key(0)), compiled(search), []
@@ -237,12 +236,12 @@ def test_proposal_keeps_the_most_open_gates():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"predictor": "lstm"}, "search.predictor='lstm' is unknown; use one of none, gru, authors, linear"),
-        ({"predictor_loss": "huber"}, "search.predictor_loss='huber' is unknown; use one of absolute, squared"),
-        ({"memory_steps": 0}, "search.memory_steps=0 must be at least 1"),
-        ({"predictor_batch_size": 0}, "search.predictor_batch_size=0 must be at least 1"),
-        ({"decay_at": 80}, r"search.decay_at=80.* must be in \(0, 1\]"),
-        ({"memory_size": 64}, "search.memory_size=64 must be above search.predictor_batch_size=64"),
+        ({"predictor": "lstm"}, "predictor='lstm' is unknown; use one of none, gru, authors, linear"),
+        ({"predictor_loss": "huber"}, "predictor_loss='huber' is unknown; use one of absolute, squared"),
+        ({"memory_steps": 0}, "memory_steps=0 must be at least 1"),
+        ({"predictor_batch_size": 0}, "predictor_batch_size=0 must be at least 1"),
+        ({"decay_at": 80}, r"decay_at=80.* must be in \(0, 1\]"),
+        ({"memory_size": 64}, "memory_size=64 must be above predictor_batch_size=64"),
     ],
 )
 def test_refusals_name_the_field(fields, message):
@@ -264,9 +263,10 @@ def test_a_search_that_is_too_short_for_pn_says_so():
 
 
 def test_defaults_are_the_authors():
-    assert methods.default_config("nppm").to_dict() == {
-        "augment": True,
+    assert methods.METHODS["nppm"].job_fields == {"augment": True}
+    assert methods.default_fields("nppm") == {
         "resource_loss": "log_max",
+        "resource_weight": 4.0,
         "optimizer": {"learning_rate": 0.05, "weight_decay": 0.01},
         "decay_at": 0.8,
         "predictor": "gru",
@@ -282,7 +282,7 @@ def test_defaults_are_the_authors():
 
 
 def test_the_gates_rate_falls_at_four_fifths():
-    optimizer = nppm.make_optimizer(methods.default_config("nppm"), steps=10)
+    optimizer = nppm.make_optimizer(nppm.Fields(), steps=10)
     gates = jnp.array([2.0])
     state, moves = optimizer.init(gates), []
     for _ in range(10):  # a constant gradient makes Adam's step the learning rate; the decay adds 0.01 of the gate

@@ -28,7 +28,7 @@ def sgd(state, rate, batches):
     def update(weights, batch):
         x, y = batch
         loss, grads = jax.value_and_grad(lambda p: jnp.mean((x @ p["w"] + p["b"] - y) ** 2))(weights)
-        loss, grads = jax.lax.pmean((loss, grads), "data")
+        loss, grads = parallel.OVER_DEVICES.mean((loss, grads))
         return jax.tree.map(lambda p, g: p - rate * g, weights, grads), loss
 
     return jax.lax.scan(update, state, batches)
@@ -75,7 +75,7 @@ def test_gradients_are_not_n_devices_times_too_large(mode):
     # loss = mean(x w) has the gradient mean(x) = (0 + 1 + ... + 7) / 8 = 3.5, whatever the number of devices.
     def step(w, rate, batches):
         grad = jax.grad(lambda w: jnp.mean(batches * w))(w)
-        return w - rate * jax.lax.pmean(grad, "data"), grad * 0
+        return w - rate * parallel.OVER_DEVICES.mean(grad), grad * 0
 
     batches = parallel.shard_batches(np.arange(8, dtype=np.float32)[None])
     w, _ = parallel.data_parallel(step, mode=mode)(
@@ -87,7 +87,7 @@ def test_gradients_are_not_n_devices_times_too_large(mode):
 @pytest.mark.parametrize("mode", ["shard_map", "pmap"])
 def test_each_device_sees_its_share_in_order_and_outputs_are_replicated(mode):
     def step(state, constants, batches):
-        return state + jax.lax.axis_index("data"), jax.lax.all_gather(batches[0], "data")
+        return state + parallel.OVER_DEVICES.index(), jax.lax.all_gather(batches[0], parallel.AXIS)
 
     batches = np.arange(3 * 16 * 2).reshape(3, 16, 2)
     _, gathered = parallel.data_parallel(step, mode=mode)(

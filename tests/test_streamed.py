@@ -13,6 +13,7 @@ from PIL import Image
 
 from ddnp_jax import data, parallel, training
 from ddnp_jax.data import imagenet2012
+from ddnp_jax.training import evaluation
 from tests.test_photos import encode, smooth
 from tests.test_training import recording_state, recording_step
 
@@ -35,19 +36,19 @@ IN_MEMORY = data.InMemory(
 )
 
 
-def draws(index, epoch):
-    return data.Draws(np.int32(index), np.int32(epoch))
+def numbered(index, epoch):
+    return data.BatchIndices(np.int32(index), np.int32(epoch))
 
 
 def steps(images, lengths, threads=3, seed=None):
     """The recording step on batches of 16 of 40 images, through everything that a run goes through."""
-    chunk = parallel.data_parallel(training.over_chunk(recording_step, images, seed=5, augment=False))
+    chunk = parallel.data_parallel(training.chunk_of(recording_step, images, seed=5, augment=False))
     constants = {"images": images.on_devices, "step": parallel.replicate(np.float32(0.1))}
     state, batches = parallel.replicate(recording_state()), data.batches(np.arange(40), 16, seed=0)
     metrics, first = [], 0
     for length in lengths:
         span = batches[first : first + length]
-        with data.read_ahead(span, lambda drawn: images.read(drawn, seed), threads, length) as chunks:
+        with data.read_ahead(span, lambda indices: images.read(indices, seed), threads, length) as chunks:
             for sent in chunks:
                 state, measured = chunk(state, constants, parallel.shard_batches(sent))
                 metrics.append(parallel.fetch(measured))
@@ -70,7 +71,7 @@ def test_evaluation_cannot_tell_a_stream_from_memory():
         return images.reshape(images.shape[0], -1) @ variables
 
     streamed, resident = (
-        training.evaluator(forward, images, 16, "shard_map")(weights, chosen) for images in (STREAMED, IN_MEMORY)
+        evaluation.evaluator(forward, images, 16, "shard_map")(weights, chosen) for images in (STREAMED, IN_MEMORY)
     )
     assert streamed == pytest.approx(resident)
     assert 0 < resident["top1"] < 100
@@ -86,17 +87,17 @@ def test_augmented_steps_go_on_bit_for_bit_in_any_threads_and_chunks():
 
 
 def test_an_augmented_image_depends_on_seed_epoch_and_index_alone():
-    alone, _ = STREAMED.read(draws([5], [2]), seed=1)
-    among, labels = STREAMED.read(draws([9, 5, 5, 3], [0, 2, 3, 2]), seed=1)
+    alone, _ = STREAMED.read(numbered([5], [2]), seed=1)
+    among, labels = STREAMED.read(numbered([9, 5, 5, 3], [0, 2, 3, 2]), seed=1)
     np.testing.assert_array_equal(among[1], alone[0])
     assert labels.tolist() == [9, 5, 5, 3] and labels.dtype == np.int32
     assert np.any(among[2] != alone[0])
-    assert np.any(STREAMED.read(draws([5], [2]), seed=2)[0] != alone)
+    assert np.any(STREAMED.read(numbered([5], [2]), seed=2)[0] != alone)
 
 
 def test_chunks_come_in_order_whoever_is_fast():
     batches = data.batches(np.arange(40), 8, seed=0, shuffle=False)[:11]
-    with data.read_ahead(batches, lambda drawn: drawn.index, 4, 3) as chunks:
+    with data.read_ahead(batches, lambda indices: indices.index, 4, 3) as chunks:
         parts = list(chunks)
     assert [part.shape for part in parts] == [(3, 8), (3, 8), (3, 8), (2, 8)]
     np.testing.assert_array_equal(np.concatenate(parts).reshape(-1), np.arange(88) % 40)
@@ -104,8 +105,8 @@ def test_chunks_come_in_order_whoever_is_fast():
 
 def test_a_damaged_record_is_named():
     records = [RECORDS[0], {"image": b"no image", "label": 1}]
-    with pytest.raises(ValueError, match=r"^record 1 of the data set cannot be decoded \(.*\); repair it\.$"):
-        data.Streamed(records, CONFIG).read(draws([0, 1], [0, 0]), None)
+    with pytest.raises(ValueError, match=r"^record 1 of the data set cannot be decoded \(.*\); repair or remove it\.$"):
+        data.Streamed(records, CONFIG).read(numbered([0, 1], [0, 0]), None)
 
 
 # --- ImageNet ------------------------------------------------------------------------------------------------------
@@ -121,7 +122,8 @@ def write_tar(path, files):
 
 
 def make_config(folder, **fields):
-    held_out = {"name": "imagenet2012", "data_dir": str(folder), "train_split": "train", "seed": 0}
+    held_out = {"name": "imagenet2012", "label": "", "data_dir": str(folder), "train_split": "train", "seed": 0}
+    held_out |= {"test_split": "", "test_fraction": 0.2}
     held_out |= {"search_fraction": 0.2, "validation_fraction": 0.1, "crop_size": 224, "resize_size": 256}
     return ml_collections.ConfigDict({**CONFIG.to_dict(), **held_out, **fields})
 
@@ -157,7 +159,7 @@ def test_imagenet_is_prepared_from_its_archives_without_tensorflow(archives):
     public = tfds.builder("imagenet2012", data_dir=archives)
     for split, images in (("train", dataset.train), ("validation", dataset.test)):
         records = public.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-        pixels, labels = images.read(draws(range(len(images)), [0] * len(images)), None)
+        pixels, labels = images.read(numbered(range(len(images)), [0] * len(images)), None)
         for record, image, label in zip(records, pixels, labels, strict=True):
             assert label == record["label"]
             shown = Image.open(io.BytesIO(record["image"])).convert("RGB")
@@ -188,7 +190,7 @@ def test_imagenet_sample(shared):
     assert {name: len(part) for name, part in dataset.splits.items()} == {"train": 350, "search": 100, "validation": 50}
     records = tfds.builder("imagenet2012", data_dir=shared / "tfds").as_data_source("validation")
     chosen = [0, 7, 100, 199]
-    pixels, labels = dataset.test.read(draws(chosen, [0] * 4), None)
+    pixels, labels = dataset.test.read(numbered(chosen, [0] * 4), None)
     for i, image, label in zip(chosen, pixels, labels, strict=True):
         whole = Image.fromarray(records[i]["image"])  # TFDS's own decoder
         shorter = min(whole.size)
@@ -199,5 +201,5 @@ def test_imagenet_sample(shared):
     batch = dataset.test.batch(dataset.test.on_devices, (pixels, labels), None)[0]
     expected = (pixels / 255 - np.array(CONFIG.mean)) / np.array(CONFIG.std)
     np.testing.assert_allclose(batch, expected, atol=1e-5)
-    augmented, _ = dataset.train.read(draws(range(16), [0] * 16), seed=0)
+    augmented, _ = dataset.train.read(numbered(range(16), [0] * 16), seed=0)
     assert augmented.shape == (16, 224, 224, 3) and augmented.std((1, 2, 3)).min() > 5

@@ -8,7 +8,8 @@ import pytest
 from test_pipeline import Own, tiny
 
 from configs import digits_r20
-from ddnp_jax import pipeline
+from ddnp_jax import models
+from ddnp_jax.training import loop
 from experiments import ddnp_figures, nppm_figures, sweep
 
 CURVES = {
@@ -94,7 +95,7 @@ class Sized(nn.Module):
 def test_a_part_of_a_figure_goes_on_and_keeps_its_base(tmp_path, monkeypatch):
     config = tiny(str(tmp_path / "data"), "nppm")
     config.search.update(memory_steps=1, predictor_batch_size=2)
-    monkeypatch.setattr(pipeline.models, "create", lambda name, classes, **attributes: Sized((20, 12)))
+    monkeypatch.setattr(models, "create", lambda name, classes, **attributes: Sized((20, 12)))
     command_line(monkeypatch, 2, "DG", "PN")
     nppm_figures.draw(config, tmp_path / "run")
     curves, summary = ((tmp_path / "run" / name).read_text() for name in ("curves.csv", "summary.md"))
@@ -106,7 +107,7 @@ def test_a_part_of_a_figure_goes_on_and_keeps_its_base(tmp_path, monkeypatch):
         (setting, seed) for setting in ("DG", "PN") for seed in "01"
     }
     assert [line.split("|")[1].strip() for line in summary.splitlines()] == ["setting", "-" * 7, "DG", "PN"]
-    monkeypatch.setattr(pipeline.training, "_dispatch", None)  # no step is taken again
+    monkeypatch.setattr(loop, "_dispatch", None)  # no step is taken again
     nppm_figures.draw(config, tmp_path / "run")
     assert (tmp_path / "run" / "curves.csv").read_text() == curves
     config.data.search_fraction = 0.5
@@ -132,7 +133,8 @@ def test_the_searches_share_a_base(tmp_path, monkeypatch):
 
     class Job:
         def __init__(self, config, workdir):
-            self.config, self.workdir, self.model, self.weights = config, workdir, None, config.base.weights
+            self.config, self.workdir, self.weights = config, workdir, config.base.weights
+            self.network = SimpleNamespace(bind=lambda variables: (None, variables))
 
     def search(job, variables, seeds):
         searched.append((job.config.search.predictor, job.config.seed, [*seeds], variables))

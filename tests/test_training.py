@@ -15,6 +15,9 @@ from torch.nn import functional
 
 from ddnp_jax import data, parallel, training
 from ddnp_jax.checkpoint import Checkpoints
+from ddnp_jax.networks import as_network
+from ddnp_jax.pipeline import checks
+from ddnp_jax.training import evaluation, log, loop
 
 PIXELS = ConfigDict({"mean": (0.5, 0.25, 0.4), "std": (0.2, 0.5, 0.25), "bgr": False, "pad": 1, "flip": True})
 RNG = np.random.default_rng(0)
@@ -34,9 +37,6 @@ def make_config(**fields):
             "warmup_epochs": 0.0,
             "schedule": "step",
             "decay_at": (0.5, 0.75),
-            "label_smoothing": 0.0,
-            "distillation_weight": 0.0,
-            "distillation_temperature": 4.0,
         }
     )
     config.update(fields)
@@ -65,26 +65,27 @@ SCHEDULES = [
 
 @pytest.mark.parametrize(("fields", "rates"), SCHEDULES, ids=str)
 def test_schedule_literal(fields, rates):
-    schedule = training.schedule(make_config(**fields), fields.get("steps_per_epoch", 10))
+    schedule = checks.schedule(make_config(**fields), fields.get("steps_per_epoch", 10))
     found = [float(schedule(jnp.int32(step))) for step in rates]
     np.testing.assert_allclose(found, list(rates.values()), rtol=1e-5, atol=1e-8)
 
 
+def test_a_constant_schedule_stays_after_its_warm_up():
+    rate = training.schedule("constant", 0.2, steps=20, warmup_steps=4)
+    np.testing.assert_allclose([rate(step) for step in (0, 1, 3, 4, 19, 40)], [0, 0.05, 0.15, 0.2, 0.2, 0.2], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("arguments", "message"),
     [
-        ({"epochs": 5, "warmup_epochs": 5.0}, r"^warmup_epochs=5\.0 must be below the 5 epochs of the stage\.$"),
+        ({"warmup_steps": 50}, r"^warmup_steps=50 must be below the 50 steps\.$"),
         ({"decay_at": (50, 75)}, r"^decay_at=\(50, 75\) must be fractions of the run, in \(0, 1\]\.$"),
+        ({"kind": "linear"}, r"^schedule='linear' is unknown; use one of 'constant', 'cosine', 'step'\.$"),
     ],
 )
-def test_schedules_that_would_never_decay_are_refused(fields, message):
+def test_schedules_that_cannot_be_meant_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        training.schedule(make_config(**fields), 10)
-
-
-def test_an_unknown_schedule_is_refused():
-    with pytest.raises(ValueError, match=r"^schedule='linear' is unknown; use 'step' or 'cosine'\.$"):
-        training.schedule(make_config(schedule="linear"), 10)
+        training.schedule(**{"kind": "step", "learning_rate": 0.1, "steps": 50, **arguments})
 
 
 # One step against PyTorch
@@ -140,6 +141,7 @@ def torch_net(variables):
 @functools.cache
 def on_devices(step, devices=1):
     """A step over some devices."""
+    step = functools.partial(step, devices=parallel.OVER_DEVICES)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("data",))
     specs = {"in_specs": (P(), P(), P("data"), P()), "out_specs": P()}
     return jax.jit(jax.shard_map(step, mesh=mesh, check_vma=False, **specs))
@@ -153,12 +155,12 @@ def batch(i, size=16):
 @pytest.mark.parametrize("distilled", [False, True])
 def test_training_steps_match_pytorch(distilled):
     # Four steps, and the rate falls to a tenth after two of them and again after three.
-    config = make_config(epochs=4, label_smoothing=0.1, distillation_weight=0.3 if distilled else 0.0)
-    model = Net()
-    variables, teacher_variables = random_variables(model), random_variables(model, seed=1)
-    optimizer = training.make_optimizer(config, steps_per_epoch=1)
-    step = on_devices(training.train_step(model, optimizer, config, model if distilled else None))
-    state = training.init_state(variables, optimizer)
+    network = as_network(Net())
+    variables, teacher_variables = random_variables(Net()), random_variables(Net(), seed=1)
+    optimizer = checks.optimizer(make_config(epochs=4), steps_per_epoch=1)
+    distillation = training.Distillation(network, 0.3, 4.0) if distilled else None
+    step = on_devices(training.train_step(network, optimizer, label_smoothing=0.1, distillation=distillation))
+    state = training.init_state(network, variables, optimizer)
 
     net, teacher = torch_net(variables), torch_net(teacher_variables).eval()
     sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
@@ -182,7 +184,7 @@ def test_training_steps_match_pytorch(distilled):
         assert torch.any(net[1].running_mean != mean_before)
 
     assert state.step == 4
-    params = state.params
+    params = state.parameters
     for found, wanted in (
         (params["conv"]["kernel"], net[0].weight.permute(2, 3, 1, 0)),
         (params["bn"]["scale"], net[1].weight),
@@ -191,37 +193,35 @@ def test_training_steps_match_pytorch(distilled):
         (params["head"]["bias"], net[5].bias),
     ):
         np.testing.assert_allclose(found, wanted.detach(), atol=1e-5)
-    np.testing.assert_allclose(state.batch_stats["bn"]["mean"], net[1].running_mean, atol=1e-5)
+    np.testing.assert_allclose(state.rest["batch_stats"]["bn"]["mean"], net[1].running_mean, atol=1e-5)
     # Flax averages the biased variance, PyTorch the unbiased one: n / (n - 1) for n = 16 * 4 * 4 values.
     kept = 0.9**4 * variables["batch_stats"]["bn"]["var"]
-    unbiased = kept + (state.batch_stats["bn"]["var"] - kept) * 256 / 255
+    unbiased = kept + (state.rest["batch_stats"]["bn"]["var"] - kept) * 256 / 255
     np.testing.assert_allclose(unbiased, net[1].running_var, atol=1e-5)
 
 
 def test_eight_devices_train_on_the_mean_gradient_of_the_batch():
-    model, config = WithoutBatchNorm(), make_config()
-    optimizer = training.make_optimizer(config, steps_per_epoch=1)
-    step, state = training.train_step(model, optimizer, config), training.init_state(random_variables(model), optimizer)
+    network, optimizer = as_network(WithoutBatchNorm()), checks.optimizer(make_config(), steps_per_epoch=1)
+    step = training.train_step(network, optimizer)
+    state = training.init_state(network, random_variables(network.model), optimizer)
     one, eight = (on_devices(step, n)(state, None, batch(0), jax.random.key(0)) for n in (1, 8))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_updates_of_micro_batches_are_those_of_whole_batches():
-    model, variables = WithoutBatchNorm(), random_variables(WithoutBatchNorm())
+    network, variables = as_network(WithoutBatchNorm()), random_variables(WithoutBatchNorm())
     params = {}
     for parts in (1, 4):
         # Two updates, one per epoch, the second at a tenth of the rate.
         config = make_config(epochs=2, decay_at=(0.5,), micro_batches=parts)
-        optimizer = training.make_optimizer(config, steps_per_epoch=parts)
-        step, state = (
-            on_devices(training.train_step(model, optimizer, config)),
-            training.init_state(variables, optimizer),
-        )
-        trace = [state.params]
+        optimizer = checks.optimizer(config, steps_per_epoch=parts)
+        step = on_devices(training.train_step(network, optimizer))
+        state = training.init_state(network, variables, optimizer)
+        trace = [state.parameters]
         for i in range(2 * parts):
             state, _ = step(state, None, batch(i, size=16 // parts), jax.random.key(0))
-            trace.append(state.params)
+            trace.append(state.parameters)
         params[parts] = trace
     for i, j in ((1, 4), (2, 8)):
         for a, b in zip(jax.tree.leaves(params[1][i]), jax.tree.leaves(params[4][j]), strict=True):
@@ -238,37 +238,34 @@ class Dropping(nn.Module):
 
 
 def test_dropout_draws_by_step_and_device():
-    model, config = Dropping(), make_config()
-    optimizer = training.make_optimizer(config, steps_per_epoch=1)
-    state = training.init_state(random_variables(model), optimizer)
+    network, optimizer = as_network(Dropping()), checks.optimizer(make_config(), steps_per_epoch=1)
+    state = training.init_state(network, random_variables(network.model), optimizer)
     images, labels = batch(0)
     losses = {}
     for key in (0, 1):
         dropped = [
-            model.apply(
-                {"params": state.params},
-                images[part],
-                train=True,
-                rngs={"dropout": jax.random.fold_in(jax.random.key(key), device)},
-            )
+            network.train({"params": state.parameters}, images[part], jax.random.fold_in(jax.random.key(key), device))[
+                0
+            ]
             for device, part in enumerate(np.split(np.arange(len(images)), 2))
         ]
         wanted = functional.cross_entropy(torch.tensor(np.concatenate(dropped)), torch.tensor(labels).long())
-        step = on_devices(training.train_step(model, optimizer, config), 2)
+        step = on_devices(training.train_step(network, optimizer), 2)
         losses[key] = float(step(state, None, (images, labels), jax.random.key(key))[1]["loss"])
         assert losses[key] == pytest.approx(wanted.item(), rel=1e-5)
     assert losses[0] != losses[1]
 
 
 def test_recalibration_changes_batch_statistics_alone():
-    model = Net()
-    optimizer = training.make_optimizer(make_config(), steps_per_epoch=1)
-    before = training.init_state(random_variables(model), optimizer)
-    after, _ = on_devices(training.recalibration_step(model))(before, None, batch(0), jax.random.key(0))
-    jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (before.params, before.opt_state))
-    kernel = torch.tensor(before.params["conv"]["kernel"]).permute(3, 2, 0, 1)
+    network, optimizer = as_network(Net()), checks.optimizer(make_config(), steps_per_epoch=1)
+    before = training.init_state(network, random_variables(Net()), optimizer)
+    after, _ = on_devices(training.recalibration_step(network))(before, None, batch(0), jax.random.key(0))
+    jax.tree.map(
+        np.testing.assert_array_equal, (after.parameters, after.opt_state), (before.parameters, before.opt_state)
+    )
+    kernel = torch.tensor(before.parameters["conv"]["kernel"]).permute(3, 2, 0, 1)
     x = functional.conv2d(torch.tensor(batch(0)[0]).permute(0, 3, 1, 2), kernel, padding=1).numpy()
-    old, new = before.batch_stats["bn"], after.batch_stats["bn"]
+    old, new = before.rest["batch_stats"]["bn"], after.rest["batch_stats"]["bn"]
     np.testing.assert_allclose(new["mean"], 0.9 * old["mean"] + 0.1 * x.mean((0, 2, 3)), atol=1e-6)
     np.testing.assert_allclose(new["var"], 0.9 * old["var"] + 0.1 * x.var((0, 2, 3)), atol=1e-5)
 
@@ -276,15 +273,15 @@ def test_recalibration_changes_batch_statistics_alone():
 # Chunks of steps
 
 
-def recording_step(state, constants, batch, rng):
+def recording_step(state, constants, batch, rng, devices=parallel.ONE_DEVICE):
     """Changes the state by what it was given, and says what that was."""
     images, labels = batch
-    seen = jax.lax.pmean(jnp.mean(images, (0, 1, 2)), "data")
+    seen = devices.mean(jnp.mean(images, (0, 1, 2)))
     draw = jax.random.uniform(rng)
-    w = 0.9 * state.params + constants * jnp.sum(seen) + draw
-    metrics = {"loss": w, "draw": draw, "red": seen[0], "label": jax.lax.pmean(jnp.mean(1.0 * labels), "data")}
+    w = 0.9 * state.parameters + constants * jnp.sum(seen) + draw
+    metrics = {"loss": w, "draw": draw, "red": seen[0], "label": devices.mean(jnp.mean(1.0 * labels))}
     metrics["late"] = jnp.where(state.step < 4, jnp.nan, 1.0 * state.step)  # not there in the first four steps
-    return state.replace(step=state.step + 1, params=w), metrics
+    return state.replace(step=state.step + 1, parameters=w), metrics
 
 
 def recording_state():
@@ -292,7 +289,7 @@ def recording_state():
 
 
 def recording_chunk(seed=5, augment=False, step=recording_step):
-    return parallel.data_parallel(training.over_chunk(step, DATA, seed, augment))
+    return parallel.data_parallel(training.chunk_of(step, DATA, seed, augment))
 
 
 def run_constants():
@@ -347,7 +344,7 @@ def test_evaluation_counts_every_image_once(batch_size, count):
         return images.reshape(images.shape[0], -1) @ variables["w"]
 
     chosen = np.random.default_rng(1).choice(40, count, replace=False)
-    evaluate = training.evaluator(forward, DATA, batch_size, "shard_map")
+    evaluate = evaluation.evaluator(forward, DATA, batch_size, "shard_map")
     found = evaluate({"w": weights}, chosen)
 
     images, labels = IMAGES[chosen], LABELS[chosen]
@@ -364,7 +361,7 @@ def test_evaluation_counts_every_image_once(batch_size, count):
 
 def test_top5_of_fewer_than_five_classes_is_everything():
     images = data.InMemory(IMAGES, np.zeros(40, np.int32), PIXELS)
-    evaluate = training.evaluator(lambda variables, images: images.mean((1, 2)), images, 8, "shard_map")
+    evaluate = evaluation.evaluator(lambda variables, images: images.mean((1, 2)), images, 8, "shard_map")
     assert evaluate({}, np.arange(10))["top5"] == 100.0
 
 
@@ -373,16 +370,16 @@ def test_top5_of_fewer_than_five_classes_is_everything():
 
 def run_stage(folder, chunk=None, evaluate=None):
     """Ten steps in chunks of three, with a checkpoint every second chunk."""
-    stage = training.Stage("search", folder / "search", 10, 3, batch_size=16, chunk_steps=3, save_every=2)
+    stage = loop.Stage("search", folder / "search", 10, 3, batch_size=16, chunk_steps=3, save_every=2)
     batches = data.batches(np.arange(40), 16, seed=0)
-    return training.run(
+    return loop.fit_stage(
         stage,
         chunk or recording_chunk(),
         recording_state(),
         run_constants(),
         lambda step: data.read_ahead(batches[step:10], lambda draws: DATA.read(draws, None), 0, 3),
         evaluate or (lambda state: {"validation_top1": float(state.step)}),
-        training.MetricsLog(folder / "metrics.jsonl"),
+        log.MetricsLog(folder / "metrics.jsonl"),
     )
 
 
@@ -411,7 +408,7 @@ def fail():
 def test_a_stage_logs_its_steps_and_evaluations(tmp_path):
     state = run_stage(tmp_path)
     wanted, metrics = in_chunks([1] * 10)
-    assert (state.step, state.params) == (10, wanted.params)
+    assert (state.step, state.parameters) == (10, wanted.parameters)
     lines = log_lines(tmp_path)
     assert [line["step"] for line in lines] == [3, 6, 6, 9, 10, 10]
     assert [line.get("validation_top1") for line in lines] == [None, None, 6.0, None, None, 10.0]
@@ -436,7 +433,7 @@ def test_a_stage_that_died_goes_on_to_the_same_end(at, tmp_path):
 def test_sigterm_saves_and_the_stage_goes_on_to_the_same_end(tmp_path):
     whole = run_stage(tmp_path / "whole")
     terminate = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
-    with pytest.raises(training.Preempted, match="stage 'search' is saved at step 3"):
+    with pytest.raises(loop.Preempted, match="stage 'search' is saved at step 3"):
         run_stage(tmp_path / "cut", interrupted(1, terminate))
     first = []
     chunk = recording_chunk()
@@ -455,18 +452,18 @@ def test_a_finished_stage_is_not_run_again(tmp_path):
     first = run_stage(tmp_path)
     again = run_stage(tmp_path, chunk=lambda *_: fail(), evaluate=lambda _: fail())
     jax.tree.map(np.testing.assert_array_equal, again, first)
-    assert training.seconds(tmp_path / "search") > 0
+    assert loop.seconds(tmp_path / "search") > 0
 
 
-def nan_loss(state, constants, batch, rng):
-    state, metrics = recording_step(state, constants, batch, rng)
+def nan_loss(*arguments):
+    state, metrics = recording_step(*arguments)
     return state, metrics | {"loss": jnp.where(state.step == 8, jnp.nan, metrics["loss"])}
 
 
-def nan_parameters(state, constants, batch, rng):
+def nan_parameters(*arguments):
     """A finite loss, but not its gradient: the next step's loss would show it, after the checkpoint."""
-    state, metrics = recording_step(state, constants, batch, rng)
-    return state.replace(params=jnp.where(state.step == 6, jnp.nan, state.params)), metrics
+    state, metrics = recording_step(*arguments)
+    return state.replace(parameters=jnp.where(state.step == 6, jnp.nan, state.parameters)), metrics
 
 
 def test_a_nan_loss_stops_the_stage_and_keeps_the_last_good_checkpoint(tmp_path):
@@ -475,7 +472,7 @@ def test_a_nan_loss_stops_the_stage_and_keeps_the_last_good_checkpoint(tmp_path)
     with Checkpoints(tmp_path / "search") as checkpoints:
         step, state = checkpoints.restore(recording_state())
     assert step == 6
-    assert state.params == in_chunks([1] * 6)[0].params
+    assert state.parameters == in_chunks([1] * 6)[0].parameters
 
 
 def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
@@ -487,19 +484,19 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_check_finite_names_stage_and_step(value):
-    training.check_finite("base", 20, {"loss": np.ones(4)})
+    loop.check_finite("base", 20, {"loss": np.ones(4)})
     with pytest.raises(FloatingPointError, match=rf"^the loss of stage 'base' is {value} at step 23; "):
-        training.check_finite("base", 20, {"loss": np.array([1.0, 2.0, value, value])})
+        loop.check_finite("base", 20, {"loss": np.array([1.0, 2.0, value, value])})
 
 
 def test_rewinding_the_log_drops_later_lines_of_the_stage_alone(tmp_path):
-    log = training.MetricsLog(tmp_path / "metrics.jsonl")
-    log.rewind("search", 0)  # nothing there yet
+    lines = log.MetricsLog(tmp_path / "metrics.jsonl")
+    lines.rewind("search", 0)  # nothing there yet
     for stage, step in (("base", 50), ("search", 3), ("search", 6)):
-        log.write(stage, step, loss=1.0)
+        lines.write(stage, step, loss=1.0)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "search", "st')  # a write that was cut
-    log.rewind("search", 3)
+    lines.rewind("search", 3)
     assert log_lines(tmp_path) == [
         {"stage": "base", "step": 50, "loss": 1.0},
         {"stage": "search", "step": 3, "loss": 1.0},

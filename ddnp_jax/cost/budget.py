@@ -1,13 +1,13 @@
 """What may remain: how much is wanted and of what, whether it can be reached, and integer widths that meet it."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import ml_collections
 import numpy as np
 
 from ddnp_jax.cost import flops
@@ -41,12 +41,14 @@ class Budget:
       p: fraction in (0, 1] of the cost that remains.
       counted: what is counted; by default the FLOPs of the prunable layers.
       multiple: widths are multiples of this, except gates that stay whole.
+      floors: least channels of every gate; empty for one each.
     """
 
     topology: Topology
     p: float
     counted: Cost = Cost()
     multiple: int = 1
+    floors: tuple[int, ...] = ()
 
     @property
     def total(self) -> float:
@@ -60,8 +62,12 @@ class Budget:
 
     @property
     def smallest_widths(self) -> tuple[int, ...]:
-        """One channel (or one multiple) per gate."""
-        return tuple(min(self.multiple, channels) for channels in self.topology.widths)
+        """One channel (or one multiple) per gate, or its floor."""
+        floors = self.floors or (1,) * len(self.topology.gates)
+        return tuple(
+            min(-(-floor // self.multiple) * self.multiple, channels)
+            for floor, channels in zip(floors, self.topology.widths, strict=True)
+        )
 
     def cost(self, widths: Any) -> Any:
         """T at widths (L,): exact for integers, else a float32 scalar that is differentiable in them."""
@@ -79,8 +85,8 @@ class Budget:
             feasible = math.ceil(1e4 * smallest / self.total) / 1e4
             least, most = map(self._size, (self.smallest_widths, self.topology.widths))
             raise ValueError(
-                f"budget.p={self.p} cannot be met: it wants {self.wanted:{self.counted.form}} {self.counted.unit}, but "
-                f"the smallest network (widths {self.multiple} or whole) has {least}, the largest {most}; "
+                f"p={self.p} cannot be met: it wants {self.wanted:{self.counted.form}} {self.counted.unit}, but "
+                f"the smallest network ({self._smallest()}) has {least}, the largest {most}; "
                 + (f"use p of at least {feasible:.4f}." if feasible <= 1 else "no p does.")
             )
 
@@ -113,6 +119,9 @@ class Budget:
         rounded = np.floor(ideal / self.multiple + 0.5).astype(int) * self.multiple
         return tuple(map(int, np.clip(rounded, self.smallest_widths, self.topology.widths)))
 
+    def _smallest(self) -> str:
+        return "at its floors" if self.floors else f"widths {self.multiple} or whole"
+
     def _size(self, widths: tuple[int, ...]) -> str:
         size = f"{self.cost(widths):{self.counted.form}}"
         if self.counted.of is not flops.parameters:
@@ -132,9 +141,7 @@ class Budget:
                 return tuple(map(int, widths))
 
 
-def make_budget(
-    config: ml_collections.ConfigDict, topology: Topology, measured: Callable[[int, int], LatencyTable]
-) -> Budget:
+def make_budget(config: Any, topology: Topology, measured: Callable[[int, int], LatencyTable]) -> Budget:
     """The budget of a configuration's `budget` section, checked.
 
     Args:
@@ -146,7 +153,8 @@ def make_budget(
     Raises:
       ValueError: a field is wrong, or the budget cannot be met.
     """
-    _check_fields(topology, config.p, config.multiple)
+    with _named_as_fields():
+        _check_fields(topology, config.p, config.multiple)
     flops.check_convention(config.convention)
     if config.latency_points < 2:
         raise ValueError(f"budget.latency_points={config.latency_points} must be at least 2.")
@@ -162,14 +170,58 @@ def make_budget(
         case _:
             raise ValueError(f"budget.kind={config.kind!r} is unknown; use one of {', '.join(KINDS)}.")
     budget = Budget(topology, config.p, cost, config.multiple)
-    budget.check()
+    with _named_as_fields():
+        budget.check()
     return budget
+
+
+@contextlib.contextmanager
+def _named_as_fields() -> Iterator[None]:
+    """Calls p and multiple by their names in the configuration."""
+    try:
+        yield
+    except ValueError as error:
+        is_field = str(error).startswith(("p=", "multiple="))
+        raise ValueError(f"{'budget.' if is_field else ''}{error}") from error
+
+
+def floors_of(topology: Topology, floors: Any) -> tuple[int, ...]:
+    """The least channels of every gate.
+
+    Args:
+      topology: Topology of the network.
+      floors: Channels (whole numbers) or a part (fractions below 1): one for all gates, by the gate's name, or as a
+        function of the gate; None for one channel each.
+
+    Raises:
+      ValueError: A floor is neither, is above its gate's channels, or names no gate.
+    """
+    if floors is None:
+        return ()
+    if isinstance(floors, Mapping):
+        names = [gate.name for gate in topology.gates]
+        if unknown := [name for name in floors if name not in names]:
+            raise ValueError(f"floors names {unknown[0]!r}, which is no gate; the gates are {', '.join(names)}.")
+    found = []
+    for gate in topology.gates:
+        if isinstance(floors, Mapping):
+            floor = floors.get(gate.name, 1)
+        else:
+            floor = floors(gate) if callable(floors) else floors
+        channels = math.ceil(floor * gate.channels) if isinstance(floor, float) and 0 < floor < 1 else floor
+        if not isinstance(channels, int | np.integer) or not 1 <= channels <= gate.channels:
+            raise ValueError(
+                f"the floor of gate {gate.name} is {floor!r}; it must be a fraction below 1, or a whole number from 1 "
+                f"to its {gate.channels} channels."
+            )
+        found.append(int(channels))
+    return tuple(found)
 
 
 def _check_fields(topology: Topology, p: float, multiple: int) -> None:
     if not 0.0 < p <= 1.0:
-        raise ValueError(f"budget.p={p} must be in (0, 1]: the fraction of the cost that remains.")
+        raise ValueError(f"p={p} must be in (0, 1]: the fraction of the cost that remains.")
     if multiple < 1:
-        raise ValueError(f"budget.multiple={multiple} must be at least 1.")
+        raise ValueError(f"multiple={multiple} must be at least 1.")
     if not topology.gates:
         raise ValueError(f"the network has no gate to prune: {topology.describe()}")

@@ -25,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend import core
-from tqdm import tqdm
 
 from ddnp_jax import files, parallel
 from ddnp_jax.cost import flops
@@ -183,6 +182,8 @@ def measure(
       multiple: The widths are multiples of this, except the whole.
       variables: Variables of a function, or their shapes.
     """
+    from tqdm import tqdm  # here, because whoever only prunes needs no more than JAX and flax
+
     calls = _calls(model, topology, batch, variables)
     known: dict[_Call, float] = {}  # networks repeat their layers
 

@@ -13,12 +13,12 @@ import grain
 import numpy as np
 
 
-class Draws(NamedTuple):
-    """Images that were drawn.
+class BatchIndices(NamedTuple):
+    """Which images a batch holds.
 
     Attributes:
-      index: int32 (...), of the image.
-      epoch: int32 (...), how often the image was drawn before.
+      index: int32 (...), the numbers of the images.
+      epoch: int32 (...), how many times each image was used before.
     """
 
     index: np.ndarray
@@ -31,10 +31,10 @@ def split(count: int, seed: int, search_fraction: float, validation_fraction: fl
     The search part depends on neither of the other two, so changing `validation_fraction` keeps it.
 
     Args:
-      count: of the training images.
-      seed: of the lot.
-      search_fraction: of `count`, for the search (DDNP: 5 % on CIFAR-10).
-      validation_fraction: of `count`, for choosing the best checkpoint.
+      count: how many training images there are.
+      seed: draws the lots.
+      search_fraction: the fraction of them that the search uses (DDNP: 5 % on CIFAR-10).
+      validation_fraction: the fraction of them by which the best checkpoint is chosen.
 
     Returns:
       "train", "search" and "validation" -> sorted int32 indices.
@@ -57,13 +57,13 @@ def batches(
 
     Args:
       indices: int (N,), the images to use, each once per epoch.
-      batch_size: of the global batch, over all processes; at most N.
-      seed: of the shuffles.
+      batch_size: images in the global batch, over all processes; at most N.
+      seed: draws the shuffles.
       shuffle: False keeps the order of `indices` in every epoch.
-      process: rank of this process and number of processes.
+      process: the rank of this process and the number of processes.
 
     Returns:
-      Element `step` is this process' part of the batch: `Draws` (batch_size / processes,), a pure function of
+      Element `step` is this process' part of the batch: `BatchIndices` (batch_size / processes,), a pure function of
       (seed, step).
 
     Raises:
@@ -91,7 +91,7 @@ class _Batches:
     def __len__(self) -> int:
         return sys.maxsize // self.batch_size
 
-    def __getitem__(self, step: int) -> Draws:
+    def __getitem__(self, step: int) -> BatchIndices:
         size = self.batch_size // self.processes
         first = step * self.batch_size + self.rank * size
         epoch, start = divmod(first, len(self.indices))
@@ -99,7 +99,7 @@ class _Batches:
         missing = size - len(index)
         if missing:
             index = np.concatenate([index, self._epoch(epoch + 1)[:missing]])
-        return Draws(index.copy(), np.repeat(np.int32([epoch, epoch + 1]), [size - missing, missing]))
+        return BatchIndices(index.copy(), np.repeat(np.int32([epoch, epoch + 1]), [size - missing, missing]))
 
     def _epoch(self, epoch: int) -> np.ndarray:
         return self.indices[_permutation(len(self.indices), self.seed, epoch)] if self.shuffle else self.indices
@@ -123,17 +123,17 @@ def evaluation_batches(indices: np.ndarray, batch_size: int, *, process: tuple[i
 
     Args:
       indices: int (N,), the images to evaluate.
-      batch_size: of the global batch, over all processes; a multiple of their number.
-      process: rank of this process and number of processes.
+      batch_size: images in the global batch, over all processes; a multiple of their number.
+      process: the rank of this process and the number of processes.
 
     Returns:
-      Elements are this process' part of the batches: `Draws` (batch_size / processes,) and valid, bool of that shape:
-      False where a draw only fills up.
+      Elements are this process' part of the batches: `BatchIndices` (batch_size / processes,) and valid, bool of that
+      shape: False where an image only fills up.
     """
     rank, processes = process
     count = steps_per_epoch(len(indices), batch_size) * batch_size
     valid = np.arange(count) < len(indices)
     filled = np.concatenate([indices, np.repeat(indices[:1], count - len(indices))]).astype(np.int32)
     parts = [a.reshape(-1, processes, batch_size // processes)[:, rank] for a in (filled, valid)]
-    batches = [(Draws(index, np.zeros_like(index)), real) for index, real in zip(*parts, strict=True)]
+    batches = [(BatchIndices(index, np.zeros_like(index)), real) for index, real in zip(*parts, strict=True)]
     return grain.MapDataset.source(batches)

@@ -1,7 +1,8 @@
-"""Encoded photographs to square crops, on the host: torchvision's two transformations of ImageNet.
+"""Encoded images to pixels and square crops, on the host: torchvision's two transformations of ImageNet.
 
-JPEGs are decoded by simplejpeg (libjpeg-turbo), whose pixels are those of Pillow bit for bit; what it does not know,
-CMYK and other formats, by Pillow itself.
+Every image of every data set is decoded here, to 8 bits, upright and without transparency. JPEGs are decoded by
+simplejpeg (libjpeg-turbo), whose pixels are those of Pillow bit for bit; what it does not know, CMYK and other formats,
+by Pillow itself, which also reads every header.
 """
 
 import io
@@ -10,11 +11,23 @@ import math
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+MAX_PIXELS = 2**28 // 3  # of an image: a small file can claim to be of any size; Pillow warns from here on
 AREA = (0.08, 1.0)  # of a random crop, as a fraction of the photograph
 ASPECT_RATIO = (3 / 4, 4 / 3)  # of a random crop, width / height
 ATTEMPTS = 10  # to draw a random crop that fits
+
+# EXIF's orientations that turn an image: whether rows and columns change places, then the steps along both.
+_TURNS = {
+    2: (False, 1, -1),
+    3: (False, -1, -1),
+    4: (False, -1, 1),
+    5: (True, 1, 1),
+    6: (True, 1, -1),
+    7: (True, -1, -1),
+    8: (True, -1, 1),
+}
 
 cv2.setNumThreads(0)  # the callers are threads already
 
@@ -27,16 +40,20 @@ def center_crop(encoded: bytes, resize: int, out: np.ndarray) -> None:
     Args:
       encoded: a photograph.
       resize: pixels, at least the side of `out`.
-      out: uint8 (S, S, 3), RGB; is overwritten.
+      out: uint8 (S, S, C), RGB or grey; is overwritten.
+
+    Raises:
+      ValueError: it cannot be decoded.
     """
-    image = decode(encoded)
+    image = decode(encoded, channels=out.shape[-1])
     height, width = image.shape[:2]
     shorter = min(height, width)
     if shorter != resize:
         size = int(resize * width / shorter), int(resize * height / shorter)
-        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+        _check_size(*size)
+        image = np.asarray(Image.fromarray(_without_grey_axis(image)).resize(size, Image.Resampling.BILINEAR))
     top, left = (round((side - len(out)) / 2.0) for side in image.shape[:2])
-    out[:] = image[top : top + len(out), left : left + len(out)]
+    out[:] = image[top : top + len(out), left : left + len(out)].reshape(out.shape)
 
 
 def random_crop(encoded: bytes, rng: np.random.Generator, flip: bool, out: np.ndarray) -> None:
@@ -49,21 +66,27 @@ def random_crop(encoded: bytes, rng: np.random.Generator, flip: bool, out: np.nd
 
     Args:
       encoded: a photograph.
-      rng: of size, shape, place and flip.
+      rng: draws size, shape, place and flip.
       flip: whether to mirror left and right with probability 1/2.
-      out: uint8 (S, S, 3), RGB; is overwritten.
+      out: uint8 (S, S, C), RGB or grey; is overwritten.
+
+    Raises:
+      ValueError: it cannot be decoded.
     """
     size = len(out)
-    height, width = _size(encoded)
+    photograph = _Photograph(encoded)
+    height, width = photograph.size
     top, left, crop_height, crop_width = draw_crop(rng, height, width)
     scale = min(crop_height, crop_width) / size
-    image = decode(encoded, *((math.ceil(height / scale), math.ceil(width / scale)) if scale >= 2 else ()))
+    smallest = (math.ceil(height / scale), math.ceil(width / scale)) if scale >= 2 else (0, 0)
+    image = photograph.pixels(*smallest, channels=out.shape[-1])
     rows, columns = image.shape[0] / height, image.shape[1] / width
     top, bottom = round(top * rows), round((top + crop_height) * rows)
     left, right = round(left * columns), round((left + crop_width) * columns)
-    cv2.resize(image[top:bottom, left:right], (size, size), dst=out, interpolation=cv2.INTER_LINEAR)
+    target = _without_grey_axis(out)
+    cv2.resize(image[top:bottom, left:right], (size, size), dst=target, interpolation=cv2.INTER_LINEAR)
     if flip and rng.random() < 0.5:
-        cv2.flip(out, 1, dst=out)
+        cv2.flip(target, 1, dst=target)
 
 
 def draw_crop(rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
@@ -87,38 +110,107 @@ def draw_crop(rng: np.random.Generator, height: int, width: int) -> tuple[int, i
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-def decode(encoded: bytes, min_height: int = 0, min_width: int = 0) -> np.ndarray:
-    """Decodes a photograph.
+def decode(encoded: bytes, min_height: int = 0, min_width: int = 0, channels: int = 3) -> np.ndarray:
+    """Decodes an image, turned upright as its EXIF orientation says.
+
+    Transparent images are laid over white, 16 bits are scaled to 8, palettes are looked up, CMYK becomes RGB; of an
+    animation it is the first frame.
 
     Args:
-      encoded: JPEG of any colours, or another format that Pillow reads.
-      min_height: with `min_width`: the result may be smaller than the photograph, but not than this.
-      min_width: see `min_height`; 0 for the whole photograph.
+      encoded: a JPEG, or another format that Pillow reads.
+      min_height: with `min_width`: the result may be smaller than the image, but not than this.
+      min_width: see `min_height`; 0 for the whole image.
+      channels: 3 for RGB, where grey is repeated; 1 for grey, the luma of colours.
 
     Returns:
-      uint8 (H, W, 3), RGB; grey is repeated.
+      uint8 (H, W, channels).
 
     Raises:
-      ValueError, OSError: it is damaged.
+      ValueError: it is no image, is damaged, or has more than `MAX_PIXELS`.
     """
-    if _is_plain_jpeg(encoded):
-        # Not strict, because ImageNet holds files with superfluous bytes. Between 1/2 and 1 libjpeg has no fast form.
-        scaled = {"min_height": min_height, "min_width": min_width, "min_factor": 2} if min_height else {}
-        return simplejpeg.decode_jpeg(encoded, "RGB", strict=False, **scaled)
-    with Image.open(io.BytesIO(encoded)) as image:
-        return np.asarray(image.convert("RGB"))
+    return _Photograph(encoded).pixels(min_height, min_width, channels)
 
 
-def _size(encoded: bytes) -> tuple[int, int]:
-    """Height and width, from the header alone."""
-    if _is_plain_jpeg(encoded):
-        return simplejpeg.decode_jpeg_header(encoded, strict=False)[:2]
-    with Image.open(io.BytesIO(encoded)) as image:
-        return image.height, image.width
+class _Photograph:
+    """An encoded image whose header has been read.
+
+    Attributes:
+      size: height and width in pixels, upright.
+    """
+
+    def __init__(self, encoded: bytes) -> None:
+        try:
+            image = Image.open(io.BytesIO(encoded))
+            _check_size(*image.size)
+            turn = _TURNS.get(_orientation(image), (False, 1, 1))
+        except UnidentifiedImageError as error:
+            raise ValueError("it is no image in a known format") from error
+        except Exception as error:  # damaged files make Pillow's readers raise anything
+            raise ValueError(_sentence(error)) from error
+        self._encoded, self._image, self._turn = encoded, image, turn
+        self.size = image.size if turn[0] else image.size[::-1]
+
+    def pixels(self, min_height: int, min_width: int, channels: int) -> np.ndarray:
+        """As `decode`."""
+        transposed, row_step, column_step = self._turn
+        smallest = (min_width, min_height) if transposed else (min_height, min_width)
+        try:
+            image = self._stored(*smallest, channels)
+        except Exception as error:  # as above
+            raise ValueError(_sentence(error)) from error
+        image = image.swapaxes(0, 1) if transposed else image
+        return np.ascontiguousarray(image[::row_step, ::column_step])
+
+    def _stored(self, min_height: int, min_width: int, channels: int) -> np.ndarray:
+        """As it lies in the file, not turned."""
+        image = self._image
+        if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
+            # Between 1/2 and 1 libjpeg has no fast form.
+            scaled = {"min_height": min_height, "min_width": min_width, "min_factor": 2} if min_height else {}
+            try:
+                return simplejpeg.decode_jpeg(self._encoded, "RGB" if channels == 3 else "GRAY", **scaled)
+            except ValueError:
+                pass  # Pillow refuses truncated files, and accepts superfluous bytes, which ImageNet has
+        pixels = np.asarray(_opaque(image).convert("RGB" if channels == 3 else "L"))
+        return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def _is_plain_jpeg(encoded: bytes) -> bool:
-    if not simplejpeg.is_jpeg(encoded):
-        return False
-    colors = simplejpeg.decode_jpeg_header(encoded, strict=False)[2]
-    return colors not in ("CMYK", "YCCK")
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF data turn nothing; whether the pixels are damaged too is found out later
+        return 1
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """The image with 8 bits per channel, over white where it is transparent."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, whose range no file states")
+    if image.mode.startswith("I"):
+        return _eight_bits(image)
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 bits; older versions of Pillow open it with 32."""
+    levels = np.array(image, np.int64)
+    if levels.min() < 0 or levels.max() > 65535:
+        raise ValueError("its pixels are whole numbers outside of 0..65535")
+    levels[levels == image.info.get("transparency")] = 65535
+    return Image.fromarray(np.round(levels / 257).astype(np.uint8))
+
+
+def _without_grey_axis(image: np.ndarray) -> np.ndarray:
+    return image[..., 0] if image.shape[-1] == 1 else image
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels are more than the {MAX_PIXELS} that are decoded")
+
+
+def _sentence(error: Exception) -> str:
+    return str(error).rstrip(".") or type(error).__name__

@@ -1,80 +1,143 @@
-"""Ways to arrive at a Selection. `METHODS` lists them by the name that the configuration uses.
+"""Ways to arrive at a Selection. `METHODS` lists them by name.
 
-A method module defines `build(problem: Problem) -> Search`. Where it has fields of its own it also defines
-`default_config()`, which gives them (and its own defaults of the common ones), and `check(config)`, which refuses what
-it does not know. One-shot methods are searches of zero steps.
+A method is its fields, a dataclass that checks itself, and a function that builds a `Search` of a `Problem`. Scores
+that need no images are searches of zero steps. Usage, as `ddnp_jax.prune` does it:
+
+    config = methods.configure("ddnp", {"tie_weight": 0.5})
+    search = methods.build("ddnp", methods.Problem(model, variables, topology, budget, config, steps=2000))
+    state, history = methods.run_search(search, variables, batches)
+    selection = methods.select(search, state, budget)
 """
 
-from types import ModuleType
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-import ml_collections
-
-from ddnp_jax.methods import magnitude, uniform
+from ddnp_jax.methods import scores
 from ddnp_jax.methods.base import (
+    AdamW,
+    Importance,
+    Measured,
     Problem,
     Search,
     Seeds,
     over_seeds,
     proposed_cost,
-    refuse_unknown,
     seed_metric,
     select,
 )
 from ddnp_jax.methods.ddnp import search as ddnp
 from ddnp_jax.methods.nppm import search as nppm
+from ddnp_jax.methods.scores import SCORES
+from ddnp_jax.methods.searching import run_search
 
 __all__ = [
     "METHODS",
+    "SCORES",
+    "AdamW",
+    "Importance",
+    "Measured",
+    "Method",
     "Problem",
     "Search",
     "Seeds",
     "build",
-    "check",
-    "default_config",
+    "configure",
+    "default_fields",
     "over_seeds",
     "proposed_cost",
-    "refuse_unknown",
+    "run_search",
     "seed_metric",
     "select",
 ]
 
-METHODS: dict[str, ModuleType] = {"ddnp": ddnp, "magnitude": magnitude, "nppm": nppm, "uniform": uniform}
+
+class Method(NamedTuple):
+    """A method.
+
+    Attributes:
+      fields: Its fields: a dataclass with defaults, which raises ValueError for values that cannot be.
+      build: Makes its search of a problem.
+      steps: Steps that it takes where its user says nothing; 0 of methods that need no images.
+      job_fields: Fields of the job's `search` section that have other defaults with this method.
+    """
+
+    fields: type
+    build: Callable[[Problem], Search]
+    steps: int
+    job_fields: Mapping[str, Any] = {}
 
 
-def default_config(method: str) -> ml_collections.ConfigDict:
-    """The fields that a method adds to the `search` section, and its own defaults of the common ones.
+def _scoring(name: str, steps: int = 0, **job_fields: Any) -> Method:
+    return Method(scores.Fields, functools.partial(scores.build, SCORES[name]), steps, job_fields)
+
+
+METHODS: dict[str, Method] = {
+    "ddnp": Method(ddnp.Fields, ddnp.build, steps=2000),
+    "nppm": Method(nppm.Fields, nppm.build, steps=2000, job_fields={"augment": True}),
+    "uniform": _scoring("uniform"),
+    "magnitude": _scoring("magnitude"),
+    "bn_scale": _scoring("bn_scale"),
+    "fpgm": _scoring("fpgm"),
+    "taylor": _scoring("taylor", steps=50, epochs=1),
+}
+
+
+def find(method: str) -> Method:
+    """The method of a name.
 
     Raises:
-      ValueError: the method is unknown.
+      ValueError: There is none.
     """
-    return getattr(_module(method), "default_config", ml_collections.ConfigDict)()
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}.")
+    return METHODS[method]
 
 
-def check(config: ml_collections.ConfigDict) -> None:
-    """Refuses what the method of the `search` section does not know; needs no network.
+def configure(method: str, fields: Mapping[str, Any] | None = None) -> Any:
+    """A method's fields with other values than their defaults.
+
+    Args:
+      method: Name of the method.
+      fields: Values by name; those of an optimizer are a mapping, {"learning_rate": 1e-3}.
+
+    Returns:
+      The fields, for `Problem.config`.
 
     Raises:
-      ValueError: names the field and what it may be.
+      ValueError: The method or a field is unknown, or a value cannot be.
     """
-    missing = [field for field in default_config(config.method) if field not in config]
-    if missing:
-        raise ValueError(
-            f"search.method={config.method!r} needs search.{missing[0]}, which this configuration lacks; choose the "
-            f"method by the configuration's argument, --config=FILE.py:{config.method}."
-        )
-    getattr(_module(config.method), "check", lambda _: None)(config)
+    kind = find(method).fields
+    return _filled(kind(), fields or {}, method)
+
+
+def _filled(fields: Any, values: Mapping[str, Any], owner: str) -> Any:
+    known = {field.name for field in dataclasses.fields(fields)}
+    for name in values:
+        if name not in known:
+            names = ", ".join(field.name for field in dataclasses.fields(fields))
+            raise ValueError(f"{owner} has no field {name!r}; its fields are {names}.")
+    nested = {
+        name: _filled(getattr(fields, name), value, f"{owner}'s {name}") if isinstance(value, Mapping) else value
+        for name, value in values.items()
+    }
+    return dataclasses.replace(fields, **nested)
+
+
+def default_fields(method: str) -> dict[str, Any]:
+    """The fields of a method and their defaults, as nested dictionaries.
+
+    Raises:
+      ValueError: The method is unknown.
+    """
+    return dataclasses.asdict(find(method).fields())
 
 
 def build(method: str, problem: Problem) -> Search:
     """Builds the search of a method.
 
     Raises:
-      ValueError: the method or a field of its configuration is unknown.
+      ValueError: The method is unknown.
     """
-    return _module(method).build(problem)
-
-
-def _module(method: str) -> ModuleType:
-    if method not in METHODS:
-        raise ValueError(f"search.method={method!r} is unknown; choose one of {', '.join(METHODS)}.")
-    return METHODS[method]
+    return find(method).build(problem)

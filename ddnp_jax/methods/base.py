@@ -1,50 +1,108 @@
 """What methods are given and what they are: `Problem` and `Search`, and what becomes of a search's proposal."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 from ddnp_jax import losses
 from ddnp_jax.cost.budget import Budget
+from ddnp_jax.losses import Loss
 from ddnp_jax.masking import Observe, apply_masked
+from ddnp_jax.networks import Outputs
+from ddnp_jax.parallel import ONE_DEVICE, Devices
 from ddnp_jax.topology import Selection, Topology
+
+Importance = tuple[np.ndarray, ...]  # (C_l,) per gate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """Fields of an AdamW optimizer.
+
+    Attributes:
+      learning_rate: Learning rate.
+      weight_decay: Weight decay.
+    """
+
+    learning_rate: float
+    weight_decay: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResourceFields:
+    """Fields of every search that is led to its budget by a term of its loss.
+
+    Attributes:
+      resource_loss: R: 'log_abs', 'log_max', 'abs' or 'square'; see `losses.resource`.
+      resource_weight: λ.
+    """
+
+    resource_loss: str = "log_abs"
+    resource_weight: float = 4.0
+
+
+class Measured(NamedTuple):
+    """What a masked network does on a batch; scalars.
+
+    Attributes:
+      loss: The loss that it was trained for.
+      performance: How well it does, in [0, 1]: the accuracy, of the default loss.
+      metrics: What is logged.
+    """
+
+    loss: jax.Array
+    performance: jax.Array
+    metrics: dict[str, jax.Array]
 
 
 class Problem(NamedTuple):
     """What a method is given.
 
     Attributes:
-      model: the backbone.
-      variables: its trained variables; they stay as they are.
-      topology: of the model.
-      budget: what may remain.
-      config: the `search` section of the configuration.
-      steps: number of search steps.
+      model: The backbone, of any kind that `trace` takes.
+      variables: Its trained variables; they stay as they are.
+      topology: Topology of `model`, as returned by `trace`.
+      budget: What may remain.
+      config: The method's fields, as returned by `methods.configure`.
+      steps: Number of search steps.
+      loss: Loss `(outputs, targets) -> scalar`; None is the cross-entropy of integer labels.
+      outputs: Which of the network's outputs count: a key, an index or a function; see `networks.picked`.
+      performance: `(outputs, targets) -> scalar` in [0, 1], which NPPM maximizes; None is the accuracy of the default
+        loss, and exp(-loss) of an own one.
     """
 
-    model: nn.Module
+    model: Any
     variables: Any
     topology: Topology
     budget: Budget
-    config: ml_collections.ConfigDict
+    config: Any
     steps: int
+    loss: Loss | None = None
+    outputs: Outputs = None
+    performance: Loss | None = None
 
-    def classification(
+    def measure(
         self, masks: Sequence[jax.Array], variables: Any, batch: Any, observe: Observe | None = None
-    ) -> dict[str, jax.Array]:
-        """The frozen network's "cross_entropy" and "top1" in percent on a batch of (images, labels), masked."""
-        images, labels = batch
-        logits = apply_masked(self.model, variables, images, masks, self.topology, observe=observe)
-        return {
-            "cross_entropy": losses.cross_entropy(logits.astype(jnp.float32), labels),
-            "top1": 100.0 * jnp.mean(jnp.argmax(logits, -1) == labels),
-        }
+    ) -> Measured:
+        """What the frozen network does with masks on a batch of (images, targets)."""
+        images, targets = batch
+        found = apply_masked(self.model, variables, images, masks, self.topology, observe=observe)
+        measured = losses.measure(found, targets, self.loss, self.outputs)
+        loss = measured["loss"]
+        if self.loss is None:
+            performance, metrics = measured["top1"] / 100, {"cross_entropy": loss, "top1": measured["top1"]}
+        else:
+            performance, metrics = jnp.exp(-loss), {"task_loss": loss}
+        if self.performance is not None:
+            performance = losses.measure(found, targets, self.performance, self.outputs)["loss"]
+            metrics["performance"] = performance
+        return Measured(loss, performance, metrics)
 
     def resource(self, widths: jax.Array) -> dict[str, jax.Array]:
         """The "resource_loss" R of widths (L,), in channels, and the share of the budgeted cost that is "remaining"."""
@@ -59,27 +117,29 @@ class Search(NamedTuple):
     """A method's search over batches, as pure functions.
 
     Attributes:
-      steps: number of steps; 0 for one-shot methods.
-      init: rng -> state, any pytree of arrays.
-      step: (state, variables, (images, labels), rng) -> (state, metrics), seen from one device: images are normalized
-        floats (N, H, W, C), `rng` is the same on all devices, means are taken over the mapped axis "data".
-      propose: state on the host -> importances (C_l,) per gate and widths k (L,) in (0, 1].
-      notes: sentences for the report.
+      steps: Number of steps; 0 for methods that need no images.
+      init: Random key -> state, any pytree of arrays.
+      step: (state, variables, (images, targets), rng, devices) -> (state, metrics), a `training.Step`.
+      propose: State on the host -> importances (C_l,) per gate, and widths k (L,) in (0, 1] or None: then they follow
+        from the importances.
+      notes: Sentences for the report.
+      widths: Importances and budget -> widths in channels, where `propose` gives none.
     """
 
     steps: int
     init: Callable[[jax.Array], Any]
     step: Callable[..., tuple[Any, dict[str, jax.Array]]]
-    propose: Callable[[Any], tuple[tuple[np.ndarray, ...], np.ndarray]]
+    propose: Callable[[Any], tuple[Importance, np.ndarray | None]]
     notes: tuple[str, ...] = ()
+    widths: Callable[[Importance, Budget], tuple[int, ...]] | None = None
 
 
 class Seeds(flax.struct.PyTreeNode):
     """The state of one search from several seeds at once.
 
     Attributes:
-      step: number of steps taken, int32.
-      states: of all seeds, along a leading axis.
+      step: Number of steps taken, int32.
+      states: States of all seeds, along a leading axis.
     """
 
     step: jax.Array
@@ -94,17 +154,20 @@ def over_seeds(search: Search, seeds: Sequence[int]) -> tuple[Seeds, Callable[..
     """The same search from several seeds, as one `jax.vmap`: all see the same batches, each draws for itself.
 
     Args:
-      search: with at least one step.
-      seeds: of the initial states and of what the steps draw.
+      search: Search with at least one step.
+      seeds: Seeds of the initial states and of what the steps draw.
 
     Returns:
       The state before the first step, and the step. Its metrics are "loss", the mean over the seeds, and every metric
       of each seed under `seed_metric`.
     """
 
-    def step(state: Seeds, variables: Any, batch: Any, rng: jax.Array) -> tuple[Seeds, dict[str, jax.Array]]:
+    def step(
+        state: Seeds, variables: Any, batch: Any, rng: jax.Array, devices: Devices = ONE_DEVICE
+    ) -> tuple[Seeds, dict[str, jax.Array]]:
         rngs = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, jnp.array(seeds))
-        states, metrics = jax.vmap(search.step, in_axes=(0, None, None, 0))(state.states, variables, batch, rngs)
+        one = functools.partial(search.step, devices=devices)
+        states, metrics = jax.vmap(one, in_axes=(0, None, None, 0))(state.states, variables, batch, rngs)
         named = {seed_metric(seed, name): values[i] for name, values in metrics.items() for i, seed in enumerate(seeds)}
         return Seeds(state.step + 1, states), {"loss": jnp.mean(metrics["loss"]), **named}
 
@@ -117,34 +180,36 @@ def seed_metric(seed: int, name: str) -> str:
     return f"seed{seed}/{name}"
 
 
-def refuse_unknown(config: ml_collections.ConfigDict, choices: Mapping[str, Sequence[str]]) -> None:
-    """Refuses values of the `search` section that are not among the choices of their field.
+def check_choices(fields: Any, choices: Mapping[str, Sequence[str]]) -> None:
+    """Raises for fields whose values are not among their choices.
 
     Raises:
-      ValueError: names the field and what it may be.
+      ValueError: The field and what it may be are named.
     """
-    for field, known in choices.items():
-        if config[field] not in known:
-            raise ValueError(f"search.{field}={config[field]!r} is unknown; use one of {', '.join(known)}.")
+    for name, known in choices.items():
+        value = getattr(fields, name)
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(known)}.")
 
 
-def proposed_cost(search: Search, state: Any, budget: Budget) -> float:
-    """T of the widths that a search proposes in `state`, rounded but not yet fitted to the budget."""
-    return budget.cost(budget.round(np.asarray(search.propose(state)[1])))
+def proposed_cost(search: Search, state: Any, budget: Budget) -> float | None:
+    """T of the widths that a search proposes in `state`, rounded, not fitted to the budget; None of none."""
+    _, k = search.propose(state)
+    return None if k is None else budget.cost(budget.round(np.asarray(k)))
 
 
 def select(search: Search, state: Any, budget: Budget) -> Selection:
     """The channels that a search proposes in `state`: integer widths that meet the budget, best-ranked channels.
 
     Args:
-      search: of any method.
-      state: its state, on the host.
-      budget: to be met.
+      search: Search of any method.
+      state: Its state, on the host.
+      budget: Budget to meet.
 
     Returns:
       The kept channels per gate; equal importances keep channel order.
     """
     importance, k = search.propose(state)
     order = (np.argsort(-np.asarray(scores), kind="stable") for scores in importance)
-    widths = budget.fit(np.asarray(k))
+    widths = budget.fit(np.asarray(k)) if k is not None else search.widths(importance, budget)
     return Selection(tuple(tuple(sorted(map(int, o[:width]))) for o, width in zip(order, widths, strict=True)))

@@ -18,13 +18,11 @@ class Backbone(nn.Module):
       num_classes: outputs of the classifier.
       widths: channels inside the blocks, in the order of the forward pass; None is the whole network.
       dtype: of the computation; parameters stay float32.
-      bn_axis_name: the mapped axis over which training-mode batch statistics are averaged, or None.
     """
 
     num_classes: int
     widths: Sequence[int] | None = None
     dtype: Any = jnp.float32
-    bn_axis_name: str | None = None
 
     def __post_init__(self) -> None:
         whole = self.whole_widths()
@@ -45,14 +43,12 @@ class ConvNorm:
     Attributes:
       train: whether batch norm uses the batch's statistics.
       dtype: of the computation.
-      axis_name: the mapped axis over which batch statistics are averaged, or None.
       momentum: share of the old running statistics in the new ones.
       epsilon: added to the variance.
     """
 
     train: bool
     dtype: Any
-    axis_name: str | None
     momentum: float = 0.9
     epsilon: float = 1e-5
 
@@ -83,7 +79,6 @@ class ConvNorm:
             momentum=self.momentum,
             epsilon=self.epsilon,
             dtype=self.dtype,
-            axis_name=self.axis_name,
             name=names[1],
         )
         return norm(conv(x))

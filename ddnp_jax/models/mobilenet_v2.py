@@ -56,7 +56,7 @@ class MobileNetV2(Backbone, kw_only=True):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps normalized images (N, H, W, 3) to logits (N, num_classes)."""
-        layer = ConvNorm(train, self.dtype, self.bn_axis_name)
+        layer = ConvNorm(train, self.dtype)
         x = nn.relu6(layer(x, STEM, 3, 2, names=("features_0_0", "features_0_1")))
         rows = self._blocks()
         for i, (width, (_, channels, stride)) in enumerate(zip((None, *self.widths), rows, strict=True), start=1):

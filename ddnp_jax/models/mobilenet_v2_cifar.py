@@ -49,7 +49,7 @@ class CifarMobileNetV2(Backbone, kw_only=True):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps normalized images (N, H, W, 3) to logits (N, num_classes)."""
-        layer = ConvNorm(train, self.dtype, self.bn_axis_name)
+        layer = ConvNorm(train, self.dtype)
         x = nn.relu(layer(x, STEM, 3, names=("conv1", "bn1")))
         for i, (width, (_, channels, stride)) in enumerate(zip(self.widths, blocks(self.strides), strict=True)):
             x = Block(width, channels, stride, layer, name=f"layers_{i}")(x)

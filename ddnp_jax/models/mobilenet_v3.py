@@ -85,7 +85,7 @@ class MobileNetV3Small(Backbone, kw_only=True):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps normalized images (N, H, W, 3) to logits (N, num_classes)."""
-        layer = ConvNorm(train, self.dtype, self.bn_axis_name, momentum=0.99, epsilon=1e-3)
+        layer = ConvNorm(train, self.dtype, momentum=0.99, epsilon=1e-3)
         x = nn.hard_swish(layer(x, STEM, 3, 2, names=("features_0_0", "features_0_1")))
         for i, (width, row) in enumerate(zip((None, *self.widths), BLOCKS, strict=True), start=1):
             kernel, expanded, channels, excites, swish, stride = row

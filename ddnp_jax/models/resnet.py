@@ -49,7 +49,7 @@ class ResNet(Backbone, kw_only=True):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps normalized images (N, H, W, 3) to logits (N, num_classes)."""
-        layer = ConvNorm(train, self.dtype, self.bn_axis_name)
+        layer = ConvNorm(train, self.dtype)
         widths = iter(self.widths)
         x = nn.relu(layer(x, STAGES[0], 7, 2, names=("conv1", "bn1")))
         x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))

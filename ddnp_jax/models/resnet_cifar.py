@@ -63,7 +63,7 @@ class CifarResNet(Backbone, kw_only=True):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps normalized images (N, H, W, 3) to logits (N, num_classes)."""
-        layer = ConvNorm(train, self.dtype, self.bn_axis_name)
+        layer = ConvNorm(train, self.dtype)
         x = nn.relu(layer(x, STAGES[0], 3, names=("conv1", "bn1")))
         for i, width in enumerate(self.widths):
             stage, block = divmod(i, self.blocks_per_stage)

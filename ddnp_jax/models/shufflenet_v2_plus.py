@@ -103,7 +103,7 @@ class ShuffleNetV2Plus(Backbone, kw_only=True):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps normalized images (N, H, W, 3) to logits (N, num_classes)."""
-        layer = ConvNorm(train, self.dtype, self.bn_axis_name)
+        layer = ConvNorm(train, self.dtype)
         widths = iter(self.widths)
         x = nn.hard_swish(layer(x, STEM, 3, 2, names=("first_conv_0", "first_conv_1")))
         i = 0

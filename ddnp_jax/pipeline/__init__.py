@@ -1,5 +1,7 @@
-"""The main job: base weights, search, compaction, fine-tuning and report, each stage resumable from the workdir."""
+"""The main job: base weights, search, cut, fine-tuning and report, each stage resumable from the workdir."""
 
-from ddnp_jax.pipeline.job import Run, base, cut, finetune, prepare, run, search, search_curves, summarize
+from ddnp_jax.pipeline.job import Run, prepare, run
+from ddnp_jax.pipeline.results import summarize
+from ddnp_jax.pipeline.stages import base, cut, finetune, search, search_curves
 
 __all__ = ["Run", "base", "cut", "finetune", "prepare", "run", "search", "search_curves", "summarize"]

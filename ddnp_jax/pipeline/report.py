@@ -3,6 +3,7 @@
 Accuracies and reductions are percent. Figures are rounded once, where they are printed; `report.json` keeps all digits.
 """
 
+import io
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,8 +13,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ddnp_jax import parallel
-from ddnp_jax.checkpoint import write_json_atomic
+from ddnp_jax import files, parallel
 
 STAGES = {"base": "base training", "search": "search", "finetune": "fine-tuning"}
 CONVENTIONS = {
@@ -74,11 +74,11 @@ def write(workdir: str | Path, results: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_files(workdir: Path, report: Mapping[str, Any]) -> None:
     search = _search_lines(workdir / "metrics.jsonl")
-    _widths_figure(report).savefig(workdir / "widths.png", dpi=150)
+    write_figure(workdir / "widths.png", _widths_figure(report))
     if search:
-        _search_figure(report, search).savefig(workdir / "search.png", dpi=150)
-    (workdir / "report.md").write_text(_markdown(report, has_search=bool(search)))
-    write_json_atomic(workdir / "report.json", report)
+        write_figure(workdir / "search.png", _search_figure(report, search))
+    files.write_text(workdir / "report.md", _markdown(report, has_search=bool(search)))
+    files.write_json(workdir / "report.json", report)
 
 
 def compare(reports: Sequence[Mapping[str, Any]]) -> str:
@@ -381,6 +381,13 @@ def _search_figure(report: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]
     cost.set_ylabel(f"{report['budget']['unit']} (%)", color=_VERMILION)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
+
+
+def write_figure(path: str | Path, figure: Figure) -> None:
+    """Writes a figure as PNG, whole or not at all."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    files.write_bytes(path, content.getvalue())
 
 
 def plain_axes(figure: Figure, rows: int = 1, columns: int = 1, place: int = 0) -> Axes:

@@ -10,17 +10,17 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
 from ddnp_jax import losses
 from ddnp_jax.methods import masks
-from ddnp_jax.methods.base import Problem, Search, refuse_unknown
+from ddnp_jax.methods.base import AdamW, Measured, Problem, ResourceFields, Search, check_choices
 from ddnp_jax.methods.ddnp import generators
 from ddnp_jax.methods.ddnp.generators import Learner
-from ddnp_jax.methods.magnitude import l1_norms
+from ddnp_jax.methods.scores import Evidence, magnitude
+from ddnp_jax.parallel import ONE_DEVICE, Devices
 
 OUTPUTS = {"sigmoid": jax.nn.sigmoid, "abs": jnp.abs, "square": jnp.square}
 CHOICES = {
@@ -31,26 +31,44 @@ CHOICES = {
 }
 
 
-def default_config() -> ml_collections.ConfigDict:
-    """The fields of DDNP, in the form of Tables A2 and A3."""
-    config = ml_collections.ConfigDict()
-    config.importance = "generator"  # s: 'generator' (g_s), 'scalar' per channel, or 'l1' (norms, fixed)
-    config.width = "generator"  # k: 'generator' (g_k), 'scalar' per gate, or 'half' (0.5, fixed)
-    config.output = "sigmoid"  # importance from s̄: 'sigmoid', 'abs' or 'square'
-    config.learned_inputs = False  # whether x_s and x_k are learned
-    config.bidirectional = False  # authors' form: g_s also runs backward over the gates
-    config.layer_norm = False  # authors' form: layer norm of the GRU's outputs
-    config.energy_weight = 0.0  # authors' form 0.5: share of feature energy in the importance
-    config.importance_average = 0.0  # authors' form 0.99: decay of the average that ranks channels for evaluation
-    config.tie_weight = 1.0  # ρ; 0 disentangles importance and width completely
-    config.tie_noise = 0.02  # half the range of u
-    config.band = 0.05  # half-width of the soft top-k's edge, as a fraction of the channels
-    config.floor = 0.025  # smallest mask during the search
-    # AdamW; scalars need a rate of about 5e-2.
-    config.importance_optimizer = ml_collections.ConfigDict({"learning_rate": 1e-3, "weight_decay": 1e-4})
-    # AdamW, the rate with cosine decay to 0.
-    config.width_optimizer = ml_collections.ConfigDict({"learning_rate": 1e-3, "weight_decay": 0.0})
-    return config
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fields(ResourceFields):
+    """The fields of DDNP, in the form of Tables A2 and A3.
+
+    Attributes:
+      importance: s: 'generator' (g_s), 'scalar' per channel, or 'l1' (norms, fixed).
+      width: k: 'generator' (g_k), 'scalar' per gate, or 'half' (0.5, fixed).
+      output: Importance from s̄: 'sigmoid', 'abs' or 'square'.
+      learned_inputs: Whether x_s and x_k are learned.
+      bidirectional: Authors' form: g_s also runs backward over the gates.
+      layer_norm: Authors' form: layer norm of the GRU's outputs.
+      energy_weight: Authors' form 0.5: share of feature energy in the importance.
+      importance_average: Authors' form 0.99: decay of the average that ranks channels for evaluation.
+      tie_weight: ρ; 0 disentangles importance and width completely.
+      tie_noise: Half the range of u.
+      band: Half-width of the soft top-k's edge, as a fraction of the channels.
+      floor: Smallest mask during the search.
+      importance_optimizer: AdamW of the importance; scalars need a rate of about 5e-2.
+      width_optimizer: AdamW of the widths, the rate with cosine decay to 0.
+    """
+
+    importance: str = "generator"
+    width: str = "generator"
+    output: str = "sigmoid"
+    learned_inputs: bool = False
+    bidirectional: bool = False
+    layer_norm: bool = False
+    energy_weight: float = 0.0
+    importance_average: float = 0.0
+    tie_weight: float = 1.0
+    tie_noise: float = 0.02
+    band: float = 0.05
+    floor: float = 0.025
+    importance_optimizer: AdamW = dataclasses.field(default=AdamW(learning_rate=1e-3, weight_decay=1e-4))
+    width_optimizer: AdamW = dataclasses.field(default=AdamW(learning_rate=1e-3, weight_decay=0.0))
+
+    def __post_init__(self) -> None:
+        check_choices(self, CHOICES)
 
 
 class State(flax.struct.PyTreeNode):
@@ -84,7 +102,8 @@ def importance_learner(problem: Problem) -> Learner:
             return generators.learned(module)
         case "scalar":
             return generators.learned(generators.ScalarImportance(widths))
-    norms = l1_norms(problem.variables, problem.topology)
+    evidence = Evidence(problem.topology, problem.variables)
+    norms = [magnitude(evidence, gate) for gate in range(len(widths))]
     standardized = ((n - n.mean()) / (n.std() + 1e-12) for n in norms)
     return generators.fixed(tuple(np.float32(z - masks.GATE_SHIFT) for z in standardized))
 
@@ -100,7 +119,7 @@ def width_learner(problem: Problem) -> Learner:
     return generators.fixed(np.full(gates, 0.5, np.float32))
 
 
-def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: Fields, steps: int) -> optax.GradientTransformation:
     """AdamW for both learners, the rate of the widths with cosine decay to 0."""
     importance, width = config.importance_optimizer, config.width_optimizer
     return optax.partition(
@@ -118,7 +137,7 @@ def soft_masks(
     importance: tuple[jax.Array, ...],
     gates: tuple[jax.Array, ...],
     k: jax.Array,
-    config: ml_collections.ConfigDict,
+    config: Fields,
 ) -> tuple[jax.Array, ...]:
     """Soft top-k by importance, times the relaxed Bernoulli gate: m_l (C_l,) per gate."""
     return tuple(
@@ -131,15 +150,6 @@ def _feature_energy(activation: jax.Array) -> jax.Array:
     """Mean over images of the channel's summed squared activation: (N, ..., C) -> (C,)."""
     activation = activation.astype(jnp.float32)
     return jnp.sum(jnp.square(activation), range(activation.ndim - 1)) / activation.shape[0]
-
-
-def check(config: ml_collections.ConfigDict) -> None:
-    """Refuses unknown names in the `search` section.
-
-    Raises:
-      ValueError: names the field and what it may be.
-    """
-    refuse_unknown(config, CHOICES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,14 +200,12 @@ class _DDNP:
             return widths
         return (widths + jnp.stack([jnp.sum(masks.straight_through(gate)) for gate in gates])) / 2
 
-    def classification(
-        self, soft: tuple[jax.Array, ...], variables: Any, batch: Any
-    ) -> tuple[dict[str, jax.Array], tuple[jax.Array, ...]]:
+    def task(self, soft: tuple[jax.Array, ...], variables: Any, batch: Any) -> tuple[Measured, tuple[jax.Array, ...]]:
         """First term of eq. (9), with the accuracy, and the feature energies where they are used."""
         energy: dict[int, jax.Array] = {}
         observe = (lambda gate, x: energy.update({gate: _feature_energy(x)})) if self.uses_energy else None
-        metrics = self.problem.classification(soft, variables, batch, observe)
-        return metrics, tuple(energy[gate] for gate in sorted(energy))
+        measured = self.problem.measure(soft, variables, batch, observe)
+        return measured, tuple(energy[gate] for gate in sorted(energy))
 
     @property
     def uses_energy(self) -> bool:
@@ -218,9 +226,9 @@ class _DDNP:
         loss = config.resource_weight * metrics["resource_loss"] + config.tie_weight * metrics["tie_loss"]
         energy = ()
         if self.learns_from_data:
-            classified, energy = self.classification(soft_masks(importance, gates, k, config), variables, batch)
-            metrics |= classified
-            loss = loss + metrics["cross_entropy"]
+            measured, energy = self.task(soft_masks(importance, gates, k, config), variables, batch)
+            metrics |= measured.metrics
+            loss = loss + measured.loss
         return loss, (metrics | {"loss": loss}, energy or state.energy, importance)
 
     def init(self, rng: jax.Array) -> State:
@@ -234,8 +242,10 @@ class _DDNP:
         ranking = self.importance(scores, tuple(masks.relaxed_bernoulli(s, None) for s in scores), energy)
         return State(jnp.int32(0), params, inputs, self.optimizer.init(params), energy, ranking)
 
-    def step(self, state: State, variables: Any, batch: Any, rng: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-        """One step of the search, from one device's view."""
+    def step(
+        self, state: State, variables: Any, batch: Any, rng: jax.Array, devices: Devices = ONE_DEVICE
+    ) -> tuple[State, dict[str, jax.Array]]:
+        """One step of the search, seen from one device."""
         values, generators_vjp = jax.vjp(lambda params: self.learned_values(params, state.inputs), state.params)
         # On CPU the generators' small operations wait long behind the backbone's large ones, so the backbone starts
         # after them, and their gradient is formed after the mean over devices, of one vector.
@@ -243,7 +253,7 @@ class _DDNP:
         gradient = jax.grad(self.objective, has_aux=True)
         gradients, (metrics, energy, importance) = gradient(values, state, variables, batch, rng)
         mine, unravel = ravel_pytree((gradients, metrics, energy))
-        gradients, metrics, energy = unravel(jax.lax.pmean(mine, "data"))
+        gradients, metrics, energy = unravel(devices.mean(mine))
         (gradients,) = generators_vjp(gradients)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         decay = self.problem.config.importance_average
@@ -261,8 +271,7 @@ class _DDNP:
 
 
 def build(problem: Problem) -> Search:
-    """The search of `problem.config`, whose fields `default_config` describes."""
-    check(problem.config)
+    """The search of `problem.config`, a `Fields`."""
     learners = {"importance": importance_learner(problem), "width": width_learner(problem)}
     search = _DDNP(problem, learners, make_optimizer(problem.config, problem.steps))
     return Search(problem.steps, search.init, search.step, search.propose)

@@ -15,16 +15,16 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 
 from ddnp_jax import losses
 from ddnp_jax.methods import masks
-from ddnp_jax.methods.base import Problem, Search, refuse_unknown
+from ddnp_jax.methods.base import AdamW, Measured, Problem, ResourceFields, Search, check_choices
 from ddnp_jax.methods.nppm import memory as episodic
 from ddnp_jax.methods.nppm.memory import Memory
 from ddnp_jax.methods.nppm.predictor import PREDICTORS
+from ddnp_jax.parallel import ONE_DEVICE, Devices
 
 CHOICES = {
     "predictor": ("none", *PREDICTORS),
@@ -33,24 +33,53 @@ CHOICES = {
 }
 
 
-def default_config() -> ml_collections.ConfigDict:
-    """The fields of NPPM; values are the authors' for CIFAR-10."""
-    config = ml_collections.ConfigDict()
-    config.augment = True
-    config.resource_loss = "log_max"
-    # AdamW of the gates, the rate x0.1 at `decay_at`.
-    config.optimizer = ml_collections.ConfigDict({"learning_rate": 5e-2, "weight_decay": 1e-2})
-    config.decay_at = 0.8  # fraction of the search
-    config.predictor = "gru"  # PN: 'gru' (Table 2), 'authors' (their code), 'linear' (LR), or 'none' (DG)
-    config.predictor_loss = "absolute"  # or 'squared'
-    config.predictor_batch_size = 64  # pairs per step of PN; PN takes part once the memory has more
-    config.predictor_optimizer = ml_collections.ConfigDict({"learning_rate": 1e-3, "weight_decay": 1e-3})  # AdamW
-    config.predictor_noise = 15.0  # σ, the noise on the gates that PN judges
-    config.projection = True  # whether PN's gradient is made orthogonal to the classification loss'
-    config.memory_size = 500  # K, pairs in the episodic memory
-    config.memory_steps = 2  # consecutive search steps that make a pair
-    config.memory_balanced = True  # whether rare accuracies are drawn as often as common ones
-    return config
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fields(ResourceFields):
+    """The fields of NPPM; values are the authors' for CIFAR-10.
+
+    Attributes:
+      optimizer: AdamW of the gates, the rate x0.1 at `decay_at`.
+      decay_at: Fraction of the search.
+      predictor: PN: 'gru' (Table 2), 'authors' (their code), 'linear' (LR), or 'none' (DG).
+      predictor_loss: 'absolute' or 'squared'.
+      predictor_batch_size: Pairs per step of PN; PN takes part once the memory has more.
+      predictor_optimizer: AdamW of PN.
+      predictor_noise: σ, the noise on the gates that PN judges.
+      projection: Whether PN's gradient is made orthogonal to that of the classification loss.
+      memory_size: K, pairs in the episodic memory.
+      memory_steps: Consecutive search steps that make a pair.
+      memory_balanced: Whether rare accuracies are drawn as often as common ones.
+    """
+
+    resource_loss: str = "log_max"
+    optimizer: AdamW = dataclasses.field(default=AdamW(learning_rate=5e-2, weight_decay=1e-2))
+    decay_at: float = 0.8
+    predictor: str = "gru"
+    predictor_loss: str = "absolute"
+    predictor_batch_size: int = 64
+    predictor_optimizer: AdamW = dataclasses.field(default=AdamW(learning_rate=1e-3, weight_decay=1e-3))
+    predictor_noise: float = 15.0
+    projection: bool = True
+    memory_size: int = 500
+    memory_steps: int = 2
+    memory_balanced: bool = True
+
+    def __post_init__(self) -> None:
+        check_choices(self, CHOICES)
+        if not 0 < self.decay_at <= 1:
+            raise ValueError(f"decay_at={self.decay_at} must be in (0, 1]: a fraction of the search.")
+        if self.predictor != "none":
+            self._check_memory()
+
+    def _check_memory(self) -> None:
+        for name in ("memory_steps", "predictor_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.memory_size <= self.predictor_batch_size:
+            raise ValueError(
+                f"memory_size={self.memory_size} must be above predictor_batch_size={self.predictor_batch_size}, or PN "
+                "never learns."
+            )
 
 
 class State(flax.struct.PyTreeNode):
@@ -87,27 +116,6 @@ def project(gradient: jax.Array, onto: jax.Array, widths: tuple[int, ...]) -> ja
     return jnp.concatenate([one(g, base) for g, base in pairs])
 
 
-def check(config: ml_collections.ConfigDict) -> None:
-    """Refuses what NPPM cannot do.
-
-    Raises:
-      ValueError: names the field and what it may be.
-    """
-    refuse_unknown(config, CHOICES)
-    if not 0 < config.decay_at <= 1:
-        raise ValueError(f"search.decay_at={config.decay_at} must be in (0, 1]: a fraction of the search.")
-    if config.predictor == "none":
-        return
-    for field in ("memory_steps", "predictor_batch_size"):
-        if config[field] < 1:
-            raise ValueError(f"search.{field}={config[field]} must be at least 1.")
-    if config.memory_size <= config.predictor_batch_size:
-        raise ValueError(
-            f"search.memory_size={config.memory_size} must be above search.predictor_batch_size="
-            f"{config.predictor_batch_size}, or PN never learns."
-        )
-
-
 @dataclasses.dataclass(frozen=True)
 class _NPPM:
     """The pure functions of one search.
@@ -129,12 +137,10 @@ class _NPPM:
         rounded = masks.straight_through(masks.relaxed_bernoulli(gates, rng))
         return masks.split_gates(rounded, self.problem.topology.widths)
 
-    def classification(
-        self, gates: jax.Array, variables: Any, batch: Any, rng: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Cross-entropy of the sub-network."""
-        metrics = self.problem.classification(self.sub_network(gates, rng), variables, batch)
-        return metrics["cross_entropy"], metrics
+    def task(self, gates: jax.Array, variables: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, Measured]:
+        """The loss of the sub-network."""
+        measured = self.problem.measure(self.sub_network(gates, rng), variables, batch)
+        return measured.loss, measured
 
     def resource(self, gates: jax.Array, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """λ R(T, p T_total) with T of the sub-network."""
@@ -163,15 +169,19 @@ class _NPPM:
             memory=episodic.empty(self.problem.config.memory_size, size),
         )
 
-    def step(self, state: State, variables: Any, batch: Any, rng: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-        """One step of the search, from one device's view; after the first mean all devices do the same."""
+    def step(
+        self, state: State, variables: Any, batch: Any, rng: jax.Array, devices: Devices = ONE_DEVICE
+    ) -> tuple[State, dict[str, jax.Array]]:
+        """One step of the search, seen from one device; after the first mean all devices do the same."""
         gate_rng, noise_rng, sample_rng = jax.random.split(rng, 3)
-        classified = jax.grad(self.classification, has_aux=True)(state.gates, variables, batch, gate_rng)
+        of_task = jax.grad(self.task, has_aux=True)(state.gates, variables, batch, gate_rng)
         # On CPU small operations wait long behind large ones: the rest starts after the backbone.
-        state, (gradient, metrics) = jax.lax.optimization_barrier((state, jax.lax.pmean(classified, "data")))
-        (resource, measured), resource_gradient = jax.value_and_grad(self.resource, has_aux=True)(state.gates, gate_rng)
-        metrics |= measured
-        loss = metrics["cross_entropy"] + resource
+        state, (gradient, measured) = jax.lax.optimization_barrier((state, devices.mean(of_task)))
+        (resource, remaining), resource_gradient = jax.value_and_grad(self.resource, has_aux=True)(
+            state.gates, gate_rng
+        )
+        metrics = measured.metrics | remaining
+        loss = measured.loss + resource
         update = gradient + resource_gradient
         if self.predictor is not None:
             ready = state.memory.count > self.problem.config.predictor_batch_size
@@ -180,7 +190,7 @@ class _NPPM:
                 own = project(own, gradient, self.problem.topology.widths)
             update = update + jnp.where(ready, own, 0.0)
             loss = loss + jnp.where(ready, performance, 0.0)
-            state, predictor_loss = self.learn(state, gate_rng, sample_rng, metrics["top1"] / 100)
+            state, predictor_loss = self.learn(state, gate_rng, sample_rng, measured.performance)
             judged = jnp.where(ready, 100 * jnp.exp(-performance), jnp.nan)
             metrics |= {"predictor_loss": predictor_loss, "predicted_noisy_top1": judged}
         updates, opt_state = self.optimizer.update(update, state.opt_state, state.gates)
@@ -229,16 +239,15 @@ class _NPPM:
         return importance, np.array([*is_open])
 
 
-def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: Fields, steps: int) -> optax.GradientTransformation:
     """AdamW of the gates, the rate x0.1 from `decay_at` of the steps on."""
     rate = optax.piecewise_constant_schedule(config.optimizer.learning_rate, {round(config.decay_at * steps): 0.1})
     return optax.adamw(rate, weight_decay=config.optimizer.weight_decay)
 
 
 def build(problem: Problem) -> Search:
-    """The search of `problem.config`, whose fields `default_config` describes."""
+    """The search of `problem.config`, a `Fields`."""
     config, steps = problem.config, problem.steps
-    check(config)
     search = _NPPM(
         problem,
         None if config.predictor == "none" else PREDICTORS[config.predictor](problem.topology.widths),
@@ -248,7 +257,7 @@ def build(problem: Problem) -> Search:
     return Search(steps, search.init, search.step, search.propose, _notes(config, steps))
 
 
-def _notes(config: ml_collections.ConfigDict, steps: int) -> tuple[str, ...]:
+def _notes(config: Fields, steps: int) -> tuple[str, ...]:
     pairs, needed = max(steps - 1, 0) // config.memory_steps, config.predictor_batch_size
     if config.predictor == "none" or pairs > needed:
         return ()

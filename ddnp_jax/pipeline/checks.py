@@ -8,12 +8,14 @@ from typing import Any
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 
 from ddnp_jax import methods, parallel, training
+from ddnp_jax.training.steps import check_decay
 
 STAGES = ("base", "search", "finetune")
 
-# The smallest and largest value of numbers that would otherwise fail late, or train something else without a word.
+# The smallest and largest value of numbers that would otherwise fail late, or silently train something else.
 _TRAINER = {
     "learning_rate": (0.0, math.inf),
     "momentum": (0.0, 1.0),
@@ -36,20 +38,39 @@ _LIMITS = {
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Refuses a configuration by itself; needs the devices' number, but no data and no network.
+    """Checks a configuration by itself; needs the devices' number, but no data and no network.
 
     Raises:
-      ValueError: names the field and what it may be.
+      ValueError: The field and what it may be are named.
     """
     computation_dtype(config.precision)
     _check_numbers(config)
     for section in STAGES:
         _check_batch(section, config[section])
     parallel.check_batch(config.eval_batch_size, "eval_batch_size")
-    methods.check(config.search)
+    method_fields(config.search)
     for section in ("base", "finetune"):
         _check_schedule(section, config[section])
     parallel.check_mode(config.parallel.mode)
+
+
+def method_fields(section: ml_collections.ConfigDict) -> Any:
+    """The fields of the method that the `search` section names.
+
+    Raises:
+      ValueError: The field and what it may be are named.
+    """
+    try:
+        names = methods.default_fields(section.method)
+        missing = [name for name in names if name not in section]
+        if missing:
+            raise ValueError(
+                f"method={section.method!r} needs search.{missing[0]}, which this configuration lacks; choose the "
+                f"method by the configuration's argument, --config=FILE.py:{section.method}."
+            )
+        return methods.configure(section.method, {name: section.to_dict()[name] for name in names})
+    except ValueError as error:
+        raise ValueError(f"search.{error}") from error
 
 
 def _check_numbers(config: ml_collections.ConfigDict) -> None:
@@ -61,10 +82,33 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_schedule(name: str, section: ml_collections.ConfigDict) -> None:
+    if section.warmup_epochs >= section.epochs > 0:
+        raise ValueError(
+            f"{name}.warmup_epochs={section.warmup_epochs} must be below the {section.epochs} epochs of the stage."
+        )
     try:
-        training.schedule(section, updates_per_epoch=1)
+        check_decay(section.decay_at)
+        schedule(section, updates_per_epoch=1)
     except ValueError as error:
         raise ValueError(f"{name}.{error}") from error
+
+
+def schedule(section: ml_collections.ConfigDict, updates_per_epoch: int) -> optax.Schedule:
+    """The schedule of a section of the trainer, which counts in epochs."""
+    steps = section.epochs * updates_per_epoch
+    warmup_steps = min(round(section.warmup_epochs * updates_per_epoch), max(steps - 1, 0))
+    return training.schedule(section.schedule, section.learning_rate, steps, warmup_steps, section.decay_at)
+
+
+def optimizer(section: ml_collections.ConfigDict, steps_per_epoch: int) -> optax.GradientTransformation:
+    """SGD as a section of the trainer describes it.
+
+    Args:
+      section: Section of the trainer.
+      steps_per_epoch: Steps per epoch, of which each update takes `micro_batches`.
+    """
+    rate = schedule(section, steps_per_epoch // section.micro_batches)
+    return training.sgd(rate, section.momentum, section.weight_decay, section.micro_batches)
 
 
 def _check_batch(name: str, section: ml_collections.ConfigDict) -> None:
@@ -83,7 +127,7 @@ def computation_dtype(precision: str) -> Any:
     """The data type that a configuration's `precision` names.
 
     Raises:
-      ValueError: it is unknown.
+      ValueError: It is unknown.
     """
     dtypes = {"float32": np.float32, "bfloat16": jnp.bfloat16}
     if precision not in dtypes:

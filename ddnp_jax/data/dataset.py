@@ -1,0 +1,171 @@
+"""A data set: its images, its held-out splits, and what who serves the network must know."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ddnp_jax.data import photos
+from ddnp_jax.data.images import Images, InMemory, Record, Streamed, naming
+from ddnp_jax.data.order import split
+from ddnp_jax.data.preprocessing import Preprocessing
+
+SMALL_SIDE = 96  # pixels; images of one size up to here are kept in memory and trained on whole
+MAX_BYTES = 2**31  # of pixels in memory, and on every device
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set.
+
+    Attributes:
+      name: how reports call it.
+      num_classes: labels are 0..num_classes - 1.
+      image_shape: (H, W, C), as the network sees images.
+      train: the training images, in record order.
+      test: the images on which accuracies are reported, in record order.
+      splits: "train", "search" and "validation" -> sorted int32 indices into `train`; disjoint, together all.
+      preprocessing: how pixels come to the network.
+      class_names: the names of the classes, label by label; None where there are none.
+      notes: sentences that reports repeat.
+    """
+
+    name: str
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    train: Images
+    test: Images
+    splits: dict[str, np.ndarray]
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuses labels that are no classes, and names that are not one per class."""
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise ValueError(f"class_names has {len(self.class_names)} names for {self.num_classes} classes.")
+        for part in ("train", "test"):
+            images = getattr(self, part)
+            if isinstance(images, InMemory):
+                check_labels(images.labels, self.num_classes, part)
+
+    def serving(self) -> dict[str, Any]:
+        """What must be done to an image before the network sees it, in values of JSON.
+
+        Returns:
+          "input_shape": [H, W, C]. "channel_order": "rgb" (as which arrays of 3 channels count), "bgr" or "grey"; None
+          for other numbers of channels. "resize_size" and "crop_size": the shorter side to which a photograph is
+          resized and the side of the square cut from its middle; None where images are taken whole. "scale", "mean" and
+          "std": the network's input is (scale * pixels - mean) / std, the last two per channel in "channel_order".
+          "num_classes" and "class_names": what the outputs stand for.
+        """
+        is_streamed = isinstance(self.train, Streamed)
+        channels, levels = self.image_shape[-1], self.train.levels
+        colors = "bgr" if self.preprocessing.bgr else "rgb"
+        return {
+            "input_shape": list(self.image_shape),
+            "channel_order": colors if channels == 3 else "grey" if channels == 1 else None,
+            "resize_size": self.preprocessing.resize_size if is_streamed else None,
+            "crop_size": self.preprocessing.crop_size if is_streamed else None,
+            "scale": 1 / levels if levels else 1.0,
+            "mean": list(self.preprocessing.mean),
+            "std": list(self.preprocessing.std),
+            "num_classes": self.num_classes,
+            "class_names": None if self.class_names is None else list(self.class_names),
+        }
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Which training images are held out, in the fields of a configuration's `data` section.
+
+    Attributes:
+      seed: draws them by lot.
+      search_fraction: the fraction of the training images that the search uses, held out from base training.
+      validation_fraction: the fraction of them by which the best checkpoint is chosen.
+    """
+
+    seed: int
+    search_fraction: float
+    validation_fraction: float
+
+    def check(self, section: str = "") -> None:
+        """Refuses impossible values; arguments and errors as in `Preprocessing.check`."""
+        if self.seed < 0:
+            raise ValueError(f"{section}seed={self.seed} must be a whole number, 0 or more.")
+        for field in ("search_fraction", "validation_fraction"):
+            value = getattr(self, field)
+            if not 0 <= value < 1:
+                raise ValueError(
+                    f"{section}{field}={value} is no fraction of the training images; use 0 <= {field} < 1."
+                )
+        if self.search_fraction + self.validation_fraction >= 1:
+            raise ValueError(
+                f"{section}search_fraction={self.search_fraction} and "
+                f"{section}validation_fraction={self.validation_fraction} leave no training images; "
+                "their sum must be below 1."
+            )
+
+    def splits(self, count: int) -> dict[str, np.ndarray]:
+        """The splits of `count` training images, as in `Dataset`."""
+        return split(count, self.seed, self.search_fraction, self.validation_fraction)
+
+
+def check_labels(labels: np.ndarray, num_classes: int, part: str) -> None:
+    """Refuses labels outside of 0..num_classes - 1.
+
+    Args:
+      labels: whole numbers (N,).
+      num_classes: the number of classes.
+      part: "train" or "test", for the message.
+
+    Raises:
+      ValueError: names the first such label and its index.
+    """
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong):
+        raise ValueError(
+            f"label {wrong[0]} of {part} is {labels[wrong[0]]}; with {num_classes} classes it must be "
+            f"from 0 to {num_classes - 1}."
+        )
+
+
+def open_images(
+    train: Sequence[Record], test: Sequence[Record], preprocessing: Preprocessing, *, may_fit: bool = True
+) -> tuple[Images, Images, tuple[int, int, int]]:
+    """Reads encoded images into memory where all are of one small size, and else leaves them to be streamed.
+
+    Args:
+      train: the training images.
+      test: the test images.
+      preprocessing: how pixels come to the network; its means tell how many channels they have.
+      may_fit: False where it is known that the sizes differ.
+
+    Returns:
+      Training and test images, and their shape (H, W, C) as the network sees it.
+    """
+    channels = len(preprocessing.mean)
+    read = _read_small(train, channels) if may_fit else None
+    tested = _read_small(test, channels) if read is not None else None
+    if tested is None or read[0].shape[1:] != tested[0].shape[1:]:
+        size = preprocessing.crop_size
+        return Streamed(train, preprocessing), Streamed(test, preprocessing), (size, size, channels)
+    return InMemory(*read, preprocessing), InMemory(*tested, preprocessing), read[0].shape[1:]
+
+
+def _read_small(records: Sequence[Record], channels: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """All images, uint8 (N, H, W, C), and labels, int32 (N,); None where they are large or of several sizes."""
+    images, labels = np.empty(0, np.uint8), np.empty(len(records), np.int32)
+    for i, record in enumerate(tqdm(records, desc="reading images", unit="image", delay=1)):
+        with naming(record, i):
+            image = photos.decode(record["image"], channels=channels)
+        if i == 0:
+            if max(image.shape) > SMALL_SIDE or image.nbytes * len(records) > MAX_BYTES:
+                return None
+            images = np.empty((len(records), *image.shape), np.uint8)
+        if image.shape != images.shape[1:]:
+            return None
+        images[i], labels[i] = image, record["label"]
+    return images, labels

@@ -1,0 +1,231 @@
+"""Data sets of image files, in a folder for each class."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ddnp_jax.data.dataset import Dataset, HeldOut, open_images
+from ddnp_jax.data.images import InMemory, Record
+from ddnp_jax.data.preprocessing import Preprocessing
+
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+TEST_FOLDERS = ("test", "val", "validation")  # beside train; the first one counts
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's
+
+
+def from_folder(
+    path: str | Path,
+    *,
+    name: str | None = None,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    bgr: bool = False,
+    pad: int = 4,
+    flip: bool = True,
+    crop_size: int = 224,
+    resize_size: int = 256,
+    threads: int = 0,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    search_fraction: float = 0.05,
+    validation_fraction: float = 0.02,
+) -> Dataset:
+    """Makes a data set of image files.
+
+    The folder holds a sub-folder for each class, whose name is the class's; or `train` and one of `test`, `val` and
+    `validation`, which do. Images may lie deeper in a class's folder. Hidden files and folders are passed over, links
+    are followed but never in a circle, and other files are left out, which a note says. Images that are all of one
+    small size are kept in memory and augmented by padded crops; others are decoded in a stream and cropped.
+
+    Args:
+      path: the folder.
+      name: how reports call the data set; None for the folder's name.
+      mean: what is subtracted, one value per channel in units of [0, 1], in the network's channel order; a single value
+        makes the images grey.
+      std: what is divided by, likewise.
+      bgr: whether the network sees blue first.
+      pad: zero pixels on each side before the random crop of small images, where a stage augments.
+      flip: whether to mirror half of the images left and right, where a stage augments.
+      crop_size: side in pixels of the crops that are made of photographs.
+      resize_size: shorter side in pixels of a photograph before the center crop of evaluation.
+      threads: how many threads decode photographs, in each process; 0 is one per core.
+      test_fraction: the fraction of each class that is held out for the test, where no folder holds test images.
+      seed: draws all held-out images.
+      search_fraction: the fraction of the training images that the search uses, held out from base training.
+      validation_fraction: the fraction of them by which the best checkpoint is chosen.
+
+    Returns:
+      The data set.
+
+    Raises:
+      ValueError: an argument is impossible, a class is empty, or a file is damaged.
+      FileNotFoundError: there is no such folder.
+    """
+    preprocessing = Preprocessing(
+        mean, std, bgr, pad, flip, crop_size=crop_size, resize_size=resize_size, threads=threads
+    )
+    held_out = HeldOut(seed, search_fraction, validation_fraction)
+    return open_folder(path, name, preprocessing, held_out, test_fraction)
+
+
+def open_folder(
+    path: str | Path,
+    name: str | None,
+    preprocessing: Preprocessing,
+    held_out: HeldOut,
+    test_fraction: float,
+    section: str = "",
+) -> Dataset:
+    """As `from_folder`; `section` stands before a field's name in messages."""
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is no folder; give one with a sub-folder of images for each class.")
+    name = name or path.resolve().name
+    held_out.check(section)
+    preprocessing.check(name, 1 if len(preprocessing.mean) == 1 else 3, section)
+    if not 0 < test_fraction < 1:
+        raise ValueError(f"{section}test_fraction={test_fraction} must be above 0 and below 1.")
+    classes, train, test, notes = _divide(path, test_fraction, held_out.seed)
+    train_images, test_images, shape = open_images(train, test, preprocessing)
+    if isinstance(train_images, InMemory):
+        notes.append(f"All images have {shape[1]} x {shape[0]} pixels: they are kept in memory and not resized.")
+    return Dataset(
+        name=name,
+        num_classes=len(classes),
+        image_shape=shape,
+        train=train_images,
+        test=test_images,
+        splits=held_out.splits(len(train)),
+        preprocessing=preprocessing,
+        class_names=classes,
+        notes=tuple(notes),
+    )
+
+
+@dataclass(frozen=True)
+class Files(Sequence[Record]):
+    """Image files as records, read when they are asked for.
+
+    Attributes:
+      paths: the files.
+      labels: the class of each.
+    """
+
+    paths: tuple[str, ...]
+    labels: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Record:
+        path = self.paths[index]
+        return {"image": Path(path).read_bytes(), "label": self.labels[index], "source": path}
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """What a folder of classes holds.
+
+    Attributes:
+      images: class -> its files, both sorted.
+      others: files that are no images of a class.
+    """
+
+    images: dict[str, list[str]]
+    others: list[str]
+
+
+def _divide(path: Path, test_fraction: float, seed: int) -> tuple[tuple[str, ...], Files, Files, list[str]]:
+    """Class names, training and test files, and notes."""
+    found = [folder for folder in TEST_FOLDERS if (path / folder).is_dir()] if (path / "train").is_dir() else []
+    root = path / "train" if found else path
+    tree = _classes(root)
+    classes = tuple(tree.images)
+    _check_classes(root, tree)
+    if not found:
+        train, test = _hold_out(tree, test_fraction, seed)
+        note = f"{len(test)} of {len(train) + len(test)} images, drawn from every class, are the test images."
+        return classes, train, test, [note, *_left_out(tree.others)]
+    test_tree = _classes(path / found[0])
+    _check_test(path / found[0], test_tree, classes)
+    notes = [f"{path / folder} was not read; {path / found[0]} holds the test images." for folder in found[1:]]
+    notes += _left_out(tree.others + test_tree.others)
+    return classes, _files(tree.images, classes), _files(test_tree.images, classes), notes
+
+
+def _classes(root: Path) -> _Tree:
+    images: dict[str, list[str]] = {}
+    others = []
+    for entry in _visible(root):
+        if not entry.is_dir():
+            others.append(entry.path)
+            continue
+        files = list(_below(entry.path, (os.path.realpath(root),)))
+        images[entry.name] = [file for file in files if Path(file).suffix.lower() in SUFFIXES]
+        others += [file for file in files if Path(file).suffix.lower() not in SUFFIXES]
+    return _Tree(images, others)
+
+
+def _visible(folder: str | Path) -> list[os.DirEntry[str]]:
+    """What a folder holds, by name, without what is hidden."""
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+
+
+def _below(folder: str, above: tuple[str, ...]) -> Iterator[str]:
+    """The files in a folder and the folders in it; a link back to one of those `above` is not followed."""
+    here = os.path.realpath(folder)
+    if here in above:
+        return
+    for entry in _visible(folder):
+        if entry.is_dir():
+            yield from _below(entry.path, (*above, here))
+        else:
+            yield entry.path
+
+
+def _hold_out(tree: _Tree, fraction: float, seed: int) -> tuple[Files, Files]:
+    """Training and test files, the same part of every class, at least one image in either."""
+    rng = np.random.default_rng(seed)
+    train, test = {}, {}
+    for name, files in tree.images.items():
+        if len(files) < 2:
+            raise ValueError(f"class {name!r} has a single image, {files[0]}; add another, to train on and to test on.")
+        count = min(max(round(fraction * len(files)), 1), len(files) - 1)
+        drawn = set(rng.permutation(len(files))[:count].tolist())
+        test[name] = [file for i, file in enumerate(files) if i in drawn]
+        train[name] = [file for i, file in enumerate(files) if i not in drawn]
+    return _files(train, tuple(train)), _files(test, tuple(test))
+
+
+def _files(images: dict[str, list[str]], classes: tuple[str, ...]) -> Files:
+    number = {name: i for i, name in enumerate(classes)}
+    paths = tuple(file for files in images.values() for file in files)
+    return Files(paths, tuple(number[name] for name, files in images.items() for _ in files))
+
+
+def _check_classes(path: Path, tree: _Tree) -> None:
+    if len(tree.images) < 2:
+        raise ValueError(
+            f"{path} has {len(tree.images)} folders of classes ({', '.join(tree.images) or 'none'}); give at least "
+            f"two, or train and one of {', '.join(TEST_FOLDERS)} beside each other."
+        )
+    for name, files in tree.images.items():
+        if not files:
+            raise ValueError(f"class {name!r} in {path} has no images; fill its folder or remove it.")
+
+
+def _check_test(path: Path, tree: _Tree, classes: tuple[str, ...]) -> None:
+    if unknown := [name for name in tree.images if name not in classes]:
+        raise ValueError(f"{path} has a class {unknown[0]!r} that train has not; it has {', '.join(classes)}.")
+    if not any(tree.images.values()):
+        raise ValueError(f"{path} has no images in folders of classes; fill it or remove it.")
+
+
+def _left_out(others: list[str]) -> list[str]:
+    if not others:
+        return []
+    return [f"{len(others)} files are no images in a folder of a class and were left out, the first is {others[0]}."]

@@ -1,0 +1,284 @@
+"""Data sets that TFDS has prepared, opened by name; three of them are prepared here, without TensorFlow."""
+
+import contextlib
+import itertools
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from ddnp_jax.data.cifar10 import Cifar10
+from ddnp_jax.data.dataset import Dataset, HeldOut, open_images
+from ddnp_jax.data.digits import Digits
+from ddnp_jax.data.imagenet2012 import Imagenet2012
+from ddnp_jax.data.images import Record
+from ddnp_jax.data.preprocessing import Preprocessing
+
+BUILDERS: Mapping[str, type[tfds.core.GeneratorBasedBuilder]] = {
+    "cifar10": Cifar10,
+    "digits": Digits,
+    "imagenet2012": Imagenet2012,
+}
+READ_BLOCK = 1000  # records per read: one call per record costs more than the decoding
+
+
+def open_prepared(
+    name: str,
+    data_dir: str | None,
+    train_split: str,
+    test_split: str,
+    preprocessing: Preprocessing,
+    held_out: HeldOut,
+    label: str,
+) -> Dataset:
+    """Opens a data set of TFDS with one image and one label per record; raises as `data.load`.
+
+    Args:
+      name: as TFDS knows it, with a configuration and version where it has several.
+      data_dir: the folder of prepared data; None or "" for TFDS's own.
+      train_split: the training images, in TFDS's form.
+      test_split: the test images, in TFDS's form; "" for what is usual.
+      preprocessing: how pixels come to the network.
+      held_out: which training images are held out.
+      label: how reports call the data set.
+
+    Returns:
+      The data set.
+    """
+    held_out.check("data.")
+    builder = open_builder(name, data_dir)
+    features = find_features(builder)
+    height, width, channels = builder.info.features[features.image].shape
+    preprocessing.check(name, _channels(channels, preprocessing), "data.")
+    train_split, test_split = _splits(builder, train_split, test_split)
+    num_classes = features.num_classes or _count_classes(builder, features, train_split)
+    train, test = (Records(builder, part, features, num_classes) for part in (train_split, test_split))
+    may_fit = height is not None and width is not None
+    train_images, test_images, shape = open_images(train, test, preprocessing, may_fit=may_fit)
+    return Dataset(
+        name=label,
+        num_classes=num_classes,
+        image_shape=shape,
+        train=train_images,
+        test=test_images,
+        splits=held_out.splits(len(train)),
+        preprocessing=preprocessing,
+        class_names=features.class_names,
+    )
+
+
+def open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+    """The TFDS builder of a data set whose files are in place, preparing them where that is allowed.
+
+    Args:
+      name: a key of `BUILDERS`, or another name that TFDS knows or that is prepared in `data_dir`.
+      data_dir: as in `open_prepared`, or the very folder of the data set, with its dataset_info.json.
+
+    Raises:
+      ValueError: the name is unknown.
+      FileNotFoundError: `data_dir` holds no such data set.
+      OSError: the data set can be neither found nor prepared.
+    """
+    data_dir = os.path.expanduser(data_dir or "") or None
+    builder = _find_builder(name, data_dir)
+    can_prepare = name == "digits" or (name in BUILDERS and not data_dir)
+    if not can_prepare and not _is_prepared(builder):
+        otherwise = "leave it empty for a download" if name in BUILDERS else "prepare it with TFDS's own command"
+        raise FileNotFoundError(
+            f"data.data_dir={data_dir or ''!r} holds no prepared {name} ({builder.data_dir} has no dataset_info.json); "
+            f"set it to a folder with TFDS's prepared data in the array_record format, or {otherwise}."
+        )
+    if not _is_prepared(builder):
+        try:
+            builder.download_and_prepare(file_format="array_record")
+        except OSError as error:
+            if not _is_prepared(builder):  # else another process, preparing at the same time, was first
+                raise OSError(
+                    f"{name} could not be prepared in {builder.data_dir} ({error}); set data.data_dir to a folder "
+                    f"{'that can be written' if name == 'digits' else 'that holds its prepared TFDS data'}."
+                ) from error
+        builder = _find_builder(name, data_dir)
+    if not _is_prepared(builder) or builder.info.file_format.value != "array_record":
+        raise FileNotFoundError(
+            f"{builder.data_dir} exists but is no complete data set in TFDS's array_record format; move it away, or "
+            "set data.data_dir to another folder."
+        )
+    return builder
+
+
+def _find_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+    if name in BUILDERS:
+        return BUILDERS[name](data_dir=data_dir)
+    if data_dir and os.path.exists(os.path.join(data_dir, "dataset_info.json")):
+        builder = tfds.builder_from_directory(data_dir)
+        if builder.name != name:
+            raise ValueError(f"data.data_dir={data_dir!r} holds {builder.name}, not data.name={name!r}; name it.")
+        return builder
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except tfds.core.registered.DatasetNotFoundError as error:
+        raise ValueError(
+            f"data.name={name!r} is unknown; use {', '.join(sorted(BUILDERS))}, 'folder', or the name of a data set "
+            "that TFDS knows or that is prepared in data.data_dir."
+        ) from error
+    except (ValueError, RuntimeError) as error:  # no such configuration or version
+        raise ValueError(f"data.name={name!r} cannot be opened by TFDS ({' '.join(str(error).split())}).") from error
+
+
+def _is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
+    """Whether the files are in place: TFDS writes into a temporary folder and renames it at the end."""
+    return os.path.exists(os.path.join(builder.data_dir, "dataset_info.json"))
+
+
+class Features(NamedTuple):
+    """Which features of a data set are the image and the label.
+
+    Attributes:
+      image: name of the image.
+      label: name of the label.
+      num_classes: how many classes there are; None where only the labels tell.
+      class_names: their names; None where they have none.
+    """
+
+    image: str
+    label: str
+    num_classes: int | None
+    class_names: tuple[str, ...] | None
+
+
+def find_features(builder: tfds.core.DatasetBuilder) -> Features:
+    """Finds the one image and the one label of a data set: a ClassLabel, or else a whole number.
+
+    Where there are several, those count that the data set declares as its supervised keys.
+
+    Raises:
+      ValueError: there is none, or more than one.
+    """
+    features = dict(sorted(builder.info.features.items()))  # files have them in any order
+    keys = tuple(builder.info.supervised_keys or ())
+    image = _single(builder, "image", [name for name in features if _is_image(features[name])], keys)
+    named = [name for name in features if isinstance(features[name], tfds.features.ClassLabel)]
+    numbers = [name for name in features if _is_whole_number(features[name])]
+    label = _single(builder, "label", named or numbers, keys)
+    count = getattr(features[label], "num_classes", None)
+    names = getattr(features[label], "names", None) if count else None
+    return Features(image, label, count, tuple(names) if names else None)
+
+
+def _single(builder: tfds.core.DatasetBuilder, what: str, found: list[str], keys: tuple[Any, ...]) -> str:
+    if len(found) > 1:
+        found = [name for name in found if name in keys] or found
+    if len(found) == 1:
+        return found[0]
+    known = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in sorted(builder.info.features.items()))
+    raise ValueError(
+        f"data.name={builder.name!r} has {len(found)} features that can be the {what} "
+        f"({', '.join(found) or 'none'}), where one is wanted; its features are {known}."
+    )
+
+
+def _is_image(feature: Any) -> bool:
+    """An image for the network, not a map of labels, and of 8 or 16 bits."""
+    is_map = isinstance(feature, tfds.features.LabeledImage)
+    return isinstance(feature, tfds.features.Image) and not is_map and feature.np_dtype in (np.uint8, np.uint16)
+
+
+def _is_whole_number(feature: Any) -> bool:
+    is_tensor = isinstance(feature, tfds.features.Tensor)
+    return is_tensor and feature.shape == () and np.issubdtype(feature.np_dtype, np.integer)
+
+
+def _channels(stored: int | None, preprocessing: Preprocessing) -> int:
+    """Channels after decoding; images that say nothing are grey where there is a single mean."""
+    if stored is None:
+        return 1 if len(preprocessing.mean) == 1 else 3
+    return 1 if stored == 1 else 3
+
+
+def _splits(builder: tfds.core.DatasetBuilder, train_split: str, test_split: str) -> tuple[str, str]:
+    """Both splits, checked: parts of the data set, and without a common image."""
+    usual = (getattr(builder, "TEST_SPLIT", "test"), "validation")
+    test_split = test_split or next((name for name in usual if name in builder.info.splits), usual[0])
+    train, test = (_part(builder, *field) for field in (("train_split", train_split), ("test_split", test_split)))
+    if train.name == test.name and max(train.first, test.first) < min(train.end, test.end):
+        raise ValueError(
+            f"data.train_split={train_split!r} and data.test_split={test_split!r} have images in common; give parts "
+            "that have none."
+        )
+    return train_split, test_split
+
+
+class _Part(NamedTuple):
+    """Records first..end - 1 of a split."""
+
+    name: str
+    first: int
+    end: int
+
+
+def _part(builder: tfds.core.DatasetBuilder, field: str, split: str) -> _Part:
+    """What a split or a slice of one stands for."""
+    counts = {name: info.num_examples for name, info in builder.info.splits.items()}
+    named = re.fullmatch(r"([^\[\]+]+)(\[[^\[\]]*\])?", split)
+    if named and named[1] in counts:
+        with contextlib.suppress(ValueError):  # TFDS's messages do not know the field
+            (part,) = tfds.core.splits.AbstractSplit.from_spec(split).to_absolute(builder.info.splits)
+            first, end = part.from_ or 0, counts[named[1]] if part.to is None else part.to
+            if first < end:  # TFDS reads backward slices as others
+                return _Part(named[1], first, end)
+    known = ", ".join(f"{name}: {count} images" for name, count in counts.items())
+    raise ValueError(
+        f"data.{field}={split!r} is no part of {builder.name} ({known}); use the name of a split, or a slice of one in "
+        "TFDS's form, 'train[:2000]' or 'train[10%:20%]'."
+    )
+
+
+def _count_classes(builder: tfds.core.DatasetBuilder, features: Features, split: str) -> int:
+    """Reads every label, because nothing else tells how many classes there are."""
+    return 1 + max(int(record[features.label]) for record in _blocks(_source(builder, split, features)))
+
+
+def open_records(builder: tfds.core.DatasetBuilder, split: str) -> "Records":
+    """The records of a split or of a slice of one."""
+    features = find_features(builder)
+    return Records(builder, split, features, features.num_classes or _count_classes(builder, features, split))
+
+
+class Records(Sequence[Record]):
+    """Encoded images and their labels, as TFDS stores them, with random access."""
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, features: Features, num_classes: int) -> None:
+        self._source, self._split = _source(builder, split, features), split
+        self._features, self._num_classes = features, num_classes
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._record(index, self._source[index])
+
+    def __iter__(self) -> Iterator[Record]:
+        return itertools.starmap(self._record, enumerate(_blocks(self._source)))
+
+    def _record(self, index: int, stored: Mapping[str, Any]) -> Record:
+        label, source = int(stored[self._features.label]), f"record {index} of {self._split!r}"
+        if not 0 <= label < self._num_classes:
+            raise ValueError(
+                f"{source} has the label {label}; with {self._num_classes} classes it must be from 0 to "
+                f"{self._num_classes - 1}."
+            )
+        return {"image": stored[self._features.image], "label": label, "source": source}
+
+
+def _source(builder: tfds.core.DatasetBuilder, split: str, features: Features) -> Any:
+    # The image stays encoded, because TFDS's choice of a decoder depends on what else is installed.
+    return builder.as_data_source(split, decoders={features.image: tfds.decode.SkipDecoding()})
+
+
+def _blocks(source: Any) -> Iterator[Mapping[str, Any]]:
+    """All records in order."""
+    for start in range(0, len(source), READ_BLOCK):
+        yield from source.__getitems__(range(start, min(start + READ_BLOCK, len(source))))

@@ -1,0 +1,70 @@
+"""What happens to pixels between the stored image and the network."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How images come to the network, in the fields of a configuration's `data` section.
+
+    Attributes:
+      mean: what is subtracted, one value per channel in units of [0, 1], in the network's channel order.
+      std: what is divided by, likewise.
+      bgr: whether the network sees blue first.
+      pad: zero pixels on each side before the random crop of small images.
+      flip: whether to mirror half of the training images left and right.
+      crop_size: side in pixels of the crops that are made of photographs.
+      resize_size: shorter side in pixels of a photograph before the center crop of evaluation.
+      threads: how many threads decode photographs, in each process; 0 is one per core.
+    """
+
+    mean: Sequence[float]
+    std: Sequence[float]
+    bgr: bool = False
+    pad: int = 4
+    flip: bool = True
+    crop_size: int = 224
+    resize_size: int = 256
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        """Takes any sequences of numbers as mean and std, arrays too."""
+        for field in ("mean", "std"):
+            object.__setattr__(self, field, tuple(map(float, getattr(self, field))))
+
+    @classmethod
+    def of(cls, config: Any) -> "Preprocessing":
+        """The fields of a `data` section."""
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
+
+    def check(self, name: str, channels: int, section: str = "") -> None:
+        """Refuses impossible values.
+
+        Args:
+          name: the data set's name.
+          channels: how many channels its images have.
+          section: what stands before a field's name in a message, "data." for a configuration.
+
+        Raises:
+          ValueError: names the field and what it may be.
+        """
+        for field in ("mean", "std"):
+            if len(getattr(self, field)) != channels:
+                raise ValueError(
+                    f"{section}{field} has {len(getattr(self, field))} entries; "
+                    f"the images of {name} have {channels} channels."
+                )
+        if min(self.std) <= 0:
+            raise ValueError(f"{section}std={self.std} must be positive in every channel.")
+        if self.bgr and channels != 3:
+            raise ValueError(f"{section}bgr is for images of 3 channels; those of {name} have {channels}.")
+        if self.pad < 0:
+            raise ValueError(f"{section}pad={self.pad} must be a number of pixels, 0 or more.")
+        if not 0 < self.crop_size <= self.resize_size:
+            raise ValueError(
+                f"{section}crop_size={self.crop_size} must be from 1 to {section}resize_size={self.resize_size} pixels."
+            )
+        if self.threads < 0:
+            raise ValueError(f"{section}threads={self.threads} must be a number of threads, or 0 for one per core.")

@@ -1,0 +1,229 @@
+"""The stages of the main job: base training, search, cut and fine-tuning. Each resumes from the workdir."""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+import optax
+
+from ddnp_jax import data, methods, parallel, training
+from ddnp_jax.compact import compact, verify
+from ddnp_jax.masking import apply_masked
+from ddnp_jax.networks import Network, as_network
+from ddnp_jax.pipeline import checks
+from ddnp_jax.topology import Selection
+from ddnp_jax.training import loop
+from ddnp_jax.training.evaluation import evaluator
+
+if TYPE_CHECKING:
+    from ddnp_jax.pipeline.job import Run
+
+
+def base(job: "Run") -> Any:
+    """The trained weights of the unpruned network: from the workdir, from `base.weights`, or trained from scratch."""
+    variables = job.weights
+    if variables is None:
+        start = initial_variables(job.network, job.dataset.image_shape, job.config.seed)
+        variables = _train(job, "base", job.network, start)
+    job.results.measured("base", lambda: _test(job, job.network, variables))
+    return variables
+
+
+def search(job: "Run", variables: Any) -> Selection:
+    """Learns which channels stay; writes selection.json."""
+    method = _method(job, variables)
+    state = method.init(jax.random.key(job.config.seed))
+    if method.steps:
+        evaluate = _cut_evaluator(job, method, variables)
+        state = _run_stage(job, "search", method.step, state, variables, evaluate)
+    job.results.measured("proposed_p", lambda: _proposed_p(job, method, state))
+    job.results.measured("search_notes", lambda: method.notes)
+    selection = methods.select(method, state, job.budget)
+    parallel.on_first_process(lambda: selection.save(job.workdir / "selection.json"))
+    return selection
+
+
+def _proposed_p(job: "Run", method: methods.Search, state: Any) -> float | None:
+    cost = methods.proposed_cost(method, state, job.budget)
+    return None if cost is None else cost / job.budget.total
+
+
+def search_curves(job: "Run", variables: Any, seeds: Sequence[int]) -> None:
+    """Searches from several seeds at once, for the log alone: `methods.seed_metric` names what it holds of each.
+
+    The order of the images and their augmentation are those of the configuration's seed, the same for all.
+
+    Raises:
+      ValueError: The workdir's search has other seeds.
+    """
+    begun = job.results.measured("seeds", lambda: list(seeds))
+    if begun != list(seeds):
+        raise ValueError(f"{job.workdir} searches from seeds {begun}, not {list(seeds)}; use another workdir.")
+    method = _method(job, variables)
+    evaluate_one = _cut_evaluator(job, method, variables)
+
+    def evaluate(state: methods.Seeds) -> dict[str, float]:
+        found = {seed: evaluate_one(state.of(place)) for place, seed in enumerate(seeds)}
+        named = {methods.seed_metric(seed, k): value for seed, metrics in found.items() for k, value in metrics.items()}
+        return named | {"validation_top1": float(np.mean([m["validation_top1"] for m in found.values()]))}
+
+    state, step = methods.over_seeds(method, seeds)
+    _run_stage(job, "search", step, state, variables, evaluate)
+
+
+def _method(job: "Run", variables: Any) -> methods.Search:
+    steps, _ = job.stage_steps("search")
+    config = checks.method_fields(job.config.search)
+    problem = methods.Problem(job.network.model, variables, job.topology, job.budget, config, steps)
+    return methods.build(job.config.search.method, problem)
+
+
+def _cut_evaluator(job: "Run", method: methods.Search, variables: Any) -> Callable[[Any], dict[str, float]]:
+    """What the network that a search's state proposes does, on held-out images and, where asked for, on the test's."""
+    held_out = _masked_evaluator(job, job.dataset.train)
+    test = _masked_evaluator(job, job.dataset.test)
+
+    def evaluate(state: Any) -> dict[str, float]:
+        masks = methods.select(method, state, job.budget).masks(job.topology)
+        constants = {"variables": variables, "masks": masks}
+        found = _named("validation", held_out(constants, job.dataset.splits["validation"]))
+        if job.config.search.test_curve:
+            found |= _named("test", test(constants, np.arange(len(job.dataset.test))))
+        return found
+
+    return evaluate
+
+
+def cut(job: "Run", variables: Any, selection: Selection) -> tuple[Network, Any]:
+    """Removes the channels, proves that nothing else changed, and re-estimates batch statistics if asked to."""
+    model = job.network.model
+    small_model, small_variables = compact(model, variables, selection, job.topology, job.rebuild)
+    images = job.dataset.test.first(job.local_batch)
+    verification = verify(model, variables, small_model, small_variables, selection, job.topology, images)
+    job.results.measured("verification", verification._asdict)
+    small = as_network(small_model, **dict(job.topology.call_kwargs))
+    small_variables = small.variables(small_variables)
+    if job.config.finetune.recalibration_steps:
+        small_variables = _recalibrate(job, small, small_variables)
+    job.results.measured("unfinetuned", lambda: _test(job, small, small_variables))
+    return small, small_variables
+
+
+def finetune(job: "Run", variables: Any, small: Network, small_variables: Any) -> Any:
+    """Trains the smaller network with the base trainer."""
+    config = job.config.finetune
+    teacher, constants = None, None
+    if config.distillation_weight:
+        teacher = training.Distillation(job.network, config.distillation_weight, config.distillation_temperature)
+        constants = variables
+    tuned = _train(job, "finetune", small, small_variables, teacher, constants)
+    job.results.measured("pruned", lambda: _test(job, small, tuned))
+    job.results.measured("latency_ms", lambda: _latency(job, [(job.network, variables), (small, tuned)]))
+    return tuned
+
+
+def initial_variables(network: Network, image_shape: Sequence[int], seed: int) -> Any:
+    """The variables that base training starts from."""
+    images = np.zeros((1, *image_shape), np.float32)
+    return jax.jit(network.initial)(jax.random.key(seed), images)
+
+
+def _train(
+    job: "Run",
+    section: str,
+    network: Network,
+    variables: Any,
+    distillation: training.Distillation | None = None,
+    constants: Any = None,
+) -> Any:
+    """One run of the trainer; returns the variables after the last step."""
+    config = job.config[section]
+    test = _evaluator(job, network, job.dataset.train)
+    optimizer = checks.optimizer(config, job.stage_steps(section)[1])
+    step = training.train_step(network, optimizer, label_smoothing=config.label_smoothing, distillation=distillation)
+    held_out = job.dataset.splits["validation"]
+    state = _run_stage(
+        job,
+        section,
+        step,
+        training.init_state(network, variables, optimizer),
+        constants,
+        lambda state: _named("validation", test(state.variables(network), held_out)),
+    )
+    return state.variables(network)
+
+
+def _run_stage(
+    job: "Run",
+    section: str,
+    step: training.Step,
+    state: Any,
+    constants: Any,
+    evaluate: Callable[[Any], dict[str, float]],
+) -> Any:
+    config = job.config[section]
+    steps, per_epoch = job.stage_steps(section)
+    batch_size, folder = checks.step_batch(config), job.workdir / section
+    stage = loop.Stage(section, folder, steps, per_epoch, batch_size, config.chunk_steps, config.save_every)
+    chunk = _over_devices(job, step, config.augment)
+
+    def host_batches(first: int) -> Any:  # called only where there are steps to take
+        job.results.forget(section)
+        return job.host_batches(section, config.augment, first, steps)
+
+    return loop.fit_stage(stage, chunk, state, job.constants(constants), host_batches, evaluate, job.log)
+
+
+def _over_devices(job: "Run", step: training.Step, augment: bool) -> loop.Chunk:
+    devices = parallel.OVER_DEVICES
+    if not job.config.parallel.sync_batch_norm:
+        devices = devices._replace(batch_axis=None)
+    chunk = training.chunk_of(step, job.dataset.train, job.config.seed, augment, devices)
+    return parallel.data_parallel(chunk, mode=job.config.parallel.mode)
+
+
+def _recalibrate(job: "Run", network: Network, variables: Any) -> Any:
+    chunk = _over_devices(job, training.recalibration_step(network), augment=False)
+    state = parallel.replicate(training.init_state(network, variables, optax.identity()))
+    with job.host_batches("finetune", False, 0, job.config.finetune.recalibration_steps) as chunks:
+        for host_batches in chunks:
+            state, _ = chunk(state, job.constants(None), parallel.shard_batches(host_batches))
+    return parallel.fetch(state).variables(network)
+
+
+def _evaluator(job: "Run", network: Network, images: data.Images) -> Callable[..., dict[str, float]]:
+    return evaluator(network.evaluate, images, job.config.eval_batch_size, job.config.parallel.mode)
+
+
+def _masked_evaluator(job: "Run", images: data.Images) -> Callable[..., dict[str, float]]:
+    def forward(constants: Any, pixels: jax.Array) -> jax.Array:
+        return apply_masked(job.network.model, constants["variables"], pixels, constants["masks"], job.topology)
+
+    return evaluator(forward, images, job.config.eval_batch_size, job.config.parallel.mode)
+
+
+def _named(images: str, metrics: dict[str, float]) -> dict[str, float]:
+    return {f"{images}_{name}": value for name, value in metrics.items()}
+
+
+def _test(job: "Run", network: Network, variables: Any) -> dict[str, float]:
+    test = job.dataset.test
+    return _evaluator(job, network, test)(variables, np.arange(len(test)))
+
+
+def _latency(job: "Run", networks: Sequence[tuple[Network, Any]]) -> dict[str, float]:
+    """Median milliseconds of a device's share of an evaluation batch, whole and pruned network in turn."""
+    images = jax.device_put(np.zeros((job.local_batch, *job.dataset.image_shape), np.float32))
+    calls = [functools.partial(jax.jit(network.evaluate), jax.device_put(own)) for network, own in networks]
+    times = [[_seconds(call, images) for call in calls] for _ in range(8)]
+    before, after = 1e3 * np.median(times[1:], axis=0)  # the first turn compiles
+    return {"batch": job.local_batch, "before": float(before), "after": float(after)}
+
+
+def _seconds(call: Callable[[Any], Any], images: jax.Array) -> float:
+    started = time.perf_counter()
+    jax.block_until_ready(call(images))
+    return time.perf_counter() - started

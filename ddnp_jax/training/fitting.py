@@ -1,0 +1,240 @@
+"""Training outside of the job: any network, on any batches, on one device."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddnp_jax import losses, parallel
+from ddnp_jax.losses import Loss
+from ddnp_jax.networks import Network, Outputs, as_network, picked
+from ddnp_jax.training.steps import Batch, Distillation, Metrics, Step, init_state, sgd, step_rngs, train_step
+from ddnp_jax.training.steps import schedule as make_schedule
+
+History = dict[str, np.ndarray]  # every metric over the steps, (steps,)
+
+
+class Fitted(NamedTuple):
+    """A trained network.
+
+    Attributes:
+      model: The model; a flax.nnx module holds the trained variables.
+      variables: The trained variables; None of a flax.nnx module.
+      history: Every metric over the steps: "loss" and, of the default loss, "top1" in percent.
+    """
+
+    model: Any
+    variables: Any
+    history: History
+
+
+def fit(
+    model: Any,
+    variables: Any,
+    batches: Iterable[Batch],
+    *,
+    steps: int,
+    learning_rate: float = 0.01,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-4,
+    schedule: str = "cosine",
+    warmup_steps: int = 0,
+    label_smoothing: float = 0.0,
+    loss: Loss | None = None,
+    outputs: Outputs = None,
+    seed: int = 0,
+    teacher: tuple[Any, Any] | None = None,
+    distillation_weight: float = 0.5,
+    distillation_temperature: float = 4.0,
+    progress: bool = True,
+) -> Fitted:
+    """Trains a network by SGD with momentum: to fine-tune it after pruning, for example.
+
+    Args:
+      model: A flax.linen or flax.nnx module, or a function `(variables, images) -> outputs`.
+      variables: Variables to start from; None for a flax.nnx module, which holds them. They stay as they are.
+      batches: Batches (images, targets) of arrays, in a list or anything else that can be read again and again.
+      steps: Number of steps, one batch each.
+      learning_rate: Learning rate after the warm-up.
+      momentum: Momentum of SGD.
+      weight_decay: Share of the parameters that is added to their gradients.
+      schedule: 'cosine' (to 0), 'step' (x0.1 at half and at three quarters of the steps), or 'constant'.
+      warmup_steps: Steps in which the rate rises from 0.
+      label_smoothing: Mass that the label gives to all classes, in the default loss.
+      loss: Loss `(outputs, targets) -> scalar`; None is the cross-entropy of integer labels.
+      outputs: Which of the network's outputs count, where there are several: a key, an index or a function.
+      seed: Seed of what the network draws in training mode.
+      teacher: (model, variables) of a network whose outputs are learned, too.
+      distillation_weight: Share of the loss from the teacher's outputs.
+      distillation_temperature: Temperature of these outputs.
+      progress: Whether to report on the way.
+
+    Returns:
+      The trained network and its history.
+
+    Raises:
+      ValueError: An argument is wrong, or the batches end before the last step.
+      FloatingPointError: The loss became NaN or infinite; the step is named.
+    """
+    if loss is not None and label_smoothing:
+        raise ValueError(f"label_smoothing={label_smoothing} is for the default loss; smooth the targets in loss=.")
+    network = as_network(model)
+    distillation, constants = None, None
+    if teacher is not None:
+        taught_by = as_network(teacher[0])
+        constants = taught_by.variables(teacher[1])
+        distillation = Distillation(taught_by, distillation_weight, distillation_temperature)
+    optimizer = sgd(make_schedule(schedule, learning_rate, steps, warmup_steps), momentum, weight_decay)
+    step = train_step(
+        network, optimizer, label_smoothing=label_smoothing, loss=loss, outputs=outputs, distillation=distillation
+    )
+    state = init_state(network, network.variables(variables), optimizer)
+    if loss is None:
+        batches = LabelledBatches(batches, network, network.variables(variables), outputs)
+    state, history = take_steps(step, state, constants, batches, steps, seed, "fit" if progress else "")
+    fitted = jax.tree.map(jnp.asarray, state.variables(network))
+    return Fitted(*network.bind(fitted), history)
+
+
+def take_steps(
+    step: Step, state: Any, constants: Any, batches: Iterable[Batch], steps: int, seed: int, report_as: str = ""
+) -> tuple[Any, History]:
+    """Takes steps on one device, with the random numbers that the job draws for the same seed.
+
+    Args:
+      step: The step.
+      state: State before the first step; it is copied.
+      constants: Constants of the step.
+      batches: Batches (images, targets) that can be read again and again.
+      steps: Number of steps.
+      seed: Seed of the steps' random keys.
+      report_as: Under which name to report on the way; "" for not at all.
+
+    Returns:
+      The state after the last step, on the host; and every metric over the steps.
+
+    Raises:
+      ValueError: The batches end before the last step.
+      FloatingPointError: The loss became NaN or infinite.
+    """
+
+    def take(state: Any, constants: Any, batch: Batch, number: jax.Array) -> tuple[Any, Metrics]:
+        return step(state, constants, batch, step_rngs(seed, number)[0])
+
+    compiled = jax.jit(take, donate_argnums=0)
+    state = jax.tree.map(lambda x: jnp.array(x, copy=True), state)
+    constants = jax.tree.map(jnp.asarray, constants)
+    history: list[dict[str, np.ndarray]] = []
+    with _Progress(report_as, steps) as progress, contextlib.closing(_repeated(batches, steps)) as repeated:
+        pending = None  # read while the device computes the step after it
+        for number, batch in enumerate(repeated):
+            state, metrics = compiled(state, constants, batch, np.int32(number))
+            if pending is not None:
+                history.append(_checked(pending, number))
+                progress.show(number, history[-1]["loss"])
+            pending = metrics
+        if pending is not None:
+            history.append(_checked(pending, steps))
+    names = history[0] if history else {}
+    return parallel.fetch(state), {name: np.array([entry[name] for entry in history]) for name in names}
+
+
+class LabelledBatches:
+    """Batches for the default loss; their labels are compared with the network's outputs when they are read."""
+
+    def __init__(self, batches: Iterable[Batch], network: Network, variables: Any, outputs: Outputs) -> None:
+        """Takes the batches of `fit`, the network, its variables and which of its outputs count."""
+        self._batches, self._network = batches, network
+        self._variables, self._outputs = jax.eval_shape(lambda: variables), outputs
+        self._classes: tuple[int, ...] | None = None  # shape of the outputs of one image
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields the batches.
+
+        Raises:
+          ValueError: The outputs are no logits, or labels do not fit them.
+        """
+        for batch in self._batches:
+            images, labels = checked_batch(batch)
+            if self._classes is None:
+                self._classes = jax.eval_shape(self._logits, self._variables, images).shape[1:]
+            losses.check_labels((len(images), *self._classes), labels, self._network.name)
+            yield images, labels
+
+    def _logits(self, variables: Any, images: jax.Array) -> jax.Array:
+        return picked(self._network.evaluate(variables, images), self._outputs, self._network.name)
+
+
+def _checked(metrics: Metrics, step: int) -> dict[str, np.ndarray]:
+    """A step's metrics on the host, once its loss is known to be finite."""
+    found = jax.tree.map(np.asarray, jax.device_get(metrics))
+    if not np.isfinite(found["loss"]):
+        raise FloatingPointError(
+            f"the loss is {found['loss']} at step {step}; lower the learning rate, or look at the images and targets."
+        )
+    return found
+
+
+def _repeated(batches: Iterable[Batch], steps: int) -> Iterator[Batch]:
+    """As many batches as there are steps, from the beginning again where they end.
+
+    Raises:
+      ValueError: They end and cannot be read again, or hold something else than (images, targets).
+    """
+    read = 0
+    while read < steps:
+        before = read
+        for batch in batches:
+            yield checked_batch(batch)
+            read += 1
+            if read == steps:
+                return
+        if read == before:
+            raise ValueError(
+                f"the batches ended after {read} of {steps} steps and cannot be read again; give a list of them, or an "
+                "object whose iteration starts anew."
+            )
+
+
+def checked_batch(batch: Any) -> Batch:
+    """A batch (images, targets) of arrays.
+
+    Raises:
+      ValueError: It is something else.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise ValueError(f"a batch must be (images, targets), got {type(batch).__name__}.")
+    images, targets = batch
+    return jnp.asarray(images), jax.tree.map(jnp.asarray, targets)
+
+
+class _Progress:
+    """A line on standard error, about once a second on a terminal and ten times in all elsewhere."""
+
+    def __init__(self, name: str, steps: int) -> None:
+        self._name, self._steps = name, steps
+        self._live = sys.stderr.isatty()
+        self._last = time.monotonic()
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._name and self._live:
+            print(file=sys.stderr)
+
+    def show(self, step: int, loss: Any) -> None:
+        if not self._name:
+            return
+        line = f"{self._name}: step {step} of {self._steps}, loss {loss:.4f}"
+        if self._live:
+            if time.monotonic() - self._last >= 1:
+                self._last = time.monotonic()
+                print(f"\r{line}", end="", file=sys.stderr, flush=True)
+        elif step % max(self._steps // 10, 1) == 0:
+            print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,210 @@
+"""The loop of a stage of the job, base training, search or fine-tuning: it logs, evaluates, saves and resumes."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from ddnp_jax import files, parallel
+from ddnp_jax.checkpoint import Checkpoints, PreemptionGuard
+from ddnp_jax.training.log import MetricsLog
+
+Chunk = Callable[[Any, Any, Any], tuple[Any, Any]]
+
+
+class Preempted(SystemExit):
+    """The run was asked to stop, has saved its state and ends; the same command resumes it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage of the run, one folder of the workdir.
+
+    Attributes:
+      name: "base", "search" or "finetune".
+      folder: Folder of its checkpoints.
+      steps: Number of steps in all.
+      steps_per_epoch: Steps per epoch, for the log.
+      batch_size: Images per step over all devices, for the log.
+      chunk_steps: Steps per dispatch.
+      save_every: Chunks between checkpoints and evaluations.
+    """
+
+    name: str
+    folder: Path
+    steps: int
+    steps_per_epoch: int
+    batch_size: int
+    chunk_steps: int
+    save_every: int
+
+    def saves_at(self, step: int) -> bool:
+        """Whether the state after `step` steps is evaluated and saved."""
+        return step == self.steps or (step // self.chunk_steps) % self.save_every == 0
+
+
+def fit_stage(
+    stage: Stage,
+    chunk: Chunk,
+    state: Any,
+    constants: Any,
+    host_batches: Callable[[int], contextlib.AbstractContextManager[Iterator[Any]]],
+    evaluate: Callable[[Any], dict[str, float]],
+    log: MetricsLog,
+) -> Any:
+    """Runs a stage to its end, from its newest undamaged checkpoint if there is one.
+
+    The log gets the mean of every metric over the steps of a chunk that have it; NaN says that a step has none.
+
+    Args:
+      stage: Stage to run.
+      chunk: `chunk_of` the stage's step, mapped over devices by `parallel.data_parallel`.
+      state: State before the first step, on the host.
+      constants: Constants of `chunk`, replicated.
+      host_batches: Step -> what the host reads for the chunks from there to the end of the stage, of `data.read_ahead`.
+      evaluate: State -> what is logged with a checkpoint; by "validation_top1", of held-out training images, the best
+        one is chosen.
+      log: Log of the run.
+
+    Returns:
+      The state after the last step, on the host.
+
+    Raises:
+      FloatingPointError: The loss or the state became NaN or infinite.
+      Preempted: SIGTERM came; the state is saved.
+    """
+    with Checkpoints(stage.folder) as checkpoints, PreemptionGuard() as guard:
+        step, state = checkpoints.restore(state) or (0, state)
+        if step == stage.steps:
+            return state
+        log.rewind(stage.name, step)
+        clock = _Clock(stage.folder / "seconds.json")
+        state = parallel.replicate(state)
+        with host_batches(step) as chunks, _progress(stage, step) as bar:
+            ready = _to_devices(next(chunks))
+            while step < stage.steps:
+                started = time.monotonic()
+                state, measured = _dispatch(chunk, state, constants, ready)
+                ready = _to_devices(next(chunks, None))  # while the devices compute
+                metrics = jax.tree.map(lambda *parts: np.concatenate(parts), *parallel.fetch(measured))
+                check_finite(stage.name, step, metrics)
+                length = len(metrics["loss"])
+                step += length
+                rate = length * stage.batch_size / (time.monotonic() - started)
+                means = _means(metrics)
+                log.write(stage.name, step, epoch=step / stage.steps_per_epoch, images_per_s=round(rate, 1), **means)
+                bar.set_postfix_str(f"loss {means['loss']:.3f}, {rate:.0f} images/s", refresh=False)
+                bar.update(length)
+                stop = guard.stop_requested() and step < stage.steps
+                if stage.saves_at(step) or stop:
+                    _save(stage, step, parallel.fetch(state), checkpoints, evaluate, log)
+                    clock.save()
+                if stop:
+                    raise Preempted(f"stage {stage.name!r} is saved at step {step}; the same command resumes it.")
+        return parallel.fetch(state)
+
+
+def _save(
+    stage: Stage,
+    step: int,
+    state: Any,
+    checkpoints: Checkpoints,
+    evaluate: Callable[[Any], dict[str, float]],
+    log: MetricsLog,
+) -> None:
+    """Saves a state, on the host, evaluated where that is due."""
+    check_state(stage.name, step, state)
+    held_out: dict[str, float] = {}
+    if stage.saves_at(step):
+        held_out = evaluate(state)
+        log.write(stage.name, step, **held_out)
+    checkpoints.save(step, state, metric=held_out.get("validation_top1"))
+
+
+def _means(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The mean of every metric over the steps that have it."""
+    known = {name: values[~np.isnan(values)] for name, values in metrics.items()}
+    return {name: float(np.mean(values)) for name, values in known.items() if values.size}
+
+
+def check_finite(stage: str, first_step: int, metrics: Mapping[str, np.ndarray]) -> None:
+    """Stops at a loss that is not a number.
+
+    Raises:
+      FloatingPointError: Stage and step are named.
+    """
+    bad = np.flatnonzero(~np.isfinite(metrics["loss"]))
+    if bad.size:
+        raise _not_finite(f"the loss of stage {stage!r} is {metrics['loss'][bad[0]]} at step {first_step + bad[0] + 1}")
+
+
+def check_state(stage: str, step: int, state: Any) -> None:
+    """Stops before a state is saved that is not finite: an infinite gradient shows in the loss one step later only.
+
+    Raises:
+      FloatingPointError: Stage and step are named.
+    """
+    floats = (x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating))
+    if not all(np.all(np.isfinite(x)) for x in floats):
+        raise _not_finite(f"the state of stage {stage!r} is no longer finite after step {step}")
+
+
+def _not_finite(what: str) -> FloatingPointError:
+    return FloatingPointError(
+        f"{what}; the last good checkpoint is kept: lower the learning rate or look at the data, and start in another "
+        "workdir."
+    )
+
+
+def _progress(stage: Stage, step: int) -> tqdm:
+    """A bar whose rate does not count the steps of an earlier process."""
+    return tqdm(total=stage.steps, initial=step, desc=stage.name, unit="step", disable=jax.process_index() > 0)
+
+
+def _to_devices(host_batches: Any) -> list[Any]:
+    """What the host has read for a chunk, as one part per dispatch, on its way to the devices; nothing for None.
+
+    XLA:CPU runs the gradient of a convolution some twenty times slower in the body of a loop, so there every step is a
+    dispatch of its own; elsewhere the chunk is one.
+    """
+    if host_batches is None:
+        return []
+    if jax.default_backend() != "cpu":
+        return [parallel.shard_batches(host_batches)]
+    steps = len(jax.tree.leaves(host_batches)[0])
+    return [parallel.shard_batches(jax.tree.map(lambda x: x[i : i + 1], host_batches)) for i in range(steps)]  # noqa: B023
+
+
+def _dispatch(chunk: Chunk, state: Any, constants: Any, parts: list[Any]) -> tuple[Any, list[Any]]:
+    """Starts a chunk; returns the state and the metrics of each part, on the devices."""
+    measured = []
+    for part in parts:
+        state, metrics = chunk(state, constants, part)
+        measured.append(metrics)
+    return state, measured
+
+
+class _Clock:
+    """Seconds that a stage took over all its runs, up to the last checkpoint of each."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._before = seconds(path.parent)
+        self._started = time.monotonic()
+
+    def save(self) -> None:
+        if jax.process_index() == 0:
+            files.write_json(self._path, self._before + time.monotonic() - self._started)
+
+
+def seconds(folder: Path) -> float:
+    """Seconds that the stage in `folder` took, over all its runs."""
+    path = folder / "seconds.json"
+    return files.read_json(path) if path.exists() else 0.0

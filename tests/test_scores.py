@@ -1,0 +1,189 @@
+"""Scores against what numpy and finite differences say, and the widths that follow from scores."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_ddnp import IMAGES, LABELS, VARIABLES, WIDTHS, Tiny, compiled, topology
+
+import ddnp_jax
+from ddnp_jax import methods
+from ddnp_jax.cost.budget import Budget
+from ddnp_jax.methods import scores
+
+
+def make_search(method, p=0.5, steps=2, multiple=1, **fields):
+    budget = Budget(topology(), p, multiple=multiple)
+    config = methods.configure(method, fields)
+    return methods.build(method, methods.Problem(Tiny(), VARIABLES, topology(), budget, config, steps)), budget
+
+
+def importance(method, seed=0):
+    search, _ = make_search(method)
+    state, _ = methods.run_search(search, VARIABLES, batches(), seed, progress=False)
+    return search.propose(state)[0]
+
+
+def batches():
+    return [(IMAGES[:6], LABELS[:6]), (IMAGES[6:], LABELS[6:])]  # of unequal sizes
+
+
+def kernel(number):
+    return np.float64(VARIABLES["params"][f"conv{number}"]["kernel"])
+
+
+def test_magnitude_is_the_l1_norm_of_the_filters():
+    for number, found in enumerate(importance("magnitude"), 1):
+        np.testing.assert_allclose(found, np.abs(kernel(number)).sum((0, 1, 2)), rtol=1e-12)
+
+
+def test_batch_norm_scale():
+    for number, found in enumerate(importance("bn_scale"), 1):
+        scale = VARIABLES["params"][f"bn{number}"]["scale"]
+        assert scale.min() > 0
+        np.testing.assert_allclose(found, scale, rtol=1e-6)
+
+
+def test_a_gate_without_normalization_is_named():
+    import flax.linen as nn
+
+    class Plain(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(4, (3, 3), name="first")(x))
+            return nn.Dense(2, name="last")(x.mean((1, 2)))
+
+    variables = Plain().init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
+    found = ddnp_jax.trace(Plain(), (4, 4, 3))
+    with pytest.raises(ValueError, match=r"^gate first has no normalization with a scale; score"):
+        scores.bn_scale(scores.Evidence(found, variables), 0)
+
+
+def test_fpgm_is_the_sum_of_distances_to_the_other_filters():
+    for number, found in enumerate(importance("fpgm"), 1):
+        filters = kernel(number).reshape(-1, WIDTHS[number - 1]).T
+        wanted = [sum(np.sqrt(np.sum((a - b) ** 2)) for b in filters) for a in filters]
+        np.testing.assert_allclose(found, wanted, rtol=1e-10)
+
+
+def test_random_scores_follow_the_seed():
+    first, again, other = importance("uniform", 0), importance("uniform", 0), importance("uniform", 1)
+    for a, b, c in zip(first, again, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert np.all(a != c)
+
+
+def loss_of(masks, image, label):
+    """Cross-entropy of one image, float64 beside the network."""
+    with jax.enable_x64(True):
+        logits = ddnp_jax.apply_masked(Tiny(jnp.float64), VARIABLES, np.float64(image[None]), masks, topology())
+        logits = np.asarray(logits, np.float64)[0]
+    return np.log(np.sum(np.exp(logits - logits.max()))) + logits.max() - logits[label]
+
+
+def test_taylor_is_the_mean_absolute_mask_gradient_of_each_image():
+    ones = [np.ones(width) for width in WIDTHS]
+    channels = [(0, 1), (0, 6), (1, 0), (1, 17)]
+    step = 1e-4
+    found = importance("taylor")
+    for gate, channel in channels:
+        gradients = []
+        for image, label in zip(IMAGES, LABELS, strict=True):
+            ends = []
+            for sign in (1, -1):
+                masks = [mask.copy() for mask in ones]
+                masks[gate][channel] += sign * step
+                ends.append(loss_of(masks, image, label))
+            gradients.append((ends[0] - ends[1]) / (2 * step))
+        assert min(gradients) < 0 < max(gradients)  # else the mean's absolute value would do
+        np.testing.assert_allclose(found[gate][channel], np.mean(np.abs(gradients)), rtol=1e-3, atol=1e-7)
+
+
+def test_scores_over_four_devices_are_those_of_one():
+    search, _ = make_search("taylor")
+    state, batch = search.init(jax.random.key(0)), (IMAGES, LABELS)
+    one, four = (compiled(search, n)(state, VARIABLES, batch, jax.random.key(0)) for n in (1, 4))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), one[1], four[1])
+    for a, b in zip(search.propose(one[0])[0], search.propose(four[0])[0], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_a_score_of_features_is_one_function(monkeypatch):
+    def mean_feature(evidence, gate):
+        return jnp.mean(evidence.features[gate], range(evidence.features[gate].ndim - 1))
+
+    monkeypatch.setitem(scores.SCORES, "mean", scores.Score(mean_feature, needs_images=True))
+    problem = methods.Problem(Tiny(), VARIABLES, topology(), Budget(topology(), 0.5), scores.Fields(), 2)
+    search = scores.build(scores.SCORES["mean"], problem)
+    state, history = methods.run_search(search, VARIABLES, batches(), progress=False)
+    _, seen = Tiny().apply(VARIABLES, IMAGES, capture_intermediates=True, mutable=["intermediates"])
+    for number, found in enumerate(search.propose(state)[0], 1):
+        relu = np.maximum(seen["intermediates"][f"bn{number}"]["__call__"][0], 0)
+        np.testing.assert_allclose(found, relu.mean((0, 1, 2)), rtol=1e-5)
+    logits = np.asarray(seen["intermediates"]["__call__"][0])
+    right = logits.argmax(-1) == LABELS
+    np.testing.assert_allclose(history["top1"], [100 * right[:6].mean(), 100 * right[6:].mean()], rtol=1e-5)
+
+
+# Widths
+
+
+@pytest.mark.parametrize("method", ["uniform", "magnitude"])
+def test_one_fraction_of_every_gate(method):
+    search, budget = make_search(method, p=0.4)
+    chosen = [methods.select(search, search.init(jax.random.key(seed)), budget) for seed in (0, 0, 1)]
+    assert search.steps == 0
+    assert chosen[0] == chosen[1]
+    assert (chosen[0] == chosen[2]) == (method == "magnitude")
+    a, b = chosen[0].widths
+    assert abs(a / 8 - b / 24) < 1 / 8
+    cost = budget.cost((a, b))
+    assert cost <= budget.wanted < min(budget.cost((a + 1, b)), budget.cost((a, b + 1)))
+    if method == "magnitude":
+        for kept, number in zip(chosen[0].kept, (1, 2), strict=True):
+            norms = np.abs(kernel(number)).sum((0, 1, 2))
+            assert set(kept) == set(np.argsort(norms)[-len(kept) :])
+    assert methods.proposed_cost(search, search.init(jax.random.key(0)), budget) is None
+
+
+def test_one_ranking_over_all_gates_is_cut_where_the_budget_is():
+    search, budget = make_search("fpgm", p=0.4, ranking="global")
+    selection = methods.select(search, search.init(jax.random.key(0)), budget)
+    found = [
+        sorted((value, gate, channel) for channel, value in enumerate(values))
+        for gate, values in enumerate(search.propose(search.init(jax.random.key(0)))[0])
+    ]
+    ranked = sorted((entry for gate in found for entry in gate), reverse=True)
+
+    def widths(count):
+        return tuple(max(1, sum(gate == own for _, own, _ in ranked[:count])) for gate in range(2))
+
+    count = max(n for n in range(33) if budget.cost(widths(n)) <= budget.wanted)
+    assert selection.widths == widths(count)
+    assert selection.kept == tuple(
+        tuple(sorted(channel for _, own, channel in ranked[:count] if own == gate)) for gate in range(2)
+    )
+    assert budget.cost(selection.widths) > 0.9 * budget.wanted
+
+
+def test_every_gate_keeps_its_smallest_width():
+    scores_of = (np.arange(8.0), 100 + np.arange(24.0))
+    budget = Budget(topology(), 0.5)
+    # The cost of widths (a, b) is 972 a + 324 a b + 5 b, that of all 70,104.
+    assert scores.over_all_gates(scores_of, budget) == (3, 24)  # 26,364 of 35,052; (4, 24) would be 35,112
+    assert scores.over_all_gates(scores_of, Budget(topology(), 0.1)) == (1, 18)  # 6,894 of 7,010
+    assert scores.over_all_gates(scores_of, Budget(topology(), 1.0)) == WIDTHS
+
+
+def test_global_widths_are_multiples():
+    search, budget = make_search("magnitude", p=0.4, multiple=4, ranking="global")
+    selection = methods.select(search, search.init(jax.random.key(0)), budget)
+    assert all(width % 4 == 0 for width in selection.widths)
+    assert budget.cost(selection.widths) <= budget.wanted
+
+
+def test_an_unknown_ranking_is_refused():
+    with pytest.raises(ValueError, match=r"^ranking='all' is unknown; use one of per_gate, global\.$"):
+        methods.configure("taylor", {"ranking": "all"})
+    with pytest.raises(ValueError, match=r"^taylor has no field 'tie_weight'; its fields are ranking\.$"):
+        methods.configure("taylor", {"tie_weight": 1.0})

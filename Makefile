@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 $(VENV)/demo: setup.cfg
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -e .
+	$(BIN)/python -m pip install -q -e '.[job]'
 	touch $@
 
 $(VENV)/dev: $(VENV)/demo

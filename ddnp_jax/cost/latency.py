@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -182,8 +183,6 @@ def measure(
       multiple: The widths are multiples of this, except the whole.
       variables: Variables of a function, or their shapes.
     """
-    from tqdm import tqdm  # here, because whoever only prunes needs no more than JAX and flax
-
     calls = _calls(model, topology, batch, variables)
     known: dict[_Call, float] = {}  # networks repeat their layers
 
@@ -193,11 +192,18 @@ def measure(
         return known[call]
 
     layers = []
-    for layer, call in tqdm(list(zip(topology.layers, calls, strict=True)), desc="latency table", unit="layer"):
+    for layer, call in zip(topology.layers, calls, strict=True):
         inputs, outputs = (_knots(extent, topology, points, multiple) for extent in (layer.inputs, layer.outputs))
         ms = tuple(tuple(milliseconds(call.resized(a, b)) for b in outputs or (None,)) for a in inputs or (None,))
         layers.append(LayerTimes(layer.name, layer.kernel_shape, layer.positions, inputs, outputs, ms))
+        _report(len(layers), len(topology.layers))
     return LatencyTable(jax.devices()[0].device_kind, batch, tuple(layers))
+
+
+def _report(measured: int, layers: int) -> None:
+    """A line on standard error, about ten times in all."""
+    if measured % max(layers // 10, 1) == 0:
+        print(f"latency table: {measured} of {layers} layers", file=sys.stderr, flush=True)
 
 
 def _as_tuple(value: Any) -> Any:

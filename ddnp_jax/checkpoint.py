@@ -41,8 +41,8 @@ class Checkpoints:
         """Opens the directory, or makes it.
 
         Args:
-          directory: of this stage alone.
-          keep: how many of the latest checkpoints stay; 2 leaves one to fall back to.
+          directory: Directory of this stage alone.
+          keep: Number of latest checkpoints that stay; 2 leaves one to fall back to.
         """
         self.directory = Path(directory).absolute()
         self._metrics: dict[int, float | None] = {}
@@ -67,12 +67,12 @@ class Checkpoints:
         """Saves a pytree; the files are written in the background.
 
         Args:
-          step: its number; a state saved already under its own step is not saved again.
-          state: a pytree of arrays, replicated where they are on devices.
-          metric: how good the state is, higher being better; None where that was not measured.
+          step: Number of the step; a state saved already under its own step is not saved again.
+          state: Pytree of arrays, replicated where they are on devices.
+          metric: Measure of the state, higher being better; None where it was not measured.
 
         Raises:
-          ValueError: if the metric is not finite, two leaves share a name, or the step holds another state.
+          ValueError: The metric is not finite, two leaves share a name, or the step holds another state.
         """
         if metric is not None and not math.isfinite(metric):
             raise ValueError(f"metric={metric} of step {step} is not finite; save the state without a metric.")
@@ -102,14 +102,14 @@ class Checkpoints:
         Damaged ones that are newer are logged and renamed to `<step>.damaged`, so that their steps can be saved again.
 
         Args:
-          template: a pytree with the structure, shapes and dtypes of the state: arrays, or `jax.ShapeDtypeStruct` where
+          template: Pytree with the structure, shapes and dtypes of the state: arrays, or `jax.ShapeDtypeStruct` where
             these are no random keys.
 
         Returns:
           The step, and the state as numpy arrays with the bits that were saved; None if there is no checkpoint.
 
         Raises:
-          ValueError: if the checkpoint does not fit the template (the message names the first leaf that differs), or if
+          ValueError: The checkpoint does not fit the template (the message names the first leaf that differs), or
             there are checkpoints and all are damaged.
         """
         return self._first_undamaged(sorted(self._manager.all_steps(), reverse=True), template)
@@ -266,12 +266,12 @@ def claim_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequen
     """Makes a workdir this run's own, or checks that it is: its `config.json` must hold the same config.
 
     Args:
-      workdir: of the run; made if absent.
-      config: nested mappings of JSON values.
-      ignore: fields, or prefixes of fields ('parallel' for all 'parallel.*'), that may differ when a run resumes.
+      workdir: Folder of the run; made if absent.
+      config: Nested mappings of JSON values.
+      ignore: Fields, or prefixes of fields ('parallel' for all 'parallel.*'), that may differ when a run resumes.
 
     Raises:
-      ValueError: if the workdir belongs to a run with another config (the message lists the fields that differ), or
+      ValueError: The workdir belongs to a run with another config (the message lists the fields that differ), or
         is not shared by all processes.
     """
     path = _identity(workdir)

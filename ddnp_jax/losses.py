@@ -47,8 +47,8 @@ def check_labels(shape: tuple[int, ...], labels: Any, name: str = "the network")
     bad = np.flatnonzero((numbers < 0) | (numbers >= shape[1]))
     if bad.size:
         raise ValueError(
-            f"label {numbers[bad[0]]} of image {bad[0]} of a batch is outside 0..{shape[1] - 1}, the {shape[1]} "
-            f"classes of {name}; give labels from 0, or a network with more outputs."
+            f"label {numbers[bad[0]]} of image {bad[0]} of a batch is outside 0..{shape[1] - 1}, the classes of "
+            f"{name}; give labels from 0, or a network with more outputs."
         )
 
 

@@ -54,13 +54,14 @@ def initialize(
     """Joins this process to the others of the run; must come before anything touches a device.
 
     Args:
-      distributed: whether the run has several processes; False does nothing.
-      coordinator_address: 'host:port' of process 0; None on TPU, Slurm and Kubernetes, where JAX finds all three.
-      num_processes: how many processes the run has.
-      process_id: which one this is, from 0.
+      distributed: Whether the run has several processes; False does nothing.
+      coordinator_address: Address 'host:port' of process 0; None on TPU, Slurm and Kubernetes, where JAX finds it,
+        and the other two.
+      num_processes: Number of processes of the run.
+      process_id: Number of this process, from 0.
 
     Raises:
-      ValueError: if only some of the three are given, or any of them to a run that is not distributed.
+      ValueError: Only some of the three are given, or any of them to a run that is not distributed.
     """
     given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
@@ -82,11 +83,11 @@ def check_batch(batch_size: int, name: str) -> None:
     """Raises for a batch that the devices cannot share equally.
 
     Args:
-      batch_size: images per step over all devices.
-      name: the config field that holds it, for the message.
+      batch_size: Images per step over all devices.
+      name: Field of the configuration that holds it, for the message.
 
     Raises:
-      ValueError: if `batch_size` is not a positive multiple of the number of devices.
+      ValueError: `batch_size` is not a positive multiple of the number of devices.
     """
     devices = jax.device_count()
     if batch_size < 1 or batch_size % devices:
@@ -103,7 +104,7 @@ def shard_batches(tree: Any) -> Any:
     """Puts batches on the devices that read them.
 
     Args:
-      tree: a pytree of host arrays (chunk, batch / processes, ...), this process's part of every batch.
+      tree: Pytree of host arrays (chunk, batch / processes, ...), this process's part of every batch.
 
     Returns:
       The same pytree as global arrays (chunk, batch, ...), split over the devices along axis 1.
@@ -165,7 +166,7 @@ def check_mode(mode: str) -> None:
     """Raises for an unknown mode of `data_parallel`.
 
     Raises:
-      ValueError: if `mode` is neither 'shard_map' nor 'pmap'.
+      ValueError: `mode` is neither 'shard_map' nor 'pmap'.
     """
     if mode not in ("shard_map", "pmap"):
         raise ValueError(f"mode={mode!r} is unknown; use 'shard_map' or 'pmap'.")
@@ -179,17 +180,17 @@ def data_parallel(step: Step, *, mode: str = "shard_map", donate: bool = True) -
     numbers.
 
     Args:
-      step: `(state, constants, batches) -> (state, metrics)` as one device sees it: `batches` holds its own share of
-        each batch, (chunk, batch / devices, ...).
+      step: Function `(state, constants, batches) -> (state, metrics)` as one device sees it: `batches` holds its own
+        share of each batch, (chunk, batch / devices, ...).
       mode: 'shard_map' (under jit) or 'pmap'.
-      donate: whether the call may reuse the memory of its state, which is then gone.
+      donate: Whether the call may reuse the memory of its state, which is then gone.
 
     Returns:
       The same function of a replicated state and constants (see `replicate`) and batches split along axis 1 (see
       `shard_batches`); its outputs are replicated.
 
     Raises:
-      ValueError: if `mode` is neither.
+      ValueError: `mode` is neither.
     """
     donated = (0,) if donate else ()
     check_mode(mode)

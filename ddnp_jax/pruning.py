@@ -5,21 +5,20 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ddnp_jax import losses, methods
+from ddnp_jax import methods
 from ddnp_jax.compact import Rebuild, Verification, check_finite, compact, rehearse, verify
 from ddnp_jax.cost import flops
 from ddnp_jax.cost.budget import Budget, floors_of
 from ddnp_jax.losses import Loss
-from ddnp_jax.networks import Network, Outputs, as_network, picked
+from ddnp_jax.networks import Outputs, as_network
 from ddnp_jax.topology import Gate, Selection, Topology, trace
+from ddnp_jax.training.fitting import LabelledBatches, checked_batch
+from ddnp_jax.training.steps import Batch
 
 VERIFIED_IMAGES = 64  # of the first batch, with which the cut is verified
 
-Batch = tuple[Any, Any]
 Floors = int | float | Mapping[str, int | float] | Callable[[Gate], int | float] | None
 
 
@@ -135,7 +134,9 @@ def prune(
     network = as_network(model, **(call_kwargs or {}))
     own = network.variables(variables)
     check_finite(own, network.name)
-    (images, targets), batches = _first(batches)
+    (images, _), batches = _first(batches)
+    if loss is None:
+        batches = LabelledBatches(batches, network, own, outputs)
     if budget is None:
         shape = tuple(images.shape[1:] if input_shape is None else input_shape)
         kept = keep if callable(keep) else tuple(keep)
@@ -143,9 +144,6 @@ def prune(
         budget = Budget(topology, p, multiple=multiple, floors=floors_of(topology, floors))
     topology = budget.topology
     budget.check()
-    if loss is None:
-        _check_labels(network, own, images, targets, outputs)
-    images = images[:VERIFIED_IMAGES]
     rehearse(model, variables, topology, budget.smallest_widths, rebuild)
     steps = methods.find(method).steps if steps is None else steps
     problem = methods.Problem(model, own, topology, budget, config, steps, loss, outputs, performance)
@@ -153,24 +151,15 @@ def prune(
     state, history = methods.run_search(search, own, batches, seed, progress)
     selection = methods.select(search, state, budget)
     small = compact(model, variables, selection, topology, rebuild)
-    verification = verify(model, variables, *small, selection, topology, images)
+    verification = verify(model, variables, *small, selection, topology, images[:VERIFIED_IMAGES])
     return Pruned(*small, selection, topology, history, budget, verification, search.notes)
 
 
 def _first(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
-    """The first batch, and all of them; an iterator is not asked for it twice."""
+    """The first batch, and all batches; an iterator is not asked for its first one twice."""
     iterator = iter(batches)
     try:
         first = next(iterator)
     except StopIteration:
         raise ValueError("batches holds no batch; give (images, targets) of arrays.") from None
-    if not isinstance(first, tuple | list) or len(first) != 2:
-        raise ValueError(f"a batch must be (images, targets), got {type(first).__name__}.")
-    if iterator is batches:
-        batches = itertools.chain([first], iterator)
-    return (jnp.asarray(first[0]), first[1]), batches
-
-
-def _check_labels(network: Network, variables: Any, images: Any, targets: Any, outputs: Outputs) -> None:
-    found = jax.eval_shape(lambda v, x: picked(network.evaluate(v, x), outputs, network.name), variables, images)
-    losses.check_labels(found.shape, targets, network.name)
+    return checked_batch(first), itertools.chain([first], iterator) if iterator is batches else batches

@@ -176,9 +176,19 @@ def test_batches_are_read_again_where_they_end():
         (lambda: [BATCHES[0][0]], r"^a batch must be \(images, targets\), got ndarray\.$"),
     ],
 )
-def test_batches_that_end_early_are_refused(batches, message):
+def test_batches_that_cannot_be_meant_are_refused(batches, message):
     with pytest.raises(ValueError, match=message):
         fit(Net(), random_variables(Net()), batches(), steps=5, progress=False)
+
+
+def test_labels_that_are_no_classes_of_the_network_are_refused():
+    images, labels = BATCHES[0]
+    for bad, message in (
+        (labels + 1, r"^label 10 of image \d+ of a batch is outside 0\.\.9, the 10 classes of Net;"),
+        (labels / 2, r"^the targets are float32 \(16,\), and must be whole numbers \(16,\), one label each;"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(Net(), random_variables(Net()), [BATCHES[1], (images, bad)], steps=2, progress=False)
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step():

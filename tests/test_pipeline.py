@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 from configs import cifar10_r56, default, digits_r20
 from ddnp_jax import data, pipeline
@@ -186,6 +187,47 @@ def test_own_model_is_pruned_through_rebuild(config, tmp_path):
     assert (report["model"], report["precision"]) == ("Own", "float32")
     assert report["batch_norm"] == "synced"
     assert report["seconds"]["search"] == 0
+
+
+class OwnNnx(nnx.Module):
+    """A user's network in flax.nnx, with random numbers of its own."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Conv(1, 20, (3, 3), strides=2, rngs=rngs)
+        self.norm = nnx.BatchNorm(20, rngs=rngs)
+        self.second = nnx.Conv(20, 12, (3, 3), strides=2, rngs=rngs)
+        self.dropout = nnx.Dropout(0.2, rngs=rngs)
+        self.classes = nnx.Linear(12, 10, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.second(nnx.relu(self.norm(self.first(x)))))
+        return self.classes(self.dropout(x.mean((1, 2))))
+
+
+def test_an_nnx_module_is_pruned_and_a_killed_run_resumes_bit_for_bit(config, tmp_path, monkeypatch):
+    config.search.method = "magnitude"
+    report = pipeline.run(config, tmp_path / "whole", model=OwnNnx(nnx.Rngs(3)))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        interrupt_at(patch, "finetune", 2, kill)
+        pipeline.run(config, tmp_path / "killed", model=OwnNnx(nnx.Rngs(3)))
+    assert pipeline.run(config, tmp_path / "killed", model=OwnNnx(nnx.Rngs(3)))["widths"] == report["widths"]
+    assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")
+    models = [load_pruned(tmp_path / name / "pruned", OwnNnx(nnx.Rngs(4)))[0] for name in ("whole", "killed")]
+    assert [models[0].first.out_features, models[0].second.out_features] == report["widths"]
+    for part in ("first", "second", "classes"):
+        ours, theirs = (getattr(model, part).kernel[...] for model in models)
+        np.testing.assert_array_equal(ours, theirs)
+    assert (report["model"], report["batch_norm"]) == ("OwnNnx", "synced")
+
+
+def test_scores_of_images_are_searches_of_the_job(config, tmp_path):
+    config.search.method = "taylor"
+    config.search.ranking = "global"
+    report = pipeline.run(config, tmp_path, model=Own((20, 12)), rebuild=Own)
+    assert report["flops_prunable_after"] <= P * report["flops_prunable_before"]
+    assert report["seconds"]["search"] > 0
+    assert report["notes"] == []  # it proposes no widths, which could miss the budget
+    assert [line["step"] for line in log_of(tmp_path) if line["stage"] == "search" and "loss" in line] == [1, 2, 3, 4]
 
 
 def test_budget_in_measured_latency_is_the_same_numbers_when_the_run_goes_on(config, tmp_path):

@@ -21,7 +21,7 @@ def run_search(
       variables: Variables of the network, as in the search's `Problem`.
       batches: Batches (images, targets), which can be read again and again; as for `fit`.
       seed: Seed of everything that the search draws.
-      progress: Whether to report on the way.
+      progress: Whether to report progress on standard error.
 
     Returns:
       The state after the last step, on the host, for `select`; and every metric over the steps.

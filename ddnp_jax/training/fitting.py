@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddnp_jax import parallel
+from ddnp_jax import losses, parallel
 from ddnp_jax.losses import Loss
-from ddnp_jax.networks import Outputs, as_network
+from ddnp_jax.networks import Network, Outputs, as_network, picked
 from ddnp_jax.training.steps import Batch, Distillation, Metrics, Step, init_state, sgd, step_rngs, train_step
 from ddnp_jax.training.steps import schedule as make_schedule
 
@@ -94,6 +94,8 @@ def fit(
         network, optimizer, label_smoothing=label_smoothing, loss=loss, outputs=outputs, distillation=distillation
     )
     state = init_state(network, network.variables(variables), optimizer)
+    if loss is None:
+        batches = LabelledBatches(batches, network, network.variables(variables), outputs)
     state, history = take_steps(step, state, constants, batches, steps, seed, "fit" if progress else "")
     fitted = jax.tree.map(jnp.asarray, state.variables(network))
     return Fitted(*network.bind(fitted), history)
@@ -142,6 +144,32 @@ def take_steps(
     return parallel.fetch(state), {name: np.array([entry[name] for entry in history]) for name in names}
 
 
+class LabelledBatches:
+    """Batches for the default loss; their labels are compared with the network's outputs when they are read."""
+
+    def __init__(self, batches: Iterable[Batch], network: Network, variables: Any, outputs: Outputs) -> None:
+        """Takes the batches of `fit`, the network, its variables and which of its outputs count."""
+        self._batches, self._network = batches, network
+        self._variables, self._outputs = jax.eval_shape(lambda: variables), outputs
+        self._classes: tuple[int, ...] | None = None  # shape of the outputs of one image
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields the batches.
+
+        Raises:
+          ValueError: The outputs are no logits, or labels do not fit them.
+        """
+        for batch in self._batches:
+            images, labels = checked_batch(batch)
+            if self._classes is None:
+                self._classes = jax.eval_shape(self._logits, self._variables, images).shape[1:]
+            losses.check_labels((len(images), *self._classes), labels, self._network.name)
+            yield images, labels
+
+    def _logits(self, variables: Any, images: jax.Array) -> jax.Array:
+        return picked(self._network.evaluate(variables, images), self._outputs, self._network.name)
+
+
 def _checked(metrics: Metrics, step: int) -> dict[str, np.ndarray]:
     """A step's metrics on the host, once its loss is known to be finite."""
     found = jax.tree.map(np.asarray, jax.device_get(metrics))
@@ -162,7 +190,7 @@ def _repeated(batches: Iterable[Batch], steps: int) -> Iterator[Batch]:
     while read < steps:
         before = read
         for batch in batches:
-            yield _checked_batch(batch)
+            yield checked_batch(batch)
             read += 1
             if read == steps:
                 return
@@ -173,7 +201,12 @@ def _repeated(batches: Iterable[Batch], steps: int) -> Iterator[Batch]:
             )
 
 
-def _checked_batch(batch: Any) -> Batch:
+def checked_batch(batch: Any) -> Batch:
+    """A batch (images, targets) of arrays.
+
+    Raises:
+      ValueError: It is something else.
+    """
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise ValueError(f"a batch must be (images, targets), got {type(batch).__name__}.")
     images, targets = batch

@@ -20,7 +20,7 @@ from ddnp_jax.networks import LeafPath, Network, Sizes, as_network, flatten, rep
 
 DESCRIPTION = "model.json"
 OWN_PACKAGE = __name__.partition(".")[0]
-_DEFAULTS = {"kind": "linen", "sizes": []}  # of folders that were written before there were other kinds
+_DEFAULTS: dict[str, Any] = {"kind": "linen", "sizes": []}  # of folders that were written before there were other kinds
 _FIELDS = ("kind", "class", "attributes", "missing", "sizes", "weights", "sha256")
 
 

@@ -318,17 +318,27 @@ def _calls(model: Any, topology: Topology, batch: int, variables: Any) -> list[_
 
 def _call(eqn: core.JaxprEqn, layer: Layer) -> _Call:
     name = eqn.primitive.name
-    x, kernel = (eqn.invars[operand].aval for operand in (layer.operand, 1 - layer.operand))
+    x, kernel = (eqn.invars[operand] for operand in (layer.operand, 1 - layer.operand))
+    x_shape, kernel_shape = jaxprs.shape_of(x), jaxprs.shape_of(kernel)
     numbers = eqn.params["dimension_numbers"]
     if name == "conv_general_dilated":
         read_axis, axes = numbers.lhs_spec[1], (numbers.rhs_spec[1], numbers.rhs_spec[0])
     else:
         read_axis, contracted = numbers[0][layer.operand][0], numbers[0][1 - layer.operand]
-        free = [axis for axis in range(len(kernel.shape)) if axis not in contracted]
+        free = [axis for axis in range(len(kernel_shape)) if axis not in contracted]
         axes = (contracted[0], free[-1] if free else 0)
     arguments = tuple((key, eqn.params[key]) for key in _ARGUMENTS[name])
     return _Call(
-        name, arguments, x.shape, kernel.shape, layer.operand, read_axis, axes, layer.groups, x.dtype, layer.by_platform
+        name,
+        arguments,
+        x_shape,
+        kernel_shape,
+        layer.operand,
+        read_axis,
+        axes,
+        layer.groups,
+        jaxprs.dtype_of(x),
+        layer.by_platform,
     )
 
 

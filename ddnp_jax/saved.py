@@ -21,7 +21,7 @@ from ddnp_jax.networks import LeafPath, Network, Sizes, as_network, flatten, rep
 DESCRIPTION = "model.json"
 _SEPARATOR = "\x1f"  # of the names in a path; Haiku's names hold slashes
 OWN_PACKAGE = __name__.partition(".")[0]
-_DEFAULTS = {"kind": "linen", "sizes": []}  # of folders that were written before there were other kinds
+_DEFAULTS: dict[str, Any] = {"kind": "linen", "sizes": []}  # of folders that were written before there were other kinds
 _FIELDS = ("kind", "class", "attributes", "missing", "sizes", "weights", "sha256")
 
 

@@ -13,7 +13,7 @@ from ddnp_jax import models
 from ddnp_jax.masking import apply_masked
 from ddnp_jax.models.layers import Backbone
 from ddnp_jax.topology import Extent, Reader, Selection, Slice, Span, trace
-from ddnp_jax.topology.axis_groups import AxisGroups, Factor, free
+from ddnp_jax.topology.axis_groups import AxisGroups, Constant, free
 
 SHAPE = (16, 16, 3)
 
@@ -569,4 +569,4 @@ def test_joining_divides_the_group_that_was_flattened():
     groups.join(groups.new(6) + groups.new(4), other)
     groups.join(other, flat)  # (6, 4) against (4, 6): 4 and 6 do not divide each other
     assert all(groups.reasons(f.group) for f in groups.factors(flat) + groups.factors(other))
-    assert groups.join((Factor(None, 5),), left := groups.new(5)) == left
+    assert groups.join((Constant(5),), left := groups.new(5)) == left

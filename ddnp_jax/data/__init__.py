@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from ddnp_jax.data.arrays import from_arrays
-from ddnp_jax.data.dataset import Dataset, HeldOut
-from ddnp_jax.data.folder import from_folder, open_folder
-from ddnp_jax.data.images import Images, InMemory, Streamed, augment, normalize, read_ahead
-from ddnp_jax.data.order import BatchIndices, batches, evaluation_batches, split, steps_per_epoch
-from ddnp_jax.data.preprocessing import Preprocessing
+from ddnp_jax import extras
+
+with extras.needed_by("ddnp_jax.data"):
+    from ddnp_jax.data.arrays import from_arrays
+    from ddnp_jax.data.dataset import Dataset, HeldOut
+    from ddnp_jax.data.folder import from_folder, open_folder
+    from ddnp_jax.data.images import Images, InMemory, Streamed, augment, normalize, read_ahead
+    from ddnp_jax.data.order import BatchIndices, batches, evaluation_batches, split, steps_per_epoch
+    from ddnp_jax.data.preprocessing import Preprocessing
 
 __all__ = [
     "BatchIndices",
@@ -61,7 +64,8 @@ def load(config: Any) -> Dataset:
         return open_folder(
             config.data_dir, label(config), preprocessing, held_out, config.test_fraction, section="data."
         )
-    from ddnp_jax.data import prepared  # here, because arrays and folders do without TFDS
+    with extras.needed_by(f"data.name={config.name!r}"):
+        from ddnp_jax.data import prepared  # here, because arrays and folders do without TFDS
 
     return prepared.open_prepared(
         config.name, config.data_dir, config.train_split, config.test_split, preprocessing, held_out, label(config)

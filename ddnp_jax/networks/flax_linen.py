@@ -175,7 +175,7 @@ class LinenNetwork(Network):
         def record(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
             module = context.module
             if context.method_name == "__call__" and module.scope is not None and module.path not in found:
-                channels = args[0].shape[-1] if args and getattr(args[0], "ndim", 0) else None
+                channels = args[0].shape[-1] if args and getattr(args[0], "shape", ()) else None
                 found[module.path] = _Call(type(module), _attributes(module), channels)
             return next_fun(*args, **kwargs)
 
@@ -186,7 +186,7 @@ class LinenNetwork(Network):
     def _in_mode(self, training: bool) -> nn.Module:
         """The module, with an attribute that is its mode set where its call takes none."""
         call = inspect.signature(type(self.module).__call__).parameters
-        own = {name: on != training for name, on in MODES.items() if name in _attributes(self.module)}
+        own: dict[str, Any] = {name: on != training for name, on in MODES.items() if name in _attributes(self.module)}
         if not own or set(MODES) & set(call):
             return self.model
         module = self.module.clone(**own)

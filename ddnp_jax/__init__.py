@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ddnp_jax import methods, models, torch_weights
 from ddnp_jax.compact import Verification, compact, verify
 from ddnp_jax.cost import flops
+from ddnp_jax.cost.budget import Budget, Cost
 from ddnp_jax.masking import apply_masked
 from ddnp_jax.networks import Resized
 from ddnp_jax.pruning import Pruned, prune
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Budget",
+    "Cost",
     "Fitted",
     "Pruned",
     "Resized",

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 $(VENV)/demo: setup.cfg
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -e .
+	$(BIN)/python -m pip install -q -e '.[job]'
 	touch $@
 
 $(VENV)/dev: $(VENV)/demo
@@ -24,6 +24,7 @@ test: $(VENV)/dev
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV)

@@ -2,10 +2,12 @@
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-from ddnp_jax import methods, models, torch_weights
+from ddnp_jax import config, methods, models, torch_weights
 from ddnp_jax.compact import Verification, compact, verify
 from ddnp_jax.cost import flops
+from ddnp_jax.cost.budget import Budget, Cost
 from ddnp_jax.masking import apply_masked
 from ddnp_jax.networks import Resized
 from ddnp_jax.pruning import Pruned, prune
@@ -13,7 +15,15 @@ from ddnp_jax.saved import load_pruned, save_pruned
 from ddnp_jax.topology import Selection, Topology, trace
 from ddnp_jax.training.fitting import Fitted, fit
 
+if TYPE_CHECKING:
+    from ddnp_jax import data as data
+    from ddnp_jax import pipeline as pipeline
+
+__version__ = "0.1.0"
+
 __all__ = [
+    "Budget",
+    "Cost",
     "Fitted",
     "Pruned",
     "Resized",
@@ -22,7 +32,7 @@ __all__ = [
     "Verification",
     "apply_masked",
     "compact",
-    "data",
+    "config",
     "fit",
     "flops",
     "load_pruned",
@@ -35,9 +45,10 @@ __all__ = [
     "verify",
 ]
 
+_OF_THE_JOB = ("data", "pipeline")  # imported when they are first used: they need packages that pruning does not
+
 
 def __getattr__(name: str) -> ModuleType:
-    """Imports `data` when it is first used, because it needs packages that pruning itself does not."""
-    if name != "data":
+    if name not in _OF_THE_JOB:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module(f"{__name__}.data")
+    return importlib.import_module(f"{__name__}.{name}")

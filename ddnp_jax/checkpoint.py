@@ -17,13 +17,13 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from orbax.checkpoint import checkpoint_managers as policies
 
 from ddnp_jax import files, parallel
-
-_policies = ocp.checkpoint_managers
 
 
 class _DamagedError(Exception):
@@ -46,7 +46,7 @@ class Checkpoints:
         """
         self.directory = Path(directory).absolute()
         self._metrics: dict[int, float | None] = {}
-        policy = _policies.AnyPreservationPolicy([_policies.LatestN(keep), _KeepBest(self._metrics)])
+        policy = policies.AnyPreservationPolicy([policies.LatestN(keep), _KeepBest(self._metrics)])
         # Orbax's own metrics have no checksum, and a damaged file of them makes opening fail: ours are in the record.
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy, cleanup_tmp_directories=True, lightweight_initialize=True
@@ -78,7 +78,7 @@ class Checkpoints:
             raise ValueError(f"metric={metric} of step {step} is not finite; save the state without a metric.")
         metric = None if metric is None else float(metric)
         leaves = {name: _key_data(x) for name, x in _named(parallel.fetch(state)).items()}
-        record = {
+        record: dict[str, Any] = {
             "metric": metric,
             "leaves": {name: _describe(x) | {"sha256": _sha256(x)} for name, x in leaves.items()},
         }
@@ -212,7 +212,7 @@ class Checkpoints:
             return math.inf  # perhaps the best: `restore_best` must come across it and say that it is damaged
 
 
-class _KeepBest(_policies.PreservationPolicy):
+class _KeepBest(policies.PreservationPolicy):
     """Preserves the newest of the checkpoints with the highest metric, and those whose metric cannot be read."""
 
     def __init__(self, metrics: Mapping[int, float | None]) -> None:
@@ -241,7 +241,7 @@ def _key_data(x: Any) -> Any:
 
 
 def _as_key(data: np.ndarray, like: Any) -> jax.Array:
-    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
+    return jax.random.wrap_key_data(jnp.asarray(data), impl=jax.random.key_impl(like))
 
 
 def _describe(x: np.ndarray) -> dict[str, Any]:
@@ -250,7 +250,7 @@ def _describe(x: np.ndarray) -> dict[str, Any]:
 
 def _sha256(x: np.ndarray) -> str:
     digest = hashlib.sha256(json.dumps(_describe(x)).encode())
-    digest.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+    digest.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -276,7 +276,12 @@ def claim_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequen
     """
     path = _identity(workdir)
     path.parent.mkdir(parents=True, exist_ok=True)
-    parallel.on_first_process(lambda: path.exists() or files.write_json(path, config))
+
+    def claim() -> None:
+        if not path.exists():
+            files.write_json(path, config)
+
+    parallel.on_first_process(claim)
     if not path.exists():
         raise ValueError(f"{workdir} is not the same folder in every process; put it where all of them see it.")
     check_workdir(workdir, config, ignore)

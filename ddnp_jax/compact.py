@@ -86,7 +86,7 @@ def _smaller(
     """The smaller network; it does not hold the cut variables yet."""
     if rebuild is not None:
         return _network(rebuild(selection.widths), topology)
-    if isinstance(network.model, Backbone) and len(network.model.widths) == len(selection.widths):
+    if isinstance(network.model, Backbone) and len(network.model.inner_widths) == len(selection.widths):
         return _network(network.model.clone(widths=selection.widths), topology)
     resizing = _resizing(shapes, topology)
     if not resizing.shapes:

@@ -70,7 +70,7 @@ class Interpreter:
             return self._enter(eqn, program, operands, first)
         if eqn.primitive.name in jaxprs.CONTRACTIONS and first in self._changes:
             operand, change = self._changes[first]
-            expected, found = self._kernel_shapes.get(first), eqn.invars[1 - operand].aval.shape
+            expected, found = self._kernel_shapes.get(first), jaxprs.shape_of(eqn.invars[1 - operand])
             if expected is not None and expected != found:
                 raise ValueError(
                     f"the network's program has another layer than the one that was traced: a kernel {found} in place "
@@ -118,7 +118,9 @@ class FullPrecision(Interpreter):
         if name == "reduce_precision":
             return operands
         if name in _FIXED_TYPES or any(map(jaxprs.is_program, jax.tree.leaves(_programs(eqn)))):
-            operands = [_of_type(value, atom.aval.dtype) for value, atom in zip(operands, eqn.invars, strict=True)]
+            operands = [
+                _of_type(value, jaxprs.dtype_of(atom)) for value, atom in zip(operands, eqn.invars, strict=True)
+            ]
         else:
             eqn = eqn.replace(params=_wide_params(name, eqn.params), invars=list(map(_wide_literal, eqn.invars)))
             operands = list(map(_widened, operands))

@@ -15,6 +15,7 @@ from ddnp_jax.interpreter import Change, Interpreter, evaluate
 from ddnp_jax.networks import as_network
 from ddnp_jax.topology import Reader, Span, Topology
 
+Mask = jax.Array | np.ndarray
 Observe = Callable[[int, jax.Array], None]
 
 
@@ -22,7 +23,7 @@ def apply_masked(
     model: Any,
     variables: Any,
     x: jax.Array,
-    masks: Sequence[jax.Array],
+    masks: Sequence[Mask],
     topology: Topology,
     *,
     observe: Observe | None = None,
@@ -62,7 +63,7 @@ def apply_masked(
     return evaluate(network.evaluate, evaluation, network.variables(variables), x)
 
 
-def _check(x: jax.Array, masks: Sequence[jax.Array], topology: Topology) -> None:
+def _check(x: jax.Array, masks: Sequence[Mask], topology: Topology) -> None:
     if x.shape[1:] != topology.input_shape:
         raise ValueError(f"the images have shape {x.shape[1:]}; the topology was traced for {topology.input_shape}.")
     if len(masks) != len(topology.gates):
@@ -72,7 +73,7 @@ def _check(x: jax.Array, masks: Sequence[jax.Array], topology: Topology) -> None
             raise ValueError(f"gate {gate.name}: the mask has shape {jnp.shape(mask)}, not ({gate.channels},).")
 
 
-def _changes(topology: Topology, masks: Sequence[jax.Array], observe: Observe | None) -> dict[int, Change]:
+def _changes(topology: Topology, masks: Sequence[Mask], observe: Observe | None) -> dict[int, Change]:
     """What happens to the input of each layer, by the layer's number."""
     readers: dict[int, list[tuple[int, Reader]]] = {}
     for i, gate in enumerate(topology.gates):
@@ -82,10 +83,11 @@ def _changes(topology: Topology, masks: Sequence[jax.Array], observe: Observe | 
 
     def change(number: int) -> Change:
         def masked(x: jax.Array) -> jax.Array:
-            for i, reader in readers[number] if observe is not None else ():
-                if i not in observed:
-                    observed.add(i)
-                    observe(i, _channels_last(x, reader, topology.gates[i].channels))
+            if observe is not None:
+                for i, reader in readers[number]:
+                    if i not in observed:
+                        observed.add(i)
+                        observe(i, _channels_last(x, reader, topology.gates[i].channels))
             return _multiply(x, masks, readers[number])
 
         return masked
@@ -93,7 +95,7 @@ def _changes(topology: Topology, masks: Sequence[jax.Array], observe: Observe | 
     return {number: change(number) for number in readers}
 
 
-def _multiply(x: jax.Array, masks: Sequence[jax.Array], readers: Sequence[tuple[int, Reader]]) -> jax.Array:
+def _multiply(x: jax.Array, masks: Sequence[Mask], readers: Sequence[tuple[int, Reader]]) -> jax.Array:
     """Multiplies the channels of every gate on one axis; the data type of x stays."""
     axis = readers[0][1].axis
     shape = [1] * x.ndim
@@ -102,7 +104,7 @@ def _multiply(x: jax.Array, masks: Sequence[jax.Array], readers: Sequence[tuple[
     return x * along.reshape(shape).astype(x.dtype)
 
 
-def _along_axis(length: int, masks: Sequence[tuple[jax.Array, Span]]) -> jax.Array:
+def _along_axis(length: int, masks: Sequence[tuple[Mask, Span]]) -> jax.Array:
     """The factors along an axis (length,): a mask where its gate is, 1 elsewhere."""
     mask, span = masks[0]
     (channels,) = jnp.shape(mask)

@@ -26,18 +26,18 @@ class Devices(NamedTuple):
 
     Attributes:
       mean: Mean of a pytree of arrays over all devices.
-      index: Number of the device that the step runs on.
+      number: Number of the device that the step runs on.
       batch_axis: Mapped axis over which batch normalization takes its means; None for the device's share alone.
     """
 
     mean: Callable[[Any], Any]
-    index: Callable[[], jax.Array | int]
+    number: Callable[[], jax.Array | int]
     batch_axis: str | None
 
 
-ONE_DEVICE = Devices(mean=lambda tree: tree, index=lambda: 0, batch_axis=None)
+ONE_DEVICE = Devices(mean=lambda tree: tree, number=lambda: 0, batch_axis=None)
 OVER_DEVICES = Devices(
-    mean=lambda tree: jax.lax.pmean(tree, AXIS), index=lambda: jax.lax.axis_index(AXIS), batch_axis=AXIS
+    mean=lambda tree: jax.lax.pmean(tree, AXIS), number=lambda: jax.lax.axis_index(AXIS), batch_axis=AXIS
 )
 
 
@@ -64,7 +64,11 @@ def initialize(
     Raises:
       ValueError: Only some of the three are given, or any of them to a run that is not distributed.
     """
-    given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
+    given: dict[str, Any] = {
+        "coordinator_address": coordinator_address,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
     missing = [name for name, value in given.items() if value is None]
     if not distributed and len(missing) < 3:
         name = next(name for name in given if name not in missing)
@@ -123,7 +127,7 @@ def fetch(tree: Any) -> Any:
     def copy(x: Any) -> Any:
         if is_key(x):
             data = np.array(jax.device_get(jax.random.key_data(x)))
-            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+            return jax.random.wrap_key_data(jnp.asarray(data), impl=jax.random.key_impl(x))
         return np.array(jax.device_get(x))
 
     return jax.tree.map(copy, tree)

@@ -140,10 +140,10 @@ def prune(
     if budget is None:
         shape = tuple(images.shape[1:] if input_shape is None else input_shape)
         kept = keep if callable(keep) else tuple(keep)
-        topology = trace(model, shape, variables=own, residual=residual, keep=kept, **(call_kwargs or {}))
-        budget = Budget(topology, p, multiple=multiple, floors=floors_of(topology, floors))
-    topology = budget.topology
+        traced = trace(model, shape, variables=own, residual=residual, keep=kept, **(call_kwargs or {}))
+        budget = Budget(traced, p, multiple=multiple, floors=floors_of(traced, floors))
     budget.check()
+    topology = budget.topology
     rehearse(model, variables, topology, budget.smallest_widths, rebuild)
     steps = methods.find(method).steps if steps is None else steps
     problem = methods.Problem(model, own, topology, budget, config, steps, loss, outputs, performance)

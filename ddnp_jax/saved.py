@@ -19,8 +19,9 @@ from ddnp_jax import files
 from ddnp_jax.networks import LeafPath, Network, Sizes, as_network, flatten, replace_leaves
 
 DESCRIPTION = "model.json"
+_SEPARATOR = "\x1f"  # of the names in a path; Haiku's names hold slashes
 OWN_PACKAGE = __name__.partition(".")[0]
-_DEFAULTS = {"kind": "linen", "sizes": []}  # of folders that were written before there were other kinds
+_DEFAULTS: dict[str, Any] = {"kind": "linen", "sizes": []}  # of folders that were written before there were other kinds
 _FIELDS = ("kind", "class", "attributes", "missing", "sizes", "weights", "sha256")
 
 
@@ -41,7 +42,7 @@ def save_pruned(path: str | Path, model: Any, variables: Any = None) -> None:
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     leaves = {
-        "/".join(path): np.asarray(leaf)
+        _SEPARATOR.join(path): np.asarray(leaf)
         for path, leaf in flatten(network.variables(variables)).items()
         if _is_saved(leaf)
     }
@@ -56,7 +57,7 @@ def save_pruned(path: str | Path, model: Any, variables: Any = None) -> None:
         "class": f"{type(module).__module__}:{type(module).__qualname__}",
         "attributes": attributes,
         "missing": missing,
-        "sizes": [["/".join(path), dict(sizes)] for path, sizes in network.saved_sizes()],
+        "sizes": [[list(path), dict(sizes)] for path, sizes in network.saved_sizes()],
         "weights": name,
         "sha256": checksum,
     }
@@ -88,8 +89,8 @@ def load_pruned(path: str | Path, model: Any = None, variables: Any = None) -> t
     description = _description(file)
     leaves = _weights(file, description)
     sizes: Sizes = tuple(
-        (tuple(name.split("/")) if name else (), tuple((key, _from_json(value)) for key, value in own.items()))
-        for name, own in description["sizes"]
+        (tuple(path), tuple((key, _from_json(value)) for key, value in own.items()))
+        for path, own in description["sizes"]
     )
     if model is None:
         model = _build(description, file)
@@ -131,9 +132,9 @@ def _description(file: Path) -> dict[str, Any]:
         kinds = dict(zip(_FIELDS, (str, str, dict, list, list, str, str), strict=True))
         if wrong := [name for name, kind in kinds.items() if not isinstance(found[name], kind)]:
             raise TypeError(f"{wrong[0]} is no {kinds[wrong[0]].__name__}")
-        for name, own in found["sizes"]:
-            if not (isinstance(name, str) and isinstance(own, dict)):
-                raise TypeError("sizes are no pairs of a name and sizes")
+        for path, own in found["sizes"]:
+            if not (isinstance(path, list) and all(isinstance(name, str) for name in path) and isinstance(own, dict)):
+                raise TypeError("sizes are no pairs of a path and sizes")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error!r}); write the network again with save_pruned.") from error
     return found
@@ -146,7 +147,8 @@ def _weights(file: Path, description: Mapping[str, Any]) -> dict[LeafPath, jax.A
         raise ValueError(f"{weights_file} is damaged or missing: its checksum is not that of {DESCRIPTION}.")
     try:
         leaves = flatten(flax.serialization.msgpack_restore(content))
-        return {tuple("/".join(path).split("/")): jnp.asarray(leaf) for path, leaf in leaves.items()}
+        paths = {path: tuple(path[0].split(_SEPARATOR)) if len(path) == 1 else path for path in leaves}
+        return {paths[path]: jnp.asarray(leaf) for path, leaf in leaves.items()}
     except Exception as error:  # a hostile file can raise anything
         raise ValueError(f"{weights_file} holds no weights ({error!r}); write the network again.") from error
 

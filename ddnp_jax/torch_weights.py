@@ -108,8 +108,8 @@ def read(path_or_state_dict: str | os.PathLike | Mapping[str, Any]) -> dict[str,
     Raises:
       As `load`, which also checks whether a model fits.
     """
-    given = isinstance(path_or_state_dict, Mapping)
-    checkpoint = path_or_state_dict if given else _read(Path(path_or_state_dict))
+    given = path_or_state_dict
+    checkpoint = given if isinstance(given, Mapping) else _read(Path(given))
     return _state_dict(checkpoint, _source(path_or_state_dict))
 
 

@@ -1,0 +1,20 @@
+"""Entry points of a checkout: the job on named networks and data, figures and measurements."""
+
+import importlib.util
+
+_PACKAGES = (  # of the extra `job`; found, not imported, because what measures memory starts from an empty process
+    "PIL",
+    "absl",
+    "cv2",
+    "grain",
+    "matplotlib",
+    "ml_collections",
+    "orbax",
+    "simplejpeg",
+    "sklearn",
+    "tensorflow_datasets",
+    "tqdm",
+)
+
+if _missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
+    raise SystemExit(f"error: experiments need {_missing[0]}; run `pip install ddnp_jax[job]`.")

@@ -5,10 +5,14 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import jaxlib
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
+
+CHECKOUT = Path(__file__).parents[1]
+_CONFIG_FLAGS = ("--config", "-config")
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command goes on from what it holds.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Whether several processes share the run.")
@@ -51,9 +55,30 @@ def _known_fields() -> Iterator[None]:
         ) from error
 
 
-def _parse(arguments: list[str]) -> list[str]:
+def _located(config: str) -> str:
+    """The path[:argument] of a configuration file; one that is not here is that of the checkout."""
+    path, colon, argument = config.partition(":")
+    for file in (Path(path), CHECKOUT / path):
+        if file.is_file():
+            return f"{file}{colon}{argument}"
+    raise SystemExit(f"error: --config={path} is no file, here or in {CHECKOUT}; configs/ holds those that there are.")
+
+
+def _with_located_config(arguments: Sequence[str]) -> Iterator[str]:
+    before = ""
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if before in _CONFIG_FLAGS:
+            argument = _located(argument)
+        elif name in _CONFIG_FLAGS and equals:
+            argument = f"{name}={_located(value)}"
+        yield argument
+        before = argument
+
+
+def _parse(arguments: Sequence[str]) -> list[str]:
     with _known_fields():
-        return app.parse_flags_with_usage(arguments)
+        return app.parse_flags_with_usage(list(_with_located_config(arguments)))
 
 
 def prune(config: ConfigDict, workdir: str) -> str:
@@ -77,7 +102,9 @@ def run(
       required: flags without which the job cannot run.
     """
     with _known_fields():
-        config = config_flags.DEFINE_config_file("config", default_config, "Configuration file, path[:argument].")
+        config = config_flags.DEFINE_config_file(
+            "config", _located(default_config), "Configuration file, path[:argument], from here or from the checkout."
+        )
     flags.mark_flags_as_required(required)
 
     def main(_: list[str]) -> None:

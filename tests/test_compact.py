@@ -442,3 +442,57 @@ def test_an_nnx_module_is_cut_saved_loaded_and_cut_again(tmp_path):
     verify(loaded, None, smaller, None, Selection(((1,), (0, 1))), again, images())
     with pytest.raises(ValueError, match="holds a nnx network, and model= is a linen one"):
         load_pruned(tmp_path, model=zoo.VGG())
+
+
+class Inner(nn.Module):
+    """A convolution that is called as flax's wrappers call their content."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.relu(nn.Conv(8, (3, 3), name="module")(x))
+
+
+class Outer(nn.Module):
+    """A module with a module as attribute, and one that is made and called by itself."""
+
+    body: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(6, (1, 1), name="module")(self.body(x)))
+        return nn.Dense(5)(x.mean((1, 2)))
+
+
+def test_modules_as_attributes_are_cut_and_a_cut_module_may_be_one():
+    model = Outer(nn.Sequential([Inner(), nn.Conv(7, (1, 1)), nn.relu]))
+    variables, topology = zoo.randomized(model, SHAPE), trace(model, SHAPE)
+    assert topology.widths == (8, 7, 6)
+    selection = selection_of(topology, "random")
+    small_model, small = compact(model, variables, selection, topology)
+    verify(model, variables, small_model, small, selection, topology, images())
+    nested_variables, nested_topology = zoo.randomized(Nested(small_model), SHAPE), trace(Nested(small_model), SHAPE)
+    assert nested_topology.widths == selection.widths
+    again = selection_of(nested_topology, "one")
+    smaller, smallest = compact(Nested(small_model), nested_variables, again, nested_topology)
+    verify(Nested(small_model), nested_variables, smaller, smallest, again, nested_topology, images())
+
+
+class Nested(nn.Module):
+    """A module around a cut one."""
+
+    body: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        return 2 * self.body(x)
+
+
+def test_names_with_slashes_are_saved(tmp_path):
+    variables = {"mlp/~/linear_0": {"w": jnp.ones((2, 3))}, "mlp": {"~/b": jnp.zeros(3)}}
+
+    def function(variables, x):
+        return x @ variables["mlp/~/linear_0"]["w"] + variables["mlp"]["~/b"][None]
+
+    save_pruned(tmp_path, function, variables)
+    _, loaded = load_pruned(tmp_path, model=function)
+    jax.tree.map(np.testing.assert_array_equal, loaded, variables)

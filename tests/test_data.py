@@ -387,18 +387,18 @@ def test_a_batch_depends_on_seed_and_step_alone(order, step, shuffle):
     count, batch_size, seed, processes = order
     process = (processes - 1, processes)
     used, fresh = (data.batches(np.arange(count), batch_size, seed, shuffle=shuffle, process=process) for _ in "ab")
-    first = used[0].index.copy()
+    first = used[0].image.copy()
     np.testing.assert_array_equal(used[step], fresh[step])
-    np.testing.assert_array_equal(used[0].index, first)
-    expected = fresh[step].index.copy()
-    used[step].index[:] = -1  # an element is the caller's own
-    np.testing.assert_array_equal(used[step].index, expected)
+    np.testing.assert_array_equal(used[0].image, first)
+    expected = fresh[step].image.copy()
+    used[step].image[:] = -1  # an element is the caller's own
+    np.testing.assert_array_equal(used[step].image, expected)
 
 
 def test_shuffles_are_global_and_differ_by_epoch_and_seed():
     count = 2000
     epochs = {
-        (seed, epoch): data.batches(np.arange(count), count, seed)[epoch].index
+        (seed, epoch): data.batches(np.arange(count), count, seed)[epoch].image
         for seed in (0, 1)
         for epoch in (0, 1, 2)
     }
@@ -417,7 +417,7 @@ def test_steps_per_epoch():
 def evaluated(indices, batch_size, **kwargs):
     """Indices and validity, (batches, batch), of `data.evaluation_batches`."""
     elements = list(data.evaluation_batches(indices, batch_size, **kwargs))
-    return np.stack([draws.index for draws, _ in elements]), np.stack([valid for _, valid in elements])
+    return np.stack([draws.image for draws, _ in elements]), np.stack([valid for _, valid in elements])
 
 
 def test_evaluation_batches_pad_the_last_batch():

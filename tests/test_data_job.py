@@ -4,8 +4,10 @@ import flax.linen as nn
 import numpy as np
 import pytest
 
+import ddnp_jax
 from configs import digits_r20
 from ddnp_jax import data, pipeline
+from ddnp_jax.topology import Selection
 from tests.test_data_folder import fill
 
 
@@ -54,3 +56,40 @@ def test_a_folder_takes_the_place_of_the_configurations_data_set(config, tmp_pat
     job = pipeline.prepare(config, tmp_path / "run", Small(), lambda widths: Small(widths))
     assert (job.dataset.name, job.dataset.class_names) == ("pets", ("cat", "dog"))
     assert job.topology.input_shape == (12, 12, 3)
+
+
+def test_prune_selects_what_the_job_selects(config, tmp_path):
+    """The same network, batches and seed, in a script and in the job over eight devices."""
+    config = digits_r20.get_config("scalar")
+    config.update({"seed": 3, "eval_batch_size": 16, "base": {"epochs": 2, "batch_size": 16, "warmup_epochs": 0.0}})
+    config.search.update(batch_size=16, epochs=20, chunk_steps=4)
+    config.finetune.update(epochs=0, warmup_epochs=0.0)
+    (images, labels), tested = bright_and_dark(96, 0), bright_and_dark(32, 1)
+    dataset = data.from_arrays((images, labels), tested, name="bright", search_fraction=0.3, pad=1)
+    pipeline.run(config, tmp_path, Two(), dataset=dataset)
+    job = pipeline.prepare(config, tmp_path, Two(), dataset=dataset)
+    variables = pipeline.stages.base(job)
+    steps, _ = job.stage_steps("search")
+    drawn = data.batches(dataset.splits["search"], 16, config.seed)
+    batches = [
+        dataset.train.batch(dataset.train.on_devices, dataset.train.read(drawn[step], None), None)
+        for step in range(steps)
+    ]
+    fields = {"importance": "scalar", "width": "scalar", "resource_weight": config.search.resource_weight}
+    rates = {f"{side}_optimizer": config.search[f"{side}_optimizer"].to_dict() for side in ("importance", "width")}
+    pruned = ddnp_jax.prune(
+        Two(), variables, batches, config.budget.p, steps=steps, seed=3, progress=False, **fields, **rates
+    )
+    assert pruned.selection == Selection.load(tmp_path / "selection.json")
+    assert pruned.selection.kept != tuple(tuple(range(width)) for width in pruned.selection.widths)
+
+
+class Two(nn.Module):
+    """A network with two gates."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        for i, features in enumerate((8, 12)):
+            x = nn.Conv(features, (3, 3), name=f"conv{i}")(x)
+            x = nn.relu(nn.BatchNorm(not train, name=f"norm{i}")(x))
+        return nn.Dense(2, name="classes")(x.mean((1, 2)))

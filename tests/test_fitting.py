@@ -184,7 +184,7 @@ def test_batches_that_cannot_be_meant_are_refused(batches, message):
 def test_labels_that_are_no_classes_of_the_network_are_refused():
     images, labels = BATCHES[0]
     for bad, message in (
-        (labels + 1, r"^label 10 of image \d+ of a batch is outside 0\.\.9, the classes of Net;"),
+        (labels + 1, r"^label 10 of image \d+ of a batch is outside 0\.\.9, the 10 classes of Net;"),
         (labels / 2, r"^the targets are float32 \(16,\), and must be whole numbers \(16,\), one label each;"),
     ):
         with pytest.raises(ValueError, match=message):

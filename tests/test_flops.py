@@ -1,5 +1,6 @@
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -177,3 +178,67 @@ def test_integer_widths_give_integers_and_others_float32():
     assert flops.prunable(topology, jnp.array(topology.widths)) == flops.prunable(topology)
     fractional = flops.prunable(topology, [w / 2 for w in topology.widths])
     assert (fractional.dtype, float(fractional)) == (jnp.float32, 40_108_032 / 2)
+
+
+def test_resizing_an_image_is_no_layer():
+    class Upsampled(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(8, (3, 3), name="a")(x))
+            x = jax.image.resize(x, (x.shape[0], 16, 16, x.shape[-1]), "bilinear")
+            return nn.Dense(10, name="classifier")(nn.Conv(6, (3, 3), name="b")(x).mean((1, 2)))
+
+    topology = trace(Upsampled(), (8, 8, 3))
+    assert flops.total(topology) == 64 * 27 * 8 + 256 * 72 * 6 + 60 == 124_476
+    assert [layer.name for layer in topology.layers] == ["a", "b", "classifier"]
+    assert topology.widths == (8, 6)
+    assert flops.total(topology, (4, 6)) == 64 * 27 * 4 + 256 * 36 * 6 + 60
+
+
+def test_a_transposed_convolution_counts_at_its_input():
+    class Transposed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.ConvTranspose(16, (2, 2), (2, 2))(x)
+
+    assert flops.total(trace(Transposed(), (8, 8, 8))) == 64 * 2 * 2 * 8 * 16 == 32_768
+
+
+def test_a_concatenation_counts_the_channels_of_every_part():
+    class Dense(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for i, features in enumerate((4, 5, 6)):
+                x = jnp.concatenate([x, nn.relu(nn.Conv(features, (3, 3), name=f"conv{i}")(x))], -1)
+            return nn.Dense(7, name="classifier")(x.mean((1, 2)))
+
+    topology = trace(Dense(), (4, 4, 3))
+    assert topology.widths == (4, 5, 6)
+
+    def macs(a, b, c):
+        return 16 * 9 * (3 * a + (3 + a) * b + (3 + a + b) * c) + (3 + a + b + c) * 7
+
+    def parameters(a, b, c):
+        return 9 * (3 * a + (3 + a) * b + (3 + a + b) * c) + a + b + c + (3 + a + b + c) * 7 + 7
+
+    for widths in ((4, 5, 6), (1, 2, 3), (4, 1, 5)):
+        assert flops.total(topology, widths) == macs(*widths)
+        assert flops.parameters(topology, widths) == parameters(*widths)
+    slope = jax.grad(lambda w: flops.prunable(topology, w))(jnp.array([2.0, 3.0, 4.0]))
+    assert float(slope[0]) == macs(3, 3, 4) - macs(2, 3, 4)
+
+
+def test_grouped_convolutions_and_group_norm_cost_by_whole_groups():
+    class Grouped(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.GroupNorm(4)(nn.Conv(16, (1, 1), name="reduce")(x)))
+            x = nn.relu(nn.Conv(8, (3, 3), feature_group_count=4, name="grouped")(x))
+            return nn.Dense(7, name="classifier")(x.mean((1, 2)))
+
+    topology = trace(Grouped(), (4, 4, 3))
+    assert topology.widths == (4,)
+    assert "0  reduce: 4 groups of 4 channels, read by classifier" in topology.describe()
+    for groups in (1, 2, 4):
+        reduce, grouped, classifier = 16 * 3 * 4 * groups, 16 * 9 * 4 * 2 * groups, 2 * groups * 7
+        assert flops.total(topology, (groups,)) == reduce + grouped + classifier

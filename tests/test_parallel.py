@@ -87,7 +87,7 @@ def test_gradients_are_not_n_devices_times_too_large(mode):
 @pytest.mark.parametrize("mode", ["shard_map", "pmap"])
 def test_each_device_sees_its_share_in_order_and_outputs_are_replicated(mode):
     def step(state, constants, batches):
-        return state + parallel.OVER_DEVICES.index(), jax.lax.all_gather(batches[0], parallel.AXIS)
+        return state + parallel.OVER_DEVICES.number(), jax.lax.all_gather(batches[0], parallel.AXIS)
 
     batches = np.arange(3 * 16 * 2).reshape(3, 16, 2)
     _, gathered = parallel.data_parallel(step, mode=mode)(

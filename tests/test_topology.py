@@ -13,7 +13,7 @@ from ddnp_jax import models
 from ddnp_jax.masking import apply_masked
 from ddnp_jax.models.layers import Backbone
 from ddnp_jax.topology import Extent, Reader, Selection, Slice, Span, trace
-from ddnp_jax.topology.axis_groups import AxisGroups, Factor, free
+from ddnp_jax.topology.axis_groups import AxisGroups, Constant, free
 
 SHAPE = (16, 16, 3)
 
@@ -350,6 +350,65 @@ def test_masks_gradient_forms_no_weight_gradient():
     assert all(shape[0] == 5 for shape in results)
 
 
+def test_functions_with_their_own_derivative_keep_it():
+    """At 0 a ReLU of flax has the derivative 0, and a maximum that of one half."""
+
+    class AtZero(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Dense(3, use_bias=False, name="second")(nn.Dense(2, use_bias=False, name="first")(x)))
+            return nn.Dense(1, use_bias=False, name="out")(x)
+
+    topology = trace(AtZero(), (1,))
+    kernels = {"first": [[1.0, 1.0]], "second": [[1.0, 1.0, 1.0], [-1.0, -1.0, 1.0]], "out": [[1.0], [1.0], [1.0]]}
+    variables = {"params": {name: {"kernel": jnp.array(kernel)} for name, kernel in kernels.items()}}
+
+    def output(mask):
+        return apply_masked(AtZero(), variables, jnp.ones((1, 1)), (mask, jnp.ones(3)), topology)[0, 0]
+
+    np.testing.assert_array_equal(jax.grad(output)(jnp.ones(2)), [1.0, 1.0])  # with halves: [2, 0]
+
+
+def test_rematerialization_stays_around_masked_layers():
+    model = zoo.MobileNet()
+    variables, topology = zoo.randomized(model, SHAPE), trace(model, SHAPE)
+    masks = tuple(map(jnp.ones, topology.widths))
+
+    def loss(masks):
+        return apply_masked(model, variables, jnp.ones((2, *SHAPE)), masks, topology).sum()
+
+    assert "remat" in str(jax.make_jaxpr(loss)(masks)) or "checkpoint" in str(jax.make_jaxpr(loss)(masks))
+    seen = []
+    apply_masked(
+        model,
+        variables,
+        jnp.ones((2, *SHAPE)),
+        masks,
+        topology,
+        observe=lambda gate, x: seen.append((gate, x.shape[-1])),
+    )
+    assert seen == list(enumerate(topology.widths))
+
+
+def test_another_program_than_the_traced_one_is_refused():
+    class Order(nn.Module):
+        widths_first: bool
+
+        @nn.compact
+        def __call__(self, x):
+            for features in (4, 6) if self.widths_first else (6, 4):
+                x = nn.relu(nn.Conv(features, (1, 1), name=f"conv{features}")(x))
+            return nn.Dense(3)(x.mean((1, 2)))
+
+    topology = trace(Order(True), SHAPE)
+    other = zoo.randomized(Order(False), SHAPE)
+    masks = tuple(map(jnp.ones, topology.widths))
+    with pytest.raises(
+        ValueError, match=r"a kernel \(1, 1, 6, 4\) in place of \(1, 1, 4, 6\); trace the network again"
+    ):
+        apply_masked(Order(False), other, jnp.ones((1, *SHAPE)), masks, topology)
+
+
 def test_apply_masked_keeps_the_data_type_and_observes_channels_last():
     model = zoo.Multiplier()
     variables, topology = zoo.randomized(model, SHAPE), trace(model, SHAPE)
@@ -510,4 +569,4 @@ def test_joining_divides_the_group_that_was_flattened():
     groups.join(groups.new(6) + groups.new(4), other)
     groups.join(other, flat)  # (6, 4) against (4, 6): 4 and 6 do not divide each other
     assert all(groups.reasons(f.group) for f in groups.factors(flat) + groups.factors(other))
-    assert groups.join((Factor(None, 5),), left := groups.new(5)) == left
+    assert groups.join((Constant(5),), left := groups.new(5)) == left

@@ -289,7 +289,7 @@ def run_constants():
 def indices(steps):
     """What the run of 40 images in batches of 16 draws in these steps."""
     batches = data.batches(np.arange(40), 16, seed=0)
-    return np.stack([batches[step].index for step in steps])
+    return np.stack([batches[step].image for step in steps])
 
 
 def in_chunks(lengths, **options):

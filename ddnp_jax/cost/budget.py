@@ -4,10 +4,11 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ddnp_jax.cost import flops
 from ddnp_jax.cost.latency import LatencyTable
@@ -90,7 +91,7 @@ class Budget:
                 + (f"use p of at least {feasible:.4f}." if feasible <= 1 else "no p does.")
             )
 
-    def fit(self, k: Sequence[float]) -> tuple[int, ...]:
+    def fit(self, k: ArrayLike) -> tuple[int, ...]:
         """Integer widths close to `k_l C_l` that meet the budget and leave no channel's room unused.
 
         All widths are scaled by the largest common factor that meets the budget after rounding; the room that rounding
@@ -101,19 +102,19 @@ class Budget:
         Args:
           k: fraction of channels per gate, in (0, 1].
         """
-        k = np.asarray(k, np.float64)
-        ideal = k * self.topology.widths
+        fractions = np.asarray(k, np.float64)
+        ideal = fractions * self.topology.widths
         # The factors at which a rounded width changes; between two of them all widths stay.
         halves = [np.arange(0.5, channels / self.multiple + 1) * self.multiple for channels in self.topology.widths]
         factors = np.unique(np.concatenate([half / each for half, each in zip(halves, ideal, strict=True)]))
         wanted = self.wanted
         for low, high in itertools.pairwise([2 * factors[-1], *factors[::-1], 0.0]):
-            widths = self.round(k * (low + high) / 2)
+            widths = self.round(fractions * (low + high) / 2)
             if self.cost(widths) <= wanted:
                 return self._fill(np.asarray(widths), ideal * low)
         return self.smallest_widths
 
-    def round(self, k: Sequence[float]) -> tuple[int, ...]:
+    def round(self, k: ArrayLike) -> tuple[int, ...]:
         """Integer widths nearest to `k_l C_l`, whatever they cost: multiples, between the smallest and the whole."""
         ideal = np.asarray(k, np.float64) * self.topology.widths
         rounded = np.floor(ideal / self.multiple + 0.5).astype(int) * self.multiple

@@ -147,8 +147,8 @@ def _terms(products: Iterable[tuple[int, Sequence[Extent]]], gates: int) -> _Ter
     for coefficient, extents in products:
         options = [((gates, extent.constant), *extent.counts) for extent in extents]
         for choice in itertools.product(*options):
-            factors = tuple(sorted(gate for gate, _ in choice if gate != gates))
-            rows[factors] = rows.get(factors, 0) + coefficient * math.prod(count for _, count in choice)
+            found = tuple(sorted(gate for gate, _ in choice if gate != gates))
+            rows[found] = rows.get(found, 0) + coefficient * math.prod(count for _, count in choice)
     rows = {factors: coefficient for factors, coefficient in rows.items() if coefficient}
     degree = max(map(len, rows), default=0) or 1
     factors = [(*found, *(gates,) * (degree - len(found))) for found in rows]

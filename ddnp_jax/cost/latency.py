@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -182,8 +183,6 @@ def measure(
       multiple: The widths are multiples of this, except the whole.
       variables: Variables of a function, or their shapes.
     """
-    from tqdm import tqdm  # here, because whoever only prunes needs no more than JAX and flax
-
     calls = _calls(model, topology, batch, variables)
     known: dict[_Call, float] = {}  # networks repeat their layers
 
@@ -193,11 +192,18 @@ def measure(
         return known[call]
 
     layers = []
-    for layer, call in tqdm(list(zip(topology.layers, calls, strict=True)), desc="latency table", unit="layer"):
+    for layer, call in zip(topology.layers, calls, strict=True):
         inputs, outputs = (_knots(extent, topology, points, multiple) for extent in (layer.inputs, layer.outputs))
         ms = tuple(tuple(milliseconds(call.resized(a, b)) for b in outputs or (None,)) for a in inputs or (None,))
         layers.append(LayerTimes(layer.name, layer.kernel_shape, layer.positions, inputs, outputs, ms))
+        _report(len(layers), len(topology.layers))
     return LatencyTable(jax.devices()[0].device_kind, batch, tuple(layers))
+
+
+def _report(measured: int, layers: int) -> None:
+    """A line on standard error, about ten times in all."""
+    if measured % max(layers // 10, 1) == 0:
+        print(f"latency table: {measured} of {layers} layers", file=sys.stderr, flush=True)
 
 
 def _as_tuple(value: Any) -> Any:
@@ -312,17 +318,27 @@ def _calls(model: Any, topology: Topology, batch: int, variables: Any) -> list[_
 
 def _call(eqn: core.JaxprEqn, layer: Layer) -> _Call:
     name = eqn.primitive.name
-    x, kernel = (eqn.invars[operand].aval for operand in (layer.operand, 1 - layer.operand))
+    x, kernel = (eqn.invars[operand] for operand in (layer.operand, 1 - layer.operand))
+    x_shape, kernel_shape = jaxprs.shape_of(x), jaxprs.shape_of(kernel)
     numbers = eqn.params["dimension_numbers"]
     if name == "conv_general_dilated":
         read_axis, axes = numbers.lhs_spec[1], (numbers.rhs_spec[1], numbers.rhs_spec[0])
     else:
         read_axis, contracted = numbers[0][layer.operand][0], numbers[0][1 - layer.operand]
-        free = [axis for axis in range(len(kernel.shape)) if axis not in contracted]
+        free = [axis for axis in range(len(kernel_shape)) if axis not in contracted]
         axes = (contracted[0], free[-1] if free else 0)
     arguments = tuple((key, eqn.params[key]) for key in _ARGUMENTS[name])
     return _Call(
-        name, arguments, x.shape, kernel.shape, layer.operand, read_axis, axes, layer.groups, x.dtype, layer.by_platform
+        name,
+        arguments,
+        x_shape,
+        kernel_shape,
+        layer.operand,
+        read_axis,
+        axes,
+        layer.groups,
+        jaxprs.dtype_of(x),
+        layer.by_platform,
     )
 
 

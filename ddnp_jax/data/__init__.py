@@ -5,13 +5,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from ddnp_jax import extras
 from ddnp_jax.config import DataConfig
-from ddnp_jax.data.arrays import from_arrays
-from ddnp_jax.data.dataset import Dataset, HeldOut
-from ddnp_jax.data.folder import IMAGENET_MEAN, IMAGENET_STD, from_folder, open_folder
-from ddnp_jax.data.images import Images, InMemory, Streamed, augment, normalize, read_ahead
-from ddnp_jax.data.order import BatchIndices, batches, evaluation_batches, split, steps_per_epoch
-from ddnp_jax.data.preprocessing import Preprocessing
+
+with extras.needed_by("ddnp_jax.data"):
+    from ddnp_jax.data.arrays import from_arrays
+    from ddnp_jax.data.dataset import Dataset, HeldOut
+    from ddnp_jax.data.folder import IMAGENET_MEAN, IMAGENET_STD, from_folder, open_folder
+    from ddnp_jax.data.images import Images, InMemory, Streamed, augment, normalize, read_ahead
+    from ddnp_jax.data.order import BatchIndices, batches, evaluation_batches, split, steps_per_epoch
+    from ddnp_jax.data.preprocessing import Preprocessing
 
 __all__ = [
     "BatchIndices",
@@ -90,7 +93,8 @@ def load(config: DataConfig) -> Dataset:
         return open_folder(
             config.data_dir, label(config), preprocessing, held_out, config.test_fraction, section="data."
         )
-    from ddnp_jax.data import prepared  # here, because arrays and folders do without TFDS
+    with extras.needed_by(f"data.name={config.name!r}"):
+        from ddnp_jax.data import prepared  # here, because arrays and folders do without TFDS
 
     return prepared.open_prepared(
         config.name, config.data_dir, config.train_split, config.test_split, preprocessing, held_out, label(config)

@@ -151,7 +151,7 @@ def _preprocessing(
     return Preprocessing(own_mean if mean is None else mean, own_std if std is None else std, pad=pad, flip=flip)
 
 
-def _statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel in units of [0, 1]."""
     sums, squares = np.zeros((2, images.shape[-1]))
     for start in range(0, len(images), _BLOCK):
@@ -159,4 +159,4 @@ def _statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         sums += block.sum((0, 1, 2))
         squares += np.square(block).sum((0, 1, 2))
     mean = sums / images[..., 0].size
-    return mean, np.sqrt(np.maximum(squares / images[..., 0].size - mean**2, 0))
+    return mean.tolist(), np.sqrt(np.maximum(squares / images[..., 0].size - mean**2, 0)).tolist()

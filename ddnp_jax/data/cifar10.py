@@ -13,7 +13,10 @@ from PIL import Image
 SHAPE = (32, 32, 3)
 
 
-class Cifar10(tfds.image_classification.Cifar10, skip_registration=True):
+class Cifar10(
+    tfds.image_classification.Cifar10,
+    skip_registration=True,  # type: ignore[call-arg]  # TFDS has no types
+):
     """The data set of TFDS: its name, version, address, checksum, features and record order.
 
     Only the unpacking is replaced, because TFDS opens the archive and encodes the images with TensorFlow.
@@ -29,7 +32,8 @@ class Cifar10(tfds.image_classification.Cifar10, skip_registration=True):
         except requests.RequestException as error:
             raise ConnectionError(f"{source.url} did not answer: {type(error).__name__}") from error
         with tarfile.open(dl_manager.download(source.url)) as archive:
-            files = {PurePosixPath(m.name).name: archive.extractfile(m).read() for m in archive if m.isfile()}
+            opened = ((member.name, archive.extractfile(member)) for member in archive if member.isfile())
+            files = {PurePosixPath(name).name: file.read() for name, file in opened if file is not None}
         self.info.features["label"].names = files[source.label_files[0]].decode().split()
         return {
             "train": self._generate_examples("train", b"".join(files[name] for name in source.train_files)),
@@ -41,7 +45,7 @@ class Cifar10(tfds.image_classification.Cifar10, skip_registration=True):
         height, width, planes = SHAPE
         records = np.frombuffer(data, np.uint8).reshape(-1, 1 + height * width * planes)
         images = records[:, 1:].reshape(-1, planes, height, width).transpose(0, 2, 3, 1)
-        for i, (image, label) in enumerate(zip(images, records[:, 0], strict=True)):
+        for i, (pixels, label) in enumerate(zip(images, records[:, 0], strict=True)):
             # A PIL image, because TFDS encodes arrays with TensorFlow.
-            image = Image.fromarray(np.ascontiguousarray(image))
+            image = Image.fromarray(np.ascontiguousarray(pixels))
             yield i, {"id": f"{split}_{i:05d}", "image": image, "label": int(label)}

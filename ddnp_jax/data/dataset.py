@@ -144,7 +144,7 @@ def open_images(
     channels = len(preprocessing.mean)
     read = _read_small(train, channels) if may_fit else None
     tested = _read_small(test, channels) if read is not None else None
-    if tested is None or read[0].shape[1:] != tested[0].shape[1:]:
+    if read is None or tested is None or read[0].shape[1:] != tested[0].shape[1:]:
         size = preprocessing.crop_size
         return Streamed(train, preprocessing), Streamed(test, preprocessing), (size, size, channels)
     return InMemory(*read, preprocessing), InMemory(*tested, preprocessing), read[0].shape[1:]

@@ -10,7 +10,10 @@ import tensorflow_datasets as tfds
 TRAIN_ARCHIVE, VALIDATION_ARCHIVE = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 
 
-class Imagenet2012(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class Imagenet2012(
+    tfds.core.GeneratorBasedBuilder,
+    skip_registration=True,  # type: ignore[call-arg]  # TFDS has no types
+):
     """1,281,167 training and 50,000 validation photographs in 1,000 classes, with TFDS's names, labels and features.
 
     Files are stored as they are; TFDS converts the 22 CMYK files and the PNG one, this project when it reads them.
@@ -78,4 +81,7 @@ def _tfds_file(name: str) -> str:
 
 
 def _files(archive: tarfile.TarFile) -> Iterator[tuple[str, IO[bytes]]]:
-    return ((Path(member.name).name, archive.extractfile(member)) for member in archive if member.isfile())
+    for member in archive:
+        file = archive.extractfile(member) if member.isfile() else None
+        if file is not None:
+            yield Path(member.name).name, file

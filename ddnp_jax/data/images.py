@@ -113,7 +113,7 @@ class InMemory(Images):
     def read(self, indices: BatchIndices, seed: int | None) -> np.ndarray:
         """Only the numbers of the images."""
         del seed  # the devices augment
-        return indices.index
+        return indices.image
 
     def _resident(self) -> tuple[np.ndarray, np.ndarray]:
         return self.images, self.labels
@@ -155,8 +155,8 @@ class Streamed(Images):
         Raises:
           ValueError: a record holds no image that can be decoded.
         """
-        images = np.empty((len(indices.index), *self._shape), np.uint8)
-        labels = np.empty(len(indices.index), np.int32)
+        images = np.empty((len(indices.image), *self._shape), np.uint8)
+        labels = np.empty(len(indices.image), np.int32)
         for i, (index, epoch) in enumerate(zip(*map(np.ndarray.tolist, indices), strict=True)):
             record = self._records[index]
             labels[i] = record["label"]
@@ -223,8 +223,8 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float], dt
     Returns:
       (N, H, W, C).
     """
-    mean, std = (jnp.asarray(values, jnp.float32).reshape(1, 1, 1, -1) for values in (mean, std))
-    return ((images.astype(jnp.float32) / jnp.iinfo(images.dtype).max - mean) / std).astype(dtype)
+    center, scale = (jnp.asarray(values, jnp.float32).reshape(1, 1, 1, -1) for values in (mean, std))
+    return ((images.astype(jnp.float32) / jnp.iinfo(images.dtype).max - center) / scale).astype(dtype)
 
 
 def augment(rng: jax.Array, images: jax.Array, pad: int, flip: bool) -> jax.Array:

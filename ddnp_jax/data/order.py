@@ -17,11 +17,11 @@ class BatchIndices(NamedTuple):
     """Which images a batch holds.
 
     Attributes:
-      index: int32 (...), the numbers of the images.
+      image: int32 (...), the numbers of the images.
       epoch: int32 (...), how many times each image was used before.
     """
 
-    index: np.ndarray
+    image: np.ndarray
     epoch: np.ndarray
 
 
@@ -99,7 +99,7 @@ class _Batches:
         missing = size - len(index)
         if missing:
             index = np.concatenate([index, self._epoch(epoch + 1)[:missing]])
-        return BatchIndices(index.copy(), np.repeat(np.int32([epoch, epoch + 1]), [size - missing, missing]))
+        return BatchIndices(index.copy(), np.repeat(np.array([epoch, epoch + 1], np.int32), [size - missing, missing]))
 
     def _epoch(self, epoch: int) -> np.ndarray:
         return self.indices[_permutation(len(self.indices), self.seed, epoch)] if self.shuffle else self.indices

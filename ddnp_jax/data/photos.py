@@ -98,14 +98,14 @@ def draw_crop(rng: np.random.Generator, height: int, width: int) -> tuple[int, i
     Returns:
       Top, left, height and width in pixels.
     """
+    narrow, wide = ASPECT_RATIO
     for _ in range(ATTEMPTS):
         area = height * width * rng.uniform(*AREA)
-        ratio = math.exp(rng.uniform(*map(math.log, ASPECT_RATIO)))
+        ratio = math.exp(rng.uniform(math.log(narrow), math.log(wide)))
         crop_height, crop_width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < crop_height <= height and 0 < crop_width <= width:
             top, left = rng.integers(height - crop_height + 1), rng.integers(width - crop_width + 1)
             return int(top), int(left), crop_height, crop_width
-    narrow, wide = ASPECT_RATIO
     crop_height, crop_width = min(height, round(width / narrow)), min(width, round(height * wide))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 

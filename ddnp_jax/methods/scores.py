@@ -63,7 +63,7 @@ class Evidence:
     @functools.cached_property
     def _observed(self) -> tuple[tuple[jax.Array, ...], Measured]:
         seen: dict[int, jax.Array] = {}
-        measured = self.problem.measure(self._ones, self.variables, self.batch, seen.__setitem__)
+        measured = self._problem.measure(self._ones, self.variables, self.batch, seen.__setitem__)
         return tuple(seen[gate] for gate in sorted(seen)), measured
 
     @functools.cached_property
@@ -74,11 +74,17 @@ class Evidence:
     @functools.cached_property
     def _differentiated(self) -> tuple[tuple[jax.Array, ...], Measured]:
         def one(masks: tuple[jax.Array, ...], image_and_target: Any) -> tuple[jax.Array, Measured]:
-            measured = self.problem.measure(masks, self.variables, jax.tree.map(lambda x: x[None], image_and_target))
+            measured = self._problem.measure(masks, self.variables, jax.tree.map(lambda x: x[None], image_and_target))
             return measured.loss, measured
 
         gradients, measured = jax.vmap(jax.grad(one, has_aux=True), in_axes=(None, 0))(self._ones, self.batch)
         return gradients, jax.tree.map(jnp.mean, measured)
+
+    @property
+    def _problem(self) -> Problem:
+        if self.problem is None:
+            raise ValueError("this score needs images; give it the problem and a batch.")
+        return self.problem
 
     @property
     def _ones(self) -> tuple[jax.Array, ...]:
@@ -100,6 +106,8 @@ def _by_channel(leaf: Any, piece: Slice, gate: Gate) -> np.ndarray:
 
 def uniform(evidence: Evidence, gate: int) -> np.ndarray:
     """Random numbers: the baseline that every method must beat."""
+    if evidence.rng is None:
+        raise ValueError("random numbers need a source; give rng.")
     return evidence.rng.random(evidence.topology.gates[gate].channels)
 
 

@@ -25,11 +25,16 @@ class Backbone(nn.Module):
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
+        self.widths = self.inner_widths
         whole = self.whole_widths()
-        self.widths = whole if self.widths is None else tuple(self.widths)
         if len(self.widths) != len(whole):
             raise ValueError(f"widths has {len(self.widths)} entries; this network has {len(whole)}.")
         super().__post_init__()
+
+    @property
+    def inner_widths(self) -> tuple[int, ...]:
+        """`widths`, of the whole network where none were given."""
+        return self.whole_widths() if self.widths is None else tuple(self.widths)
 
     def whole_widths(self) -> tuple[int, ...]:
         """`widths` of the whole network."""
@@ -63,7 +68,9 @@ class ConvNorm:
         depthwise: bool = False,
     ) -> jax.Array:
         """Maps (N, H, W, C) to (N, ceil(H / stride), ceil(W / stride), channels), for odd kernels."""
-        grouped = {"feature_group_count": channels, "conv_general_dilated": depthwise_conv} if depthwise else {}
+        grouped: dict[str, Any] = (
+            {"feature_group_count": channels, "conv_general_dilated": depthwise_conv} if depthwise else {}
+        )
         conv = nn.Conv(
             channels,
             (kernel, kernel),

@@ -59,7 +59,7 @@ class MobileNetV2(Backbone, kw_only=True):
         layer = ConvNorm(train, self.dtype)
         x = nn.relu6(layer(x, STEM, 3, 2, names=("features_0_0", "features_0_1")))
         rows = self._blocks()
-        for i, (width, (_, channels, stride)) in enumerate(zip((None, *self.widths), rows, strict=True), start=1):
+        for i, (width, (_, channels, stride)) in enumerate(zip((None, *self.inner_widths), rows, strict=True), start=1):
             x = InvertedResidual(width, channels, stride, layer, name=f"features_{i}")(x)
         last = f"features_{len(rows) + 1}"
         x = nn.relu6(layer(x, HEAD, 1, names=(f"{last}_0", f"{last}_1"))).mean((1, 2))

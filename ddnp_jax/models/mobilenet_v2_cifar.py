@@ -51,7 +51,7 @@ class CifarMobileNetV2(Backbone, kw_only=True):
         """Maps normalized images (N, H, W, 3) to logits (N, num_classes)."""
         layer = ConvNorm(train, self.dtype)
         x = nn.relu(layer(x, STEM, 3, names=("conv1", "bn1")))
-        for i, (width, (_, channels, stride)) in enumerate(zip(self.widths, blocks(self.strides), strict=True)):
+        for i, (width, (_, channels, stride)) in enumerate(zip(self.inner_widths, blocks(self.strides), strict=True)):
             x = Block(width, channels, stride, layer, name=f"layers_{i}")(x)
         x = nn.relu(layer(x, HEAD, 1, names=("conv2", "bn2"))).mean((1, 2))
         return nn.Dense(self.num_classes, dtype=self.dtype, name="linear")(x)

@@ -87,7 +87,7 @@ class MobileNetV3Small(Backbone, kw_only=True):
         """Maps normalized images (N, H, W, 3) to logits (N, num_classes)."""
         layer = ConvNorm(train, self.dtype, momentum=0.99, epsilon=1e-3)
         x = nn.hard_swish(layer(x, STEM, 3, 2, names=("features_0_0", "features_0_1")))
-        for i, (width, row) in enumerate(zip((None, *self.widths), BLOCKS, strict=True), start=1):
+        for i, (width, row) in enumerate(zip((None, *self.inner_widths), BLOCKS, strict=True), start=1):
             kernel, expanded, channels, excites, swish, stride = row
             squeezed = squeezed_channels(expanded) if excites else 0
             activation = nn.hard_swish if swish else nn.relu

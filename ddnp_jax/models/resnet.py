@@ -50,7 +50,7 @@ class ResNet(Backbone, kw_only=True):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps normalized images (N, H, W, 3) to logits (N, num_classes)."""
         layer = ConvNorm(train, self.dtype)
-        widths = iter(self.widths)
+        widths = iter(self.inner_widths)
         x = nn.relu(layer(x, STAGES[0], 7, 2, names=("conv1", "bn1")))
         x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         for stage, (channels, count) in enumerate(zip(STAGES, self.blocks, strict=True)):

@@ -65,7 +65,7 @@ class CifarResNet(Backbone, kw_only=True):
         """Maps normalized images (N, H, W, 3) to logits (N, num_classes)."""
         layer = ConvNorm(train, self.dtype)
         x = nn.relu(layer(x, STAGES[0], 3, names=("conv1", "bn1")))
-        for i, width in enumerate(self.widths):
+        for i, width in enumerate(self.inner_widths):
             stage, block = divmod(i, self.blocks_per_stage)
             stride = 2 if stage > 0 and block == 0 else 1
             x = BasicBlock(width, STAGES[stage], stride, self.shortcut, layer, name=f"layer{stage + 1}_{block}")(x)

@@ -104,7 +104,7 @@ class ShuffleNetV2Plus(Backbone, kw_only=True):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps normalized images (N, H, W, 3) to logits (N, num_classes)."""
         layer = ConvNorm(train, self.dtype)
-        widths = iter(self.widths)
+        widths = iter(self.inner_widths)
         x = nn.hard_swish(layer(x, STEM, 3, 2, names=("first_conv_0", "first_conv_1")))
         i = 0
         for channels, (kernels, swish, excites) in zip(self.stages, STAGES, strict=True):

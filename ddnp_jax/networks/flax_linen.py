@@ -1,5 +1,6 @@
 """flax.linen modules as networks, and the wrapper that gives their layers other sizes than their code says."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -19,35 +20,54 @@ from ddnp_jax.networks.base import (
 )
 
 PARAMETERS = "params"
+RESIZED = "_ddnp_jax_is_resized"  # attribute of a submodule whose sizes are set
 LAYERS = (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum, nn.ConvLocal)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """A module out of flax's sight, which would otherwise make it, and what it holds, a submodule of its holder."""
+
+    module: nn.Module
 
 
 class Resized(nn.Module):
     """A module whose layers have other sizes than its own code gives them; its variables are named as there.
 
     Attributes:
-      module: The module.
+      held: The module, as `module` gives it.
       sizes: Attributes of submodules, by path.
     """
 
-    module: nn.Module
+    held: _Held
     sizes: Sizes
 
-    def setup(self) -> None:
-        """Puts the module's variables where they are without this wrapper."""
-        nn.share_scope(self, self.module)
+    @classmethod
+    def of(cls, module: nn.Module, sizes: Sizes) -> "Resized":
+        """The module with these sizes."""
+        return cls(_Held(module), sizes)
 
+    @property
+    def module(self) -> nn.Module:
+        """The module without sizes."""
+        return self.held.module
+
+    @nn.compact
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the module."""
+        """Calls the module in the place of this one, so that its variables are named as without a wrapper."""
         sizes = dict(self.sizes)
+        outside = len(self.path)
 
         def resize(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
-            for name, value in sizes.get(context.module.path, ()):
-                object.__setattr__(context.module, name, value)  # modules are frozen, and this is their own copy
+            module = context.module
+            # A module that was made and called by itself has no path; of nested wrappers the outer one comes first.
+            if module.scope is not None and not hasattr(module, RESIZED):
+                for name, value in (*sizes.get(module.path[outside:], ()), (RESIZED, True)):
+                    object.__setattr__(module, name, value)  # modules are frozen, and this is their own copy
             return next_fun(*args, **kwargs)
 
         with nn.intercept_methods(resize):
-            return self.module(*args, **kwargs)
+            return self.module.clone(parent=self.scope)(*args, **kwargs)
 
 
 class LinenNetwork(Network):
@@ -142,7 +162,7 @@ class LinenNetwork(Network):
 
     def with_sizes(self, sizes: Sizes) -> nn.Module:
         """The module in a wrapper that holds the sizes."""
-        return Resized(self.module, sizes) if sizes else self.module
+        return Resized.of(self.module, sizes) if sizes else self.module
 
     def saved_sizes(self) -> Sizes:
         """The wrapper's sizes."""
@@ -154,8 +174,8 @@ class LinenNetwork(Network):
 
         def record(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
             module = context.module
-            if context.method_name == "__call__" and module.path not in found:
-                channels = args[0].shape[-1] if args and getattr(args[0], "ndim", 0) else None
+            if context.method_name == "__call__" and module.scope is not None and module.path not in found:
+                channels = args[0].shape[-1] if args and getattr(args[0], "shape", ()) else None
                 found[module.path] = _Call(type(module), _attributes(module), channels)
             return next_fun(*args, **kwargs)
 
@@ -166,11 +186,11 @@ class LinenNetwork(Network):
     def _in_mode(self, training: bool) -> nn.Module:
         """The module, with an attribute that is its mode set where its call takes none."""
         call = inspect.signature(type(self.module).__call__).parameters
-        own = {name: on != training for name, on in MODES.items() if name in _attributes(self.module)}
+        own: dict[str, Any] = {name: on != training for name, on in MODES.items() if name in _attributes(self.module)}
         if not own or set(MODES) & set(call):
             return self.model
         module = self.module.clone(**own)
-        return self.model.clone(module=module) if isinstance(self.model, Resized) else module
+        return Resized.of(module, self.model.sizes) if isinstance(self.model, Resized) else module
 
     def _kwargs(self, training: bool) -> dict[str, Any]:
         return mode_kwargs(type(self.module).__call__, self._call_kwargs, training)

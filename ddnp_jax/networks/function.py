@@ -47,7 +47,7 @@ class FunctionNetwork(Network):
             [leaf if keep == wanted else None for leaf, keep in zip(leaves, learned, strict=True)]
             for wanted in (True, False)
         ]
-        return tree.unflatten(parts[0]), tree.unflatten(parts[1])
+        return jax.tree.unflatten(tree, parts[0]), jax.tree.unflatten(tree, parts[1])
 
     def merge(self, parameters: Any, rest: Any) -> Any:
         """The inverse of `split`."""

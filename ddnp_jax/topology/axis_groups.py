@@ -14,18 +14,30 @@ import numpy as np
 
 
 class Factor(NamedTuple):
-    """A part of an axis, in row-major order with the axis' other parts.
+    """A part of an axis.
 
     Attributes:
-      group: Group that it belongs to, or None where the value is the same all along it (it was broadcast).
+      group: Group that it belongs to.
       size: Length.
     """
 
-    group: int | None
+    group: int
     size: int
 
 
-Axis = tuple[Factor, ...]  # an axis of length 1 has no factors, a flattened (H, W, C) has three
+class Constant(NamedTuple):
+    """A part of an axis along which the value is the same, because it was broadcast.
+
+    Attributes:
+      size: Length.
+    """
+
+    size: int
+
+
+Part = Factor | Constant
+# The parts in row-major order: an axis of length 1 has none, a flattened (H, W, C) has three.
+Axis = tuple[Part, ...]
 
 
 class Span(NamedTuple):
@@ -65,7 +77,7 @@ WHOLE_AXIS = Span()  # the channels and nothing else
 
 def free(size: int) -> Axis:
     """An axis along which the value is the same, so that it goes with any group."""
-    return (Factor(None, size),) if size > 1 else ()
+    return (Constant(size),) if size > 1 else ()
 
 
 def length(axis: Axis) -> int:
@@ -86,25 +98,27 @@ class AxisGroups:
         """An axis in a group of its own, which stays whole when a `kind` of reason is given."""
         if size == 1:
             return ()
-        self._parent.append(len(self._parent))
-        axis = (Factor(self._parent[-1], size),)
+        axis = (self._new_group(size),)
         if kind is not None:
             self.keep_whole(axis, kind, where)
         return axis
 
     def factors(self, axis: Axis) -> Axis:
         """The axis in terms of the groups as they are known now."""
-        known: list[Factor] = []
-        for factor in axis:
-            root = factor.group if factor.group is None else self._root(factor.group)
-            known += self.factors(self._factors[root]) if root in self._factors else [Factor(root, factor.size)]
+        known: list[Part] = []
+        for part in axis:
+            if isinstance(part, Constant):
+                known.append(part)
+                continue
+            root = self._root(part.group)
+            known += self.factors(self._factors[root]) if root in self._factors else [Factor(root, part.size)]
         return tuple(known)
 
     def places(self, axis: Axis) -> Iterator[tuple[Factor, Span]]:
         """Every group on an axis that is not divided itself, and where it is; parts that are constant are left out."""
         factors = self.factors(axis)
         for i, factor in enumerate(factors):
-            if factor.group is None:
+            if isinstance(factor, Constant):
                 continue
             outer, inner = length(factors[:i]), length(factors[i + 1 :])
             stride = factor.size * inner
@@ -136,17 +150,17 @@ class AxisGroups:
 
     def concatenate(self, axes: Sequence[Axis]) -> Axis:
         """An axis of the given ones, one behind the other."""
-        if all(factor.group is None for axis in axes for factor in self.factors(axis)):
+        if all(isinstance(part, Constant) for axis in axes for part in self.factors(axis)):
             return free(sum(map(length, axes)))
-        axis = self.new(sum(map(length, axes)))
-        self._segments[axis[0].group] = tuple(axes)
-        return axis
+        whole = self._new_group(sum(map(length, axes)))
+        self._segments[whole.group] = tuple(axes)
+        return (whole,)
 
     def join(self, left: Axis, right: Axis) -> Axis:
         """Makes two axes of one length keep the same channels, dividing groups where their factors differ."""
         if length(left) != length(right):
             raise AssertionError(f"axes of {length(left)} and {length(right)} channels were joined")
-        joined: list[Factor] = []
+        joined: list[Part] = []
         lefts, rights = list(reversed(left)), list(reversed(right))
         while lefts:
             a, b = self._pop(lefts), self._pop(rights)
@@ -166,7 +180,7 @@ class AxisGroups:
         rest = [factor for axis in reversed(axes) for factor in reversed(axis)]
         reshaped = []
         for size in shape:
-            axis: list[Factor] = []
+            axis: list[Part] = []
             missing = size
             while missing > 1:
                 factor = self._pop(rest)
@@ -182,23 +196,27 @@ class AxisGroups:
             reshaped.append(tuple(axis))
         return tuple(reshaped)
 
+    def _new_group(self, size: int) -> Factor:
+        self._parent.append(len(self._parent))
+        return Factor(self._parent[-1], size)
+
     def _root(self, group: int) -> int:
         while self._parent[group] != group:
             self._parent[group] = group = self._parent[self._parent[group]]
         return group
 
-    def _pop(self, stack: list[Factor]) -> Factor:
+    def _pop(self, stack: list[Part]) -> Part:
         first, *others = self.factors((stack.pop(),))
         stack.extend(reversed(others))
         return first
 
-    def _divide(self, factor: Factor, size: int) -> Axis:
-        """Divides a factor into (size, rest), and its whole group with it."""
+    def _divide(self, factor: Part, size: int) -> Axis:
+        """Divides a part into (size, rest), and its whole group with it."""
         if factor.size == size:
             return (factor,)
         rest = factor.size // size
-        if factor.group is None:
-            return Factor(None, size), Factor(None, rest)
+        if isinstance(factor, Constant):
+            return Constant(size), Constant(rest)
         if factor.group in self._segments:
             parts = self._divide_segments(self._segments.pop(factor.group), size, rest)
         else:
@@ -223,9 +241,11 @@ class AxisGroups:
             tail = self.new(rest, "a reshape divides it twice")
         return self.concatenate(heads) + tail
 
-    def _merge(self, a: Factor, b: Factor) -> Factor:
-        if a.group is None or b.group is None:
-            return b if a.group is None else a
+    def _merge(self, a: Part, b: Part) -> Part:
+        if isinstance(a, Constant):
+            return b
+        if isinstance(b, Constant):
+            return a
         if a.group == b.group:
             return a
         if b.group in self._segments and a.group not in self._segments:
@@ -254,6 +274,9 @@ class AxisGroups:
         flat: list[Axis] = []
         for segment in self._segments[group]:
             factors = self.factors(segment)
-            nested = len(factors) == 1 and factors[0].group in self._segments
-            flat += self._flat_segments(factors[0].group) if nested else [factors]
+            only = factors[0] if len(factors) == 1 else None
+            if isinstance(only, Factor) and only.group in self._segments:
+                flat += self._flat_segments(only.group)
+            else:
+                flat.append(factors)
         return flat

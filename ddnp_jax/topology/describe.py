@@ -48,9 +48,9 @@ def _whole(topology: Topology, is_long: bool) -> Iterator[str]:
     for names, reason in topology.whole:
         kinds = "; ".join(part.partition(" (")[0] for part in reason.split("; "))
         by_kind.setdefault(kinds, []).extend(names.split(", "))
-    for kind, names in by_kind.items():
-        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        yield f"  {kind}: {len(names)} layers ({shown})"
+    for kind, layers in by_kind.items():
+        shown = ", ".join(layers[:3]) + (", ..." if len(layers) > 3 else "")
+        yield f"  {kind}: {len(layers)} layers ({shown})"
 
 
 def _summary(topology: Topology) -> Iterator[str]:

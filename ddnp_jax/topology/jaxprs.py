@@ -37,6 +37,16 @@ def _opened(program: Any) -> tuple[core.Jaxpr, tuple[Any, ...]]:
     return (program.jaxpr, tuple(program.consts)) if isinstance(program, core.ClosedJaxpr) else (program, ())
 
 
+def shape_of(atom: Any) -> tuple[int, ...]:
+    """Shape of an operand or a result of an equation; JAX's own types do not say that these are arrays."""
+    return atom.aval.shape
+
+
+def dtype_of(atom: Any) -> Any:
+    """Data type of an operand or a result of an equation."""
+    return atom.aval.dtype
+
+
 def contractions(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
     """The convolutions and matrix products of a program, in the order of their numbers."""
     for eqn in jaxpr.eqns:

@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
@@ -165,10 +167,11 @@ class Propagation:
         """An array that is fixed in the network's code: its axes cannot shrink."""
         shape = np.shape(array)
         axes = tuple(self.groups.new(n, "a constant array of fixed size") for n in shape)
-        return Value(axes, zero=not shape and not np.any(np.asarray(array)))
+        is_number = not jnp.issubdtype(jnp.result_type(array), jax.dtypes.prng_key)
+        return Value(axes, zero=not shape and is_number and not np.any(np.asarray(array)))
 
     def _iota(self, eqn: core.JaxprEqn, values: list[Value], where: str) -> list[Value]:
-        axes = [free(n) for n in eqn.outvars[0].aval.shape]
+        axes = [free(n) for n in jaxprs.shape_of(eqn.outvars[0])]
         i = eqn.params["dimension"]
         axes[i] = self.groups.new(length(axes[i]), "a constant array of fixed size", where)
         return [Value(tuple(axes))]
@@ -188,14 +191,14 @@ class Propagation:
 
     def _reshape(self, eqn: core.JaxprEqn, axes: Axes, where: str) -> Axes:
         order = eqn.params["dimensions"] or range(len(axes))
-        return self.groups.reshape(tuple(axes[i] for i in order), eqn.outvars[0].aval.shape)
+        return self.groups.reshape(tuple(axes[i] for i in order), jaxprs.shape_of(eqn.outvars[0]))
 
     def _squeeze(self, eqn: core.JaxprEqn, axes: Axes, where: str) -> Axes:
         return tuple(axis for i, axis in enumerate(axes) if i not in eqn.params["dimensions"])
 
     def _broadcast(self, eqn: core.JaxprEqn, axes: Axes, where: str) -> Axes:
         sources = dict(zip(eqn.params["broadcast_dimensions"], axes, strict=True))
-        return tuple(sources.get(i) or free(n) for i, n in enumerate(eqn.outvars[0].aval.shape))
+        return tuple(sources.get(i) or free(n) for i, n in enumerate(jaxprs.shape_of(eqn.outvars[0])))
 
     def _reverse(self, eqn: core.JaxprEqn, axes: Axes, where: str) -> Axes:
         for i in eqn.params["dimensions"]:
@@ -203,13 +206,13 @@ class Propagation:
         return axes
 
     def _slice(self, eqn: core.JaxprEqn, axes: Axes, where: str) -> Axes:
-        shape = eqn.outvars[0].aval.shape
-        changed = [i for i, (a, b) in enumerate(zip(eqn.invars[0].aval.shape, shape, strict=True)) if a != b]
+        shape = jaxprs.shape_of(eqn.outvars[0])
+        changed = [i for i, (a, b) in enumerate(zip(jaxprs.shape_of(eqn.invars[0]), shape, strict=True)) if a != b]
         return self._resize(axes, changed, shape, "a slice takes a part of it", where)
 
     def _pad(self, eqn: core.JaxprEqn, axes: Axes, where: str) -> Axes:
         changed = [i for i, config in enumerate(eqn.params["padding_config"]) if any(config)]
-        return self._resize(axes, changed, eqn.outvars[0].aval.shape, "padding adds channels", where)
+        return self._resize(axes, changed, jaxprs.shape_of(eqn.outvars[0]), "padding adds channels", where)
 
     def _resize(self, axes: Axes, changed: Iterable[int], shape: tuple[int, ...], kind: str, where: str) -> Axes:
         """Axes of which the `changed` ones have new positions, which no channel axis may have."""
@@ -230,7 +233,7 @@ class Propagation:
             self.groups.keep_whole(result.inputs, "a product with a constant mixes its channels", where)
             return Value(result.axes, x.sources, x.learned)
         read = () if result.read_axis is None else x.axes[result.read_axis]
-        shape = eqn.invars[side].aval.shape
+        shape = jaxprs.shape_of(eqn.invars[side])
         self.layers.append(
             Contraction(
                 where,
@@ -251,8 +254,8 @@ class Propagation:
 
     def _positions(self, eqn: core.JaxprEqn, side: int) -> int:
         """How often the kernel is applied per image."""
-        x, kernel = eqn.invars[1 - side].aval.shape, eqn.invars[side].aval.shape
-        outputs, numbers = eqn.outvars[0].aval.shape, eqn.params["dimension_numbers"]
+        x, kernel = jaxprs.shape_of(eqn.invars[1 - side]), jaxprs.shape_of(eqn.invars[side])
+        outputs, numbers = jaxprs.shape_of(eqn.outvars[0]), eqn.params["dimension_numbers"]
         if eqn.primitive.name != "conv_general_dilated":
             contracted = math.prod(kernel[i] for i in numbers[0][side])
             return math.prod(outputs) * contracted // (self._batch * math.prod(kernel))
@@ -274,7 +277,7 @@ class Propagation:
             inputs = self.groups.join(inputs, features)
         else:
             inputs, outputs = self._grouped(features, inputs, outputs, groups, where)
-        axes = [self.groups.new(n, "it is a spatial axis", where) for n in eqn.outvars[0].aval.shape]
+        axes = [self.groups.new(n, "it is a spatial axis", where) for n in jaxprs.shape_of(eqn.outvars[0])]
         axes[numbers.out_spec[0]], axes[numbers.out_spec[1]] = batch, outputs
         return _Contracted(tuple(axes), inputs, outputs, groups, numbers.lhs_spec[1])
 
@@ -308,7 +311,7 @@ class Propagation:
     # Operations that read values.
 
     def _elementwise(self, eqn: core.JaxprEqn, values: list[Value], where: str) -> list[Value]:
-        shape = eqn.outvars[0].aval.shape
+        shape = jaxprs.shape_of(eqn.outvars[0])
         axes = tuple(
             functools.reduce(self.groups.join, (v.axes[i] for v in values if v.axes and v.axes[i]), free(n))
             for i, n in enumerate(shape)
@@ -339,7 +342,9 @@ class Propagation:
             return self._unknown(eqn, values, where)
         window = zip(params["window_dimensions"], params["window_strides"], params["padding"], strict=True)
         changed = [i for i, (size, stride, pad) in enumerate(window) if (size, stride, tuple(pad)) != (1, 1, (0, 0))]
-        axes = self._resize(values[0].axes, changed, eqn.outvars[0].aval.shape, "pooling mixes its channels", where)
+        axes = self._resize(
+            values[0].axes, changed, jaxprs.shape_of(eqn.outvars[0]), "pooling mixes its channels", where
+        )
         return [Value(axes, values[0].sources, values[0].learned)]
 
     def _pad_value(self, eqn: core.JaxprEqn, values: list[Value], where: str) -> list[Value]:
@@ -350,9 +355,9 @@ class Propagation:
         value, numbers, sizes = values[0], eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
         dropped = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
         kind = "a gather takes some of its positions"
-        axes = [self.groups.new(n, kind, where) for n in eqn.outvars[0].aval.shape]
+        axes = [self.groups.new(n, kind, where) for n in jaxprs.shape_of(eqn.outvars[0])]
         for i, j in zip((i for i in range(len(sizes)) if i not in dropped), numbers.offset_dims, strict=True):
-            if sizes[i] == eqn.invars[0].aval.shape[i]:
+            if sizes[i] == jaxprs.shape_of(eqn.invars[0])[i]:
                 axes[j] = value.axes[i]
         for axis in set(value.axes) - set(axes):
             self.groups.keep_whole(axis, kind, where)
@@ -374,7 +379,7 @@ class Propagation:
         value, changed = values[0], [eqn.params["axis"]]
         return [
             dataclasses.replace(
-                value, axes=self._resize(value.axes, changed, part.aval.shape, "a split", where), leaf=None
+                value, axes=self._resize(value.axes, changed, jaxprs.shape_of(part), "a split", where), leaf=None
             )
             for part in eqn.outvars
         ]
@@ -393,7 +398,7 @@ class Propagation:
             self.groups.keep_whole(axis, kind, where)
         sources = self._new_source() if _sources(values) else frozenset()
         learned = _learned(values)
-        shapes = [out.aval.shape for out in eqn.outvars]
+        shapes = [jaxprs.shape_of(out) for out in eqn.outvars]
         return [Value(tuple(self.groups.new(n, kind, where) for n in shape), sources, learned) for shape in shapes]
 
     def _new_source(self) -> frozenset[int]:
@@ -430,7 +435,8 @@ MOVES: dict[str, Callable[[Propagation, core.JaxprEqn, Axes, str], Axes]] = {
 }
 # A kernel remains itself.
 ORDERS = ("convert_element_type", "copy", "copy_p", "name", "reduce_precision", "rev", "transpose")
-OPERATIONS: dict[str, Rule] = dict.fromkeys(ELEMENTWISE.split(), Propagation._elementwise) | {
+OPERATIONS: dict[str, Rule] = {
+    **dict.fromkeys(ELEMENTWISE.split(), Propagation._elementwise),
     "argmax": Propagation._reduce,
     "argmin": Propagation._reduce,
     "concatenate": Propagation._concatenate,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ddnp_jax.models.layers import Backbone
 from ddnp_jax.networks import LeafPath, Network, as_network, flatten, replace_leaves
-from ddnp_jax.topology.axis_groups import Axis, AxisGroups, Factor, length
+from ddnp_jax.topology.axis_groups import Axis, AxisGroups, Constant, Factor, Part, length
 from ddnp_jax.topology.propagation import BY_PLATFORM, Contraction, Propagation, Value
 from ddnp_jax.topology.types import Extent, Gate, Layer, Reader, Slice, Topology, Variable
 
@@ -137,7 +137,7 @@ class _Assembly:
     def result(self) -> tuple[tuple[Gate, ...], tuple[Layer, ...], tuple[tuple[str, str], ...]]:
         """Gates, layers, and (producers, reasons) of what stays whole."""
         self._keep_divided_whole()
-        producers: dict[Factor, list[Contraction]] = {}
+        producers: dict[Part, list[Contraction]] = {}
         for layer in self.layers:
             for part in () if layer.depthwise else self._parts(layer.outputs):
                 producers.setdefault(part, []).append(layer)
@@ -153,15 +153,15 @@ class _Assembly:
         )
         return tuple(found[part] for part in prunable), layers, tuple(whole)
 
-    def _is_inside(self, part: Factor, producers: list[Contraction], prunable: list[Factor]) -> bool:
+    def _is_inside(self, part: Part, producers: list[Contraction], prunable: list[Part]) -> bool:
         """Whether these are the channels inside of groups that can be removed as a whole."""
         outer = (self.groups.factors(layer.outputs)[0] for layer in producers)
         return all(found != part and set(self._parts((found,))) & set(prunable) for found in outer)
 
-    def _parts(self, axis: Axis) -> list[Factor]:
-        """Everything on an axis: groups that are not divided, and factors that are the same for all channels."""
-        constant = [factor for factor in self.groups.factors(axis) if factor.group is None]
-        return list(dict.fromkeys([part for part, _ in self.groups.places(axis)] + constant))
+    def _parts(self, axis: Axis) -> list[Part]:
+        """Everything on an axis: groups that are not divided, and parts that are the same for all channels."""
+        constant = (part for part in self.groups.factors(axis) if isinstance(part, Constant))
+        return list(dict.fromkeys([*(part for part, _ in self.groups.places(axis)), *constant]))
 
     def _keep_divided_whole(self) -> None:
         """Keeps whole what a reshape has divided at its producer, and axes that hold two gates at once.
@@ -180,14 +180,14 @@ class _Assembly:
                 if self.groups.is_product(axis):
                     self.groups.keep_whole(axis, "an axis holds two kinds of channels", "/".join(path))
 
-    def _keep_unread_whole(self, producers: dict[Factor, list[Contraction]]) -> None:
+    def _keep_unread_whole(self, producers: dict[Part, list[Contraction]]) -> None:
         """Keeps whole what no mask can reach, no layer reads, or no stored kernel produces."""
         read: set[Factor] = set()
         for layer in self.layers:
             own = self.groups.live(layer.inputs)
             read.update(own)
-            for part in own if layer.unmaskable else ():
-                self.groups.keep_whole((part,), layer.unmaskable, self._name(layer))
+            if layer.unmaskable is not None:
+                self.groups.keep_whole(tuple(own), layer.unmaskable, self._name(layer))
         for part, layers in producers.items():
             if not self.groups.live((part,)):
                 continue
@@ -198,7 +198,7 @@ class _Assembly:
             elif not self._is_sized(part):
                 self.groups.keep_whole((part,), "the model's `widths` do not size it")
 
-    def _keep_as_asked(self, found: dict[Factor, Gate]) -> None:
+    def _keep_as_asked(self, found: dict[Part, Gate]) -> None:
         if not callable(self.keep):
             names = [gate.name for gate in found.values()]
             if unknown := [name for name in self.keep if name not in names]:
@@ -207,11 +207,11 @@ class _Assembly:
             if self.keep(gate) if callable(self.keep) else gate.name in self.keep:
                 self.groups.keep_whole((part,), "`keep` names it")
 
-    def _is_sized(self, part: Factor) -> bool:
+    def _is_sized(self, part: Part) -> bool:
         """Whether the model can be built with fewer of these channels."""
         return self.sized is None or any((cut.path, cut.axis) in self.sized for cut in self._slices(part))
 
-    def _slices(self, part: Factor) -> list[Slice]:
+    def _slices(self, part: Part) -> list[Slice]:
         return [
             Slice(path, axis, span)
             for path, axes in self.leaf_axes.items()
@@ -220,7 +220,7 @@ class _Assembly:
             if found == part
         ]
 
-    def _gate(self, part: Factor, producers: list[Contraction]) -> Gate:
+    def _gate(self, part: Part, producers: list[Contraction]) -> Gate:
         readers = dict.fromkeys(
             Reader(number, layer.read_axis, span)
             for number, layer in enumerate(self.layers)
@@ -228,21 +228,23 @@ class _Assembly:
             for found, span in self.groups.places(layer.read)
             if found == part
         )
-        made_by = dict.fromkeys(self._producer(part, layer) for layer in producers if layer.leaf is not None)
+        made_by = dict.fromkeys(
+            self._producer(part, layer, layer.leaf) for layer in producers if layer.leaf is not None
+        )
         return Gate(
             self._gate_name(part, producers[0]), part.size, tuple(self._slices(part)), tuple(readers), tuple(made_by)
         )
 
-    def _gate_name(self, part: Factor, layer: Contraction) -> str:
+    def _gate_name(self, part: Part, layer: Contraction) -> str:
         name = self._name(layer)
         places = [span for found, span in self.groups.places(layer.outputs) if found == part]
         if len(self._parts(layer.outputs)) == 1 or len(self.groups.factors(layer.outputs)) > 1:
             return name
         return f"{name}[{places[0].start}:{places[0].start + part.size}]"
 
-    def _producer(self, part: Factor, layer: Contraction) -> Slice:
+    def _producer(self, part: Part, layer: Contraction, leaf: int) -> Slice:
         """Where a layer's kernel has the channels as outputs."""
-        path = self.paths[layer.leaf]
+        path = self.paths[leaf]
         axes = self.leaf_axes[path]
         resolved = self.groups.factors(layer.outputs)
         axis = max(i for i, axis in enumerate(axes) if self.groups.factors(axis) == resolved)
@@ -250,7 +252,7 @@ class _Assembly:
             axis = axes.index(layer.outputs)
         return Slice(path, axis, next(span for found, span in self.groups.places(axes[axis]) if found == part))
 
-    def _layer(self, layer: Contraction, prunable: list[Factor]) -> Layer:
+    def _layer(self, layer: Contraction, prunable: list[Part]) -> Layer:
         path = () if layer.leaf is None else self.paths[layer.leaf]
         inputs, outputs = (self._extent(axis, prunable) for axis in (layer.inputs, layer.outputs))
         return Layer(
@@ -266,7 +268,7 @@ class _Assembly:
             layer.unmaskable == BY_PLATFORM,
         )
 
-    def _extent(self, axis: Axis, prunable: list[Factor]) -> Extent:
+    def _extent(self, axis: Axis, prunable: list[Part]) -> Extent:
         counts: dict[int, int] = {}
         for part, span in self.groups.places(axis):
             if part in prunable:
@@ -278,8 +280,8 @@ class _Assembly:
     def _name(self, layer: Contraction) -> str:
         return layer.where if layer.leaf is None else self.network.layer_name(self.paths[layer.leaf])
 
-    def _reason(self, part: Factor) -> str:
-        if part.group is None:
+    def _reason(self, part: Part) -> str:
+        if isinstance(part, Constant):
             return "its kernel is the same for all channels"
         reasons = self.groups.reasons(part.group).items()
         return "; ".join(f"{kind} ({where})" if where else kind for kind, where in reasons)

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -180,7 +180,7 @@ def _checked(metrics: Metrics, step: int) -> dict[str, np.ndarray]:
     return found
 
 
-def _repeated(batches: Iterable[Batch], steps: int) -> Iterator[Batch]:
+def _repeated(batches: Iterable[Batch], steps: int) -> Generator[Batch, None, None]:
     """As many batches as there are steps, from the beginning again where they end.
 
     Raises:

@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from ddnp_jax import files, parallel
+from ddnp_jax import extras, files, parallel
 from ddnp_jax.checkpoint import Checkpoints, PreemptionGuard
 from ddnp_jax.training.log import MetricsLog
+
+with extras.needed_by("ddnp_jax.training.loop"):
+    from tqdm import tqdm
 
 Chunk = Callable[[Any, Any, Any], tuple[Any, Any]]
 

@@ -185,7 +185,7 @@ def train_step(
     def step(
         state: TrainState, constants: Any, batch: Batch, rng: jax.Array, devices: Devices = ONE_DEVICE
     ) -> tuple[TrainState, Metrics]:
-        own_rng = jax.random.fold_in(rng, devices.index())
+        own_rng = jax.random.fold_in(rng, devices.number())
         gradient = jax.grad(objective, has_aux=True)
         gradients, (metrics, rest) = gradient(state.parameters, state, constants, batch, own_rng, devices.batch_axis)
         gradients, metrics = devices.mean((gradients, metrics))
@@ -210,7 +210,8 @@ def _mean_statistics(rest: Any, devices: Devices) -> Any:
     leaves, tree = jax.tree.flatten(rest)
     floats = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
     means = iter(devices.mean([leaf for leaf, is_float in zip(leaves, floats, strict=True) if is_float]))
-    return tree.unflatten([next(means) if is_float else leaf for leaf, is_float in zip(leaves, floats, strict=True)])
+    merged = [next(means) if is_float else leaf for leaf, is_float in zip(leaves, floats, strict=True)]
+    return jax.tree.unflatten(tree, merged)
 
 
 def recalibration_step(network: Network) -> Step:
@@ -220,7 +221,7 @@ def recalibration_step(network: Network) -> Step:
         state: TrainState, constants: Any, batch: Batch, rng: jax.Array, devices: Devices = ONE_DEVICE
     ) -> tuple[TrainState, Metrics]:
         del constants
-        own_rng = jax.random.fold_in(rng, devices.index())
+        own_rng = jax.random.fold_in(rng, devices.number())
         _, variables = network.train(state.variables(network), batch[0], own_rng, devices.batch_axis)
         rest = _mean_statistics(network.split(variables)[1], devices)
         return state.replace(step=state.step + 1, rest=rest), {"loss": jnp.float32(0)}
@@ -254,7 +255,7 @@ def chunk_of(
 
     def body(state: Any, constants: Any, host_batch: Any) -> tuple[Any, Metrics]:
         rng, augment_rng = step_rngs(seed, state.step)
-        own_rng = jax.random.fold_in(augment_rng, devices.index()) if augment else None
+        own_rng = jax.random.fold_in(augment_rng, devices.number()) if augment else None
         return step(state, constants["step"], images.batch(constants["images"], host_batch, own_rng), rng, devices)
 
     def chunk(state: Any, constants: Any, host_batches: Any) -> tuple[Any, Metrics]:

@@ -4,7 +4,7 @@ Importance modules map nothing to a tuple of per-gate scores s̄_l (C_l,), width
 k (L,). What is learned is in the collection "params", what stays is in "inputs".
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -133,7 +133,7 @@ class Learner(NamedTuple):
       apply: those variables -> the value.
     """
 
-    init: Callable[[jax.Array], dict]
+    init: Callable[[jax.Array], Mapping[str, Any]]
     apply: Callable[[dict], Any]
 
 

@@ -195,7 +195,7 @@ class _DDNP:
 
         With k_l C_l alone nothing would close a gate, and the tie would keep every k at 1. Fixed gates have no say.
         """
-        widths = k * np.float32(self.problem.topology.widths)
+        widths = k * np.asarray(self.problem.topology.widths, np.float32)
         if not self.learns_from_data:
             return widths
         return (widths + jnp.stack([jnp.sum(masks.straight_through(gate)) for gate in gates])) / 2
@@ -224,7 +224,7 @@ class _DDNP:
         metrics = self.problem.resource(self.widths(gates, k))
         metrics["tie_loss"] = losses.tie(gates, k, tie_rng, config.tie_noise)
         loss = config.resource_weight * metrics["resource_loss"] + config.tie_weight * metrics["tie_loss"]
-        energy = ()
+        energy: tuple[jax.Array, ...] = ()
         if self.learns_from_data:
             measured, energy = self.task(soft_masks(importance, gates, k, config), variables, batch)
             metrics |= measured.metrics

@@ -5,6 +5,7 @@ because log(sigmoid(x)) is finite only in one piece.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -31,8 +32,10 @@ class Predictor(nn.Module):
         """Maps gates (N, Σ C_l) to logits (N,); in training mode by the batch's own statistics."""
         parts = split_gates(gates, self.widths)
         x = jnp.stack([nn.Dense(self.features, name=f"fc{gate}")(part) for gate, part in enumerate(parts)], axis=1)
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, axis=(1, 2), momentum=0.9)(x))
-        x = jnp.mean(nn.RNN(gru_cell(self.features, "gru"))(x), axis=1)
+        axes: Any = (1, 2)  # flax takes several, which its types do not say
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, axis=axes, momentum=0.9)(x))
+        states: Any = nn.RNN(gru_cell(self.features, "gru"))(x)  # an array, without `return_carry`
+        x = jnp.mean(states, axis=1)
         return nn.Dense(1, name="head")(x)[:, 0]
 
 

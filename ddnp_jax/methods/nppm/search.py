@@ -132,6 +132,13 @@ class _NPPM:
     optimizer: optax.GradientTransformation
     predictor_optimizer: optax.GradientTransformation
 
+    @property
+    def network(self) -> nn.Module:
+        """PN, of a search that has one."""
+        if self.predictor is None:
+            raise ValueError("a search without PN predicts nothing.")
+        return self.predictor
+
     def sub_network(self, gates: jax.Array, rng: jax.Array) -> tuple[jax.Array, ...]:
         """The relaxed gates a rounded, (C_l,) per gate, with a's gradient."""
         rounded = masks.straight_through(masks.relaxed_bernoulli(gates, rng))
@@ -151,7 +158,7 @@ class _NPPM:
         """log(1 / PN(a')), a' = clip(a + σ n, 0, 1)."""
         relaxed = masks.relaxed_bernoulli(gates, rng)
         noise = self.problem.config.predictor_noise * jax.random.normal(noise_rng, relaxed.shape)
-        logit = self.predictor.apply(predictor, jnp.clip(relaxed + noise, 0.0, 1.0)[None])[0]
+        logit = self.network.apply(predictor, jnp.clip(relaxed + noise, 0.0, 1.0)[None])[0]
         return -jax.nn.log_sigmoid(logit)
 
     def init(self, rng: jax.Array) -> State:
@@ -183,14 +190,14 @@ class _NPPM:
         metrics = measured.metrics | remaining
         loss = measured.loss + resource
         update = gradient + resource_gradient
-        if self.predictor is not None:
+        if state.memory is not None:
             ready = state.memory.count > self.problem.config.predictor_batch_size
             performance, own = jax.value_and_grad(self.performance)(state.gates, state.predictor, gate_rng, noise_rng)
             if self.problem.config.projection:
                 own = project(own, gradient, self.problem.topology.widths)
             update = update + jnp.where(ready, own, 0.0)
             loss = loss + jnp.where(ready, performance, 0.0)
-            state, predictor_loss = self.learn(state, gate_rng, sample_rng, measured.performance)
+            state, predictor_loss = self.learn(state, state.memory, gate_rng, sample_rng, measured.performance)
             judged = jnp.where(ready, 100 * jnp.exp(-performance), jnp.nan)
             metrics |= {"predictor_loss": predictor_loss, "predicted_noisy_top1": judged}
         updates, opt_state = self.optimizer.update(update, state.opt_state, state.gates)
@@ -198,7 +205,7 @@ class _NPPM:
         return state.replace(step=state.step + 1, gates=gates, opt_state=opt_state), metrics | {"loss": loss}
 
     def learn(
-        self, state: State, gate_rng: jax.Array, sample_rng: jax.Array, accuracy: jax.Array
+        self, state: State, memory: Memory, gate_rng: jax.Array, sample_rng: jax.Array, accuracy: jax.Array
     ) -> tuple[State, jax.Array]:
         """Adds the step's sub-network to the memory and, once it has enough, takes one step of PN.
 
@@ -207,7 +214,7 @@ class _NPPM:
         """
         config = self.problem.config
         stored = jnp.concatenate(self.sub_network(state.gates, gate_rng))
-        memory = episodic.add(state.memory, stored, accuracy, config.memory_steps)
+        memory = episodic.add(memory, stored, accuracy, config.memory_steps)
         ready = memory.count > config.predictor_batch_size
         pairs = episodic.sample(memory, sample_rng, config.predictor_batch_size, config.memory_balanced)
         gradient = jax.value_and_grad(self.predictor_objective, has_aux=True)
@@ -226,7 +233,7 @@ class _NPPM:
         self, params: Any, variables: Any, gates: jax.Array, accuracy: jax.Array
     ) -> tuple[jax.Array, Any]:
         """Mean absolute or squared error of PN; returns it with PN's new batch statistics."""
-        logits, statistics = self.predictor.apply(
+        logits, statistics = self.network.apply(
             {**variables, "params": params}, gates, train=True, mutable=["batch_stats"]
         )
         error = {"absolute": jnp.abs, "squared": jnp.square}[self.problem.config.predictor_loss]

@@ -260,8 +260,8 @@ def _completed(search: SearchConfig) -> SearchConfig:
     """The search with every field of its method, and with those that several methods have."""
     of_methods = {name for method in methods.METHODS for name in methods.default_fields(method)}
     if unknown := [name for name in search.fields if name not in of_methods]:
-        own = ", ".join(methods.default_fields(search.method))
-        raise ValueError(f"search.{unknown[0]} is no field of the method {search.method!r}; its fields are {own}.")
+        known = ", ".join(methods.default_fields(search.method))
+        raise ValueError(f"search.{unknown[0]} is no field of the method {search.method!r}; its fields are {known}.")
     own = dataclasses.asdict(search.method_fields())
     return dataclasses.replace(search, fields={**shared_search_fields(), **search.fields, **own})
 

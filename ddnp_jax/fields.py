@@ -12,7 +12,6 @@
 """
 
 import dataclasses
-import functools
 import math
 import typing
 from collections.abc import Iterable, Mapping
@@ -103,12 +102,12 @@ def number(
       about: What the number is, for the message about one that it cannot be.
     """
     limits = _Limits(least, above, most, below, bits, about)
-    return typing.cast(T, dataclasses.field(default=default, metadata={_KEY: limits}))
+    return dataclasses.field(default=default, metadata={_KEY: limits})
 
 
 def choice(default: str, *known: str) -> str:
     """A field that holds one of a few names."""
-    return typing.cast(str, dataclasses.field(default=default, metadata={_KEY: _Choices(known)}))
+    return dataclasses.field(default=default, metadata={_KEY: _Choices(known)})
 
 
 def names(section: Any) -> tuple[str, ...]:
@@ -164,8 +163,7 @@ def filled(section: T, values: Mapping[str, Any], prefix: str = "") -> T:
     return dataclasses.replace(typing.cast(Any, section), **taken)
 
 
-@functools.cache
-def _kinds(section: type) -> dict[str, Any]:
+def _kinds(section: Any) -> dict[str, Any]:
     """The types of a dataclass's fields by name."""
     hints = typing.get_type_hints(section)
     return {name: hints[name] for name in names(section)}
@@ -188,11 +186,12 @@ def _converted(kind: Any, value: Any) -> Any:
     """The value as a type of plain Python; raises TypeError where it is of another."""
     if typing.get_origin(kind) is tuple and isinstance(value, list | tuple | np.ndarray):
         return tuple(_converted(typing.get_args(kind)[0], each) for each in value)
-    if kind is bool and isinstance(value, bool | np.bool_):
+    is_bool = isinstance(value, bool | np.bool_)
+    if kind is bool and is_bool:
         return bool(value)
-    if kind is int and isinstance(value, Integral) and not isinstance(value, bool):
+    if kind is int and isinstance(value, Integral) and not is_bool:
         return int(value)
-    if kind is float and isinstance(value, Real) and not isinstance(value, bool):
+    if kind is float and isinstance(value, Real) and not is_bool:
         return float(value)
     if kind is str and isinstance(value, str):
         return value

@@ -122,6 +122,8 @@ def test_report_says_what_the_pruned_network_does(finished, config):
     for name in ("config.json", "metrics.jsonl", "selection.json", "report.md", "widths.png", "search.png"):
         assert (workdir / name).stat().st_size > 0, name
     assert json.loads((workdir / "pruned" / "serving.json").read_text()) == dataset.serving()
+    usual = "Pixels, times 0.003922, less the mean (0.3), are divided by the deviation (0.35)."
+    assert usual in (workdir / "report.md").read_text()
 
 
 @pytest.mark.parametrize(("section", "step"), [("base", 3), ("search", 1), ("search", 3), ("finetune", 4)])

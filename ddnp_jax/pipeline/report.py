@@ -57,7 +57,8 @@ def write(workdir: str | Path, results: Mapping[str, Any]) -> dict[str, Any]:
         `flops_{total,prunable}_{before,after}`, `params_{before,after}`; `gate_names`, `widths_before`, `widths`, one
         entry per gate; `seconds` and `epochs`, by stage (0 seconds: the stage was not run); `batch_norm`, `precision`,
         `devices`; `latency_ms` with `batch`, `before` and `after`, or None; `verification` with `max_difference` and
-        `argmax_agreement` (a fraction); `notes`, sentences. Optional: `variant`, `best_pruned_validation_top1`.
+        `argmax_agreement` (a fraction); `notes`, sentences. Optional: `variant`, `best_pruned_validation_top1`,
+        `preprocessing`, of `Dataset.serving`.
 
     Returns:
       What `report.json` holds: `results` and, derived from them, `delta_top1`, `delta_top5`, `flops_reduction` (of the
@@ -302,7 +303,17 @@ def _methodology(report: Mapping[str, Any]) -> list[str]:
         f"Check of the cut: the logits of the smaller and of the masked network differ by at most "
         f"{verification['max_difference']:.1e}; {agreement:.2f} % of the predictions agree.",
         f"Batch-norm statistics in training: {report['batch_norm']}. Precision: {report['precision']}.",
+        *_pixels(report),
     ]
+
+
+def _pixels(report: Mapping[str, Any]) -> list[str]:
+    """What was done to the images; reports written before it was kept do not say."""
+    done = report.get("preprocessing")
+    if done is None:
+        return []
+    mean, std = (", ".join(f"{value:.4g}" for value in done[name]) for name in ("mean", "std"))
+    return [f"Pixels, times {done['scale']:.4g}, less the mean ({mean}), are divided by the deviation ({std})."]
 
 
 def _epochs(report: Mapping[str, Any], stage: str) -> str:

@@ -58,6 +58,7 @@ def summarize(job: "Run", selection: Selection) -> dict[str, Any]:
         "variant": config.variant,
         "model": job.name,
         "dataset": job.dataset.name,
+        "preprocessing": job.dataset.serving(),
         "seed": config.seed,
         "p": budget.p,
         "budget": {

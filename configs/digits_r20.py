@@ -14,7 +14,7 @@ def get_config(argument: str = "") -> ConfigDict:
     """The demonstration."""
     config = default.get_config()
     config.model.name = "resnet20"
-    config.data.update(name="digits", mean=(0.3,), std=(0.35,), pad=1, flip=False)
+    config.data.update(name="digits", pad=1, flip=False)
     config.data.update(search_fraction=0.3, validation_fraction=0.1)
     config.eval_batch_size = 120
     config.base.update(epochs=20, batch_size=64, schedule="cosine", warmup_epochs=1.0, chunk_steps=15)

@@ -59,7 +59,6 @@ def get_config(
     config.model.name = model
     config.model.attributes = ConfigDict()
     config.data.update(name="imagenet2012", search_fraction=0.025, validation_fraction=0.01)
-    config.data.update(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # torchvision's
     for section in (config.base, config.finetune):
         section.update(batch_size=1024, warmup_epochs=5.0, chunk_steps=10, save_every=250, **trainer)
     config.search.update(epochs=20, batch_size=256, chunk_steps=10, save_every=25)

@@ -4,7 +4,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from ddnp_jax import methods, models, torch_weights
+from ddnp_jax import config, methods, models, torch_weights
 from ddnp_jax.compact import Verification, compact, verify
 from ddnp_jax.cost import flops
 from ddnp_jax.cost.budget import Budget, Cost
@@ -32,6 +32,7 @@ __all__ = [
     "Verification",
     "apply_masked",
     "compact",
+    "config",
     "fit",
     "flops",
     "load_pruned",

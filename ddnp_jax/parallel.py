@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
+MODES = ("shard_map", "pmap")  # of `data_parallel`
 _REPLICATED = PartitionSpec()
 _SPLIT = PartitionSpec(None, AXIS)  # (chunk, batch, ...): the batch axis
 
@@ -172,7 +173,7 @@ def check_mode(mode: str) -> None:
     Raises:
       ValueError: `mode` is neither 'shard_map' nor 'pmap'.
     """
-    if mode not in ("shard_map", "pmap"):
+    if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown; use 'shard_map' or 'pmap'.")
 
 

@@ -26,14 +26,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from configs import default
 from experiments import launch, loading
 from experiments.turns import Measurement, Side, ratio, resident_bytes, take_turns
+
+if TYPE_CHECKING:
+    from ddnp_jax.config import Config
 
 # JAX and PyTorch are imported in the measured processes only, as `experiments.turns` says.
 
@@ -79,6 +80,7 @@ def ours(
     import jax
 
     from ddnp_jax import parallel
+    from ddnp_jax.config import typed
 
     parallel.check_batch(batch_size, "--batch_size")
     device = jax.local_devices()[0]
@@ -92,11 +94,11 @@ def ours(
         "device": f"{jax.device_count()} x {device.device_kind}",
         "version": f"JAX {jax.__version__}",
     }
-    return Side(_our_turn(stage, config, batch_size, image_shape, steps), steps, peak_bytes, about)
+    return Side(_our_turn(stage, typed(config), batch_size, image_shape, steps), steps, peak_bytes, about)
 
 
 def _our_turn(
-    stage: str, config: ConfigDict, batch_size: int, image_shape: tuple[int, int, int], steps: int
+    stage: str, config: "Config", batch_size: int, image_shape: tuple[int, int, int], steps: int
 ) -> Callable[[], Any]:
     import jax
 
@@ -107,7 +109,7 @@ def _our_turn(
     rng = np.random.default_rng(0)
     count = steps * batch_size
     pixels = rng.integers(0, 256, (count, *image_shape), np.uint8)
-    preprocessing = data.Preprocessing.of(config.data)
+    preprocessing = data.Preprocessing.of(data.complete(config.data))
     images = data.InMemory(pixels, rng.integers(0, CLASSES, count, np.int32), preprocessing)
     model = models.create(config.model.name, CLASSES, **config.model.attributes)
     variables = jax.jit(model.init)(jax.random.key(config.seed), np.zeros((1, *image_shape), np.float32))
@@ -140,27 +142,26 @@ def _our_turn(
 
 
 def _search(
-    config: ConfigDict, model: Any, variables: Any, image_shape: tuple[int, int, int]
+    config: "Config", model: Any, variables: Any, image_shape: tuple[int, int, int]
 ) -> tuple[Callable[..., Any], Any]:
     import jax
 
     from ddnp_jax import methods, trace
     from ddnp_jax.cost.budget import Budget
-    from ddnp_jax.pipeline import checks
 
     topology = trace(model, image_shape)
     budget = Budget(topology, config.budget.p)
-    problem = methods.Problem(model, variables, topology, budget, checks.method_fields(config.search), steps=1000)
+    problem = methods.Problem(model, variables, topology, budget, config.search.method_fields(), steps=1000)
     search = methods.build(config.search.method, problem)
     return search.step, search.init(jax.random.key(config.seed))
 
 
-def _training(config: ConfigDict, model: Any, variables: Any) -> tuple[Callable[..., Any], Any]:
+def _training(config: "Config", model: Any, variables: Any) -> tuple[Callable[..., Any], Any]:
     from ddnp_jax import training
     from ddnp_jax.networks import as_network
-    from ddnp_jax.pipeline import checks
+    from ddnp_jax.pipeline import stages
 
-    network, optimizer = as_network(model), checks.optimizer(config.base, steps_per_epoch=1000)
+    network, optimizer = as_network(model), stages.optimizer(config.base, steps_per_epoch=1000)
     step = training.train_step(network, optimizer, label_smoothing=config.base.label_smoothing)
     return step, training.init_state(network, variables, optimizer)
 
@@ -207,7 +208,6 @@ def _pytorch_step(stage: str, batch_size: int, device: Any) -> Callable[[], Any]
 
     from experiments.pytorch_resnet import CifarResNet, mask_gradients
 
-    config = default.get_config()  # of a whole configuration JAX would be part
     model = CifarResNet(56, "avgpool").to(device, memory_format=torch.channels_last)
     height, width, channels = IMAGE_SHAPE
     images = torch.randn(batch_size, channels, height, width, device=device).to(memory_format=torch.channels_last)
@@ -220,8 +220,8 @@ def _pytorch_step(stage: str, batch_size: int, device: Any) -> Callable[[], Any]
     if stage == "evaluation":
         model.eval()
         return torch.inference_mode()(lambda: model(images))
-    base = config.base
-    optimizer = torch.optim.SGD(model.parameters(), base.learning_rate, base.momentum, weight_decay=base.weight_decay)
+    # The values of `TrainerConfig`, of which JAX would be part.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
 
     def train() -> None:
         optimizer.zero_grad()

@@ -13,13 +13,16 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
 from experiments import launch
+
+if TYPE_CHECKING:
+    from ddnp_jax.config import Config
 
 _CHECKPOINT = flags.DEFINE_string("torch_checkpoint", None, "PyTorch weights of the network that --config names.")
 
@@ -28,7 +31,7 @@ PYTORCH, OURS = "PyTorch", "ddnp_jax"
 Forward = Callable[[np.ndarray], tuple[np.ndarray, float]]  # images (N, H, W, C) -> logits (N, K), seconds
 
 
-def our_forward(config: ConfigDict, checkpoint: str, num_classes: int, image_shape: tuple[int, ...]) -> Forward:
+def our_forward(config: "Config", checkpoint: str, num_classes: int, image_shape: tuple[int, ...]) -> Forward:
     """Our network, every batch split over all devices.
 
     Raises:
@@ -37,9 +40,8 @@ def our_forward(config: ConfigDict, checkpoint: str, num_classes: int, image_sha
     import jax
 
     from ddnp_jax import models, parallel, torch_weights
-    from ddnp_jax.pipeline import checks
 
-    attributes = {**config.model.attributes, "dtype": checks.computation_dtype(config.precision)}
+    attributes = {**config.model.attributes, "dtype": config.dtype}
     model = models.create(config.model.name, num_classes, **attributes)
     variables = parallel.replicate(torch_weights.load(checkpoint, model, image_shape))
     split = jax.sharding.NamedSharding(parallel.mesh(), jax.sharding.PartitionSpec(parallel.AXIS))
@@ -54,7 +56,7 @@ def our_forward(config: ConfigDict, checkpoint: str, num_classes: int, image_sha
     return forward
 
 
-def pytorch_forward(config: ConfigDict, checkpoint: str, num_classes: int, channels: int, on_gpu: bool) -> Forward:
+def pytorch_forward(config: "Config", checkpoint: str, num_classes: int, channels: int, on_gpu: bool) -> Forward:
     """PyTorch's network, channels last."""
     import torch
 
@@ -83,7 +85,7 @@ def pytorch_forward(config: ConfigDict, checkpoint: str, num_classes: int, chann
     return forward
 
 
-def compare(config: ConfigDict, checkpoint: str) -> dict[str, Any]:
+def compare(config: "Config", checkpoint: str) -> dict[str, Any]:
     """Runs every test image through both networks; see `statistics` for what comes back.
 
     Raises:
@@ -124,7 +126,7 @@ def compare(config: ConfigDict, checkpoint: str) -> dict[str, Any]:
     figures[OURS]["on"] = f"JAX {jax.__version__}, {jax.device_count()} x {jax.devices()[0].device_kind}"
     device = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
     figures[PYTORCH]["on"] = f"PyTorch {torch.__version__}, {device}"
-    return {"model": config.model.name, "dataset": config.data.label, "batch": config.eval_batch_size, **figures}
+    return {"model": config.model.name, "dataset": dataset.name, "batch": config.eval_batch_size, **figures}
 
 
 def statistics(logits: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, Any]:
@@ -174,7 +176,9 @@ def summary(figures: Mapping[str, Any]) -> str:
 
 def main(config: ConfigDict, workdir: str | None) -> str:
     """Compares, and keeps the figures where there is a workdir."""
-    figures = compare(config, _CHECKPOINT.value)
+    from ddnp_jax.config import typed
+
+    figures = compare(typed(config), _CHECKPOINT.value)
     if workdir:
         Path(workdir).mkdir(parents=True, exist_ok=True)
         (Path(workdir) / "compare_pytorch.json").write_text(json.dumps(figures, indent=2) + "\n")

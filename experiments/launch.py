@@ -51,7 +51,7 @@ def _known_fields() -> Iterator[None]:
     except (AttributeError, KeyError) as error:
         name = re.search(r"[\w.]+", str(error.args[0]))[0]  # a suggestion may follow
         raise SystemExit(
-            f"error: --config has no field {name!r}; configs/default.py and the search method's module list all fields."
+            f"error: --config has no field {name!r}; ddnp_jax/config.py and the search method's module list all fields."
         ) from error
 
 

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from ddnp_jax import data, files, methods, parallel, pipeline
+from ddnp_jax.config import typed
 from ddnp_jax.pipeline import report
 from ddnp_jax.saved import DESCRIPTION, save_pruned
 
@@ -81,7 +82,7 @@ def draw(config: ConfigDict, workdir: str | Path, title: str, settings: Settings
     if not drawn:
         raise ValueError("no picture of the figure shows only the settings of --setting; name all of a picture's.")
     curves = run(config, workdir, {name: settings[name] for name in chosen}, SEEDS.value, AT_ONCE.value)
-    return publish(Path(workdir), f"{title}, {config.model.name}, {data.label(config.data)}", drawn, curves)
+    return publish(Path(workdir), f"{title}, {config.model.name}, {data.label(typed(config).data)}", drawn, curves)
 
 
 def run(config: ConfigDict, workdir: str | Path, settings: Settings, seeds: int, at_once: int) -> Curves:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from ddnp_jax import data
+from ddnp_jax.config import DataConfig
 from ddnp_jax.data import prepared
 from ddnp_jax.data.cifar10 import Cifar10
 
@@ -29,10 +30,8 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 def make_config(**fields):
-    defaults = dict(name="digits", label="", data_dir="", train_split="train", test_split="", test_fraction=0.2, seed=0)
-    defaults |= dict(search_fraction=0.05, validation_fraction=0.1)
-    pixels = dict(mean=(0.305,), std=(0.376,), bgr=False, pad=2, flip=False, crop_size=224, resize_size=256, threads=0)
-    return ml_collections.ConfigDict(defaults | pixels | fields)
+    own = dict(name="digits", validation_fraction=0.1, mean=(0.305,), std=(0.376,), pad=2, flip=False)
+    return DataConfig(**own | fields)
 
 
 CIFAR10 = dict(name="cifar10", mean=(0.49, 0.48, 0.45), std=(0.25, 0.24, 0.26))
@@ -92,11 +91,8 @@ def test_a_slice_of_the_training_images(digits_dir):
 
 def test_two_processes_prepare_digits_at_once(tmp_path):
     code = (
-        "import sys, ml_collections; from ddnp_jax import data; sys.stdin.readline();"
-        "config = ml_collections.ConfigDict(dict(name='digits', label='', data_dir=sys.argv[1], train_split='train',"
-        "test_split='', test_fraction=0.2, seed=0,"
-        "search_fraction=0.1,validation_fraction=0.1, mean=(0.3,), std=(0.4,), bgr=False, pad=0, flip=False,"
-        "crop_size=224, resize_size=256, threads=0)); print(data.load(config).train.images.sum())"
+        "import sys; from ddnp_jax import data; from ddnp_jax.config import DataConfig; sys.stdin.readline();"
+        "print(data.load(DataConfig(name='digits', data_dir=sys.argv[1])).train.images.sum())"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
@@ -218,7 +214,7 @@ def test_cifar10_keeps_the_published_checksum():
         (
             {"search_fraction": 1.5},
             ValueError,
-            "data.search_fraction=1.5 is no fraction of the training images; use 0 <= search_fraction < 1.",
+            "data.search_fraction=1.5 must be in [0, 1): a fraction of the training images.",
         ),
         (
             {"search_fraction": 0.5, "validation_fraction": 0.5},
@@ -244,11 +240,15 @@ def test_cifar10_keeps_the_published_checksum():
             ValueError,
             "data.train_split='test' and data.test_split='test' have images in common; give parts that have none.",
         ),
-        ({"seed": -1}, ValueError, "data.seed=-1 must be a whole number, 0 or more."),
-        ({"std": (0.0,)}, ValueError, "data.std=(0.0,) must be positive in every channel."),
-        ({"pad": -1}, ValueError, "data.pad=-1 must be a number of pixels, 0 or more."),
+        ({"seed": -1}, ValueError, "data.seed=-1 must be at least 0."),
+        ({"std": (0.0,)}, ValueError, "data.std=(0.0,) must be above 0 in every entry."),
+        ({"pad": -1}, ValueError, "data.pad=-1 must be at least 0: a number of pixels."),
         ({"crop_size": 257}, ValueError, "data.crop_size=257 must be from 1 to data.resize_size=256 pixels."),
-        ({"threads": -1}, ValueError, "data.threads=-1 must be a number of threads, or 0 for one per core."),
+        (
+            {"threads": -1},
+            ValueError,
+            "data.threads=-1 must be at least 0: how many threads; 0 is one per core.",
+        ),
     ],
 )
 def test_impossible_fields_are_named(digits_dir, fields, error, sentence):

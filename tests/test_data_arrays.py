@@ -241,12 +241,12 @@ def test_labels_that_are_none_are_refused(labels, sentence):
             "mean and std are for images of 8 or 16 bits; floating-point ones are taken as they are.",
         ),
         (dict(mean=(0.5,)), "mean has 1 entries; the images of arrays have 3 channels."),
-        (dict(images=0 * BYTES), "std=(0.0, 0.0, 0.0) must be positive in every channel."),
-        (dict(pad=-1), "pad=-1 must be a number of pixels, 0 or more."),
-        (dict(seed=-1), "seed=-1 must be a whole number, 0 or more."),
+        (dict(images=0 * BYTES), "std=(0.0, 0.0, 0.0) must be above 0 in every entry."),
+        (dict(pad=-1), "pad=-1 must be at least 0: a number of pixels."),
+        (dict(seed=-1), "seed=-1 must be at least 0."),
         (
             dict(search_fraction=1.0),
-            "search_fraction=1.0 is no fraction of the training images; use 0 <= search_fraction < 1.",
+            "search_fraction=1.0 must be in [0, 1): a fraction of the training images.",
         ),
     ],
 )

@@ -4,12 +4,12 @@ import json
 import os
 import re
 
-import ml_collections
 import numpy as np
 import pytest
 from PIL import Image
 
 from ddnp_jax import data
+from ddnp_jax.config import DataConfig
 from tests.test_photos import encode, smooth
 
 
@@ -179,10 +179,10 @@ def test_networks_that_see_blue_first_are_served_so(tmp_path):
 
 
 def section(folder, **fields):
-    fields = dict(name="folder", label="", data_dir=str(folder), train_split="train", test_split="") | fields
+    fields = dict(name="folder", data_dir=str(folder)) | fields
     held_out = dict(seed=1, search_fraction=0.2, validation_fraction=0.1, test_fraction=0.25)
-    pixels = dict(mean=(0.5,) * 3, std=(0.25,) * 3, bgr=False, pad=1, flip=False, crop_size=8, resize_size=9, threads=2)
-    return ml_collections.ConfigDict(held_out | pixels | fields)
+    pixels = dict(mean=(0.5,) * 3, std=(0.25,) * 3, pad=1, flip=False, crop_size=8, resize_size=9, threads=2)
+    return DataConfig(**held_out | pixels | fields)
 
 
 def test_the_configuration_opens_the_same_folder(tmp_path):
@@ -215,11 +215,11 @@ def test_the_configuration_opens_the_same_folder(tmp_path):
             dict(test_split="test"),
             "data.test_split='test' is for TFDS's data sets; leave it '' for a folder of images.",
         ),
-        (dict(test_fraction=1.0), "data.test_fraction=1.0 must be above 0 and below 1."),
+        (dict(test_fraction=1.0), "data.test_fraction=1.0 must be in (0, 1)."),
         (dict(mean=(0.5,) * 2), "data.mean has 2 entries; the images of {name} have 3 channels."),
         (dict(mean=(0.5,), std=(1.0,), bgr=True), "data.bgr is for images of 3 channels; those of {name} have 1."),
         (dict(crop_size=10), "data.crop_size=10 must be from 1 to data.resize_size=9 pixels."),
-        (dict(seed=-2), "data.seed=-2 must be a whole number, 0 or more."),
+        (dict(seed=-2), "data.seed=-2 must be at least 0."),
     ],
 )
 def test_impossible_fields_are_named(tmp_path, fields, sentence):

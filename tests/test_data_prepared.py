@@ -230,7 +230,7 @@ def test_damaged_records_are_named(tmp_path):
             "data.train_split='fit[:9]' and data.test_split='fit[8:]' have images in common; give parts that have "
             "none.",
         ),
-        (dict(search_fraction=2.0), "data.search_fraction=2.0 is no fraction of the training images;"),
+        (dict(search_fraction=2.0), "data.search_fraction=2.0 must be in [0, 1)"),
         (dict(mean=(0.5,), std=(0.5,)), "data.mean has 1 entries; the images of things have 3 channels."),
     ],
 )

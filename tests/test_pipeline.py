@@ -17,6 +17,7 @@ from flax import nnx
 from configs import cifar10_r56, default, digits_r20
 from ddnp_jax import data, pipeline
 from ddnp_jax.checkpoint import Checkpoints
+from ddnp_jax.config import typed
 from ddnp_jax.cost import latency
 from ddnp_jax.pipeline import stages
 from ddnp_jax.saved import load_pruned, save_pruned
@@ -108,8 +109,8 @@ def test_report_says_what_the_pruned_network_does(finished, config):
     workdir, report = finished
     assert report == json.loads((workdir / "report.json").read_text())
     model, variables = load_pruned(workdir / "pruned")
-    dataset = data.load(config.data)
-    images = data.normalize(dataset.test.images, config.data.mean, config.data.std)
+    dataset = data.load(typed(config).data)
+    images = data.normalize(dataset.test.images, dataset.preprocessing.mean, dataset.preprocessing.std)
     top1 = 100 * np.mean(np.argmax(model.apply(variables, images, train=False), -1) == dataset.test.labels)
     assert report["pruned_top1"] == pytest.approx(top1)
     assert report["test_images"] == 355
@@ -120,6 +121,7 @@ def test_report_says_what_the_pruned_network_does(finished, config):
     assert report["verification"]["argmax_agreement"] == 1.0
     for name in ("config.json", "metrics.jsonl", "selection.json", "report.md", "widths.png", "search.png"):
         assert (workdir / name).stat().st_size > 0, name
+    assert json.loads((workdir / "pruned" / "serving.json").read_text()) == dataset.serving()
 
 
 @pytest.mark.parametrize(("section", "step"), [("base", 3), ("search", 1), ("search", 3), ("finetune", 4)])
@@ -149,6 +151,7 @@ def test_finished_stages_are_not_run_again(finished, config, monkeypatch):
         interrupt_at(monkeypatch, section, 0, kill)
     before = (finished[0] / "metrics.jsonl").read_text()
     assert pipeline.run(config, finished[0]) == finished[1]
+    assert pipeline.run(typed(config), finished[0]) == finished[1]
     assert (finished[0] / "metrics.jsonl").read_text() == before
 
 
@@ -361,9 +364,19 @@ class Scaled(nn.Module):
         return nn.Dense(10, name="classes")(x.mean((1, 2)) / x.shape[-1])
 
 
+class WithWidths(Scaled):
+    """The same, with an attribute that the library's own networks have."""
+
+    widths: tuple = (16,)
+
+
+UNCUT = r"does not compute what the masked one does.* It happens at the gates 'first': keep="
+
+
 def test_an_own_model_that_cannot_be_cut_is_refused_before_it_is_trained(config, tmp_path):
     for model, rebuild, message in (
-        (Scaled(), None, r"does not compute what the masked one does.* It happens at the gates 'first': keep="),
+        (Scaled(), None, UNCUT),
+        (WithWidths((16,)), None, UNCUT),
         (
             Own((20, 12)),
             lambda widths: Own((20, widths[1])),
@@ -492,7 +505,7 @@ def test_tiny_forms_fill_the_batches_of_every_stage(name):
     assert len(splits["validation"]) > 0
     for section in (config.base, config.search, config.finetune):
         assert section.epochs == 1
-    assert data.label(config.data).endswith(f", train[:{count}]")
+    assert data.label(typed(config).data).endswith(f", train[:{count}]")
 
 
 def test_configurations_are_locked_and_name_their_variants():

@@ -15,8 +15,9 @@ from torch.nn import functional
 
 from ddnp_jax import data, parallel, training
 from ddnp_jax.checkpoint import Checkpoints
+from ddnp_jax.config import TrainerConfig
 from ddnp_jax.networks import as_network
-from ddnp_jax.pipeline import checks
+from ddnp_jax.pipeline import stages
 from ddnp_jax.training import evaluation, log, loop
 
 PIXELS = ConfigDict({"mean": (0.5, 0.25, 0.4), "std": (0.2, 0.5, 0.25), "bgr": False, "pad": 1, "flip": True})
@@ -27,20 +28,7 @@ DATA = data.InMemory(IMAGES, LABELS, PIXELS)
 
 
 def make_config(**fields):
-    config = ConfigDict(
-        {
-            "epochs": 8,
-            "micro_batches": 1,
-            "learning_rate": 0.1,
-            "momentum": 0.9,
-            "weight_decay": 1e-2,
-            "warmup_epochs": 0.0,
-            "schedule": "step",
-            "decay_at": (0.5, 0.75),
-        }
-    )
-    config.update(fields)
-    return config
+    return TrainerConfig(**{"epochs": 8, "weight_decay": 1e-2} | fields)
 
 
 # Schedules: step -> learning rate
@@ -65,7 +53,9 @@ SCHEDULES = [
 
 @pytest.mark.parametrize(("fields", "rates"), SCHEDULES, ids=str)
 def test_schedule_literal(fields, rates):
-    schedule = checks.schedule(make_config(**fields), fields.get("steps_per_epoch", 10))
+    fields = dict(fields)
+    steps_per_epoch = fields.pop("steps_per_epoch", 10)
+    schedule = stages.schedule(make_config(**fields), steps_per_epoch)
     found = [float(schedule(jnp.int32(step))) for step in rates]
     np.testing.assert_allclose(found, list(rates.values()), rtol=1e-5, atol=1e-8)
 
@@ -157,7 +147,7 @@ def test_training_steps_match_pytorch(distilled):
     # Four steps, and the rate falls to a tenth after two of them and again after three.
     network = as_network(Net())
     variables, teacher_variables = random_variables(Net()), random_variables(Net(), seed=1)
-    optimizer = checks.optimizer(make_config(epochs=4), steps_per_epoch=1)
+    optimizer = stages.optimizer(make_config(epochs=4), steps_per_epoch=1)
     distillation = training.Distillation(network, 0.3, 4.0) if distilled else None
     step = on_devices(training.train_step(network, optimizer, label_smoothing=0.1, distillation=distillation))
     state = training.init_state(network, variables, optimizer)
@@ -201,7 +191,7 @@ def test_training_steps_match_pytorch(distilled):
 
 
 def test_eight_devices_train_on_the_mean_gradient_of_the_batch():
-    network, optimizer = as_network(WithoutBatchNorm()), checks.optimizer(make_config(), steps_per_epoch=1)
+    network, optimizer = as_network(WithoutBatchNorm()), stages.optimizer(make_config(), steps_per_epoch=1)
     step = training.train_step(network, optimizer)
     state = training.init_state(network, random_variables(network.model), optimizer)
     one, eight = (on_devices(step, n)(state, None, batch(0), jax.random.key(0)) for n in (1, 8))
@@ -215,7 +205,7 @@ def test_updates_of_micro_batches_are_those_of_whole_batches():
     for parts in (1, 4):
         # Two updates, one per epoch, the second at a tenth of the rate.
         config = make_config(epochs=2, decay_at=(0.5,), micro_batches=parts)
-        optimizer = checks.optimizer(config, steps_per_epoch=parts)
+        optimizer = stages.optimizer(config, steps_per_epoch=parts)
         step = on_devices(training.train_step(network, optimizer))
         state = training.init_state(network, variables, optimizer)
         trace = [state.parameters]
@@ -238,7 +228,7 @@ class Dropping(nn.Module):
 
 
 def test_dropout_draws_by_step_and_device():
-    network, optimizer = as_network(Dropping()), checks.optimizer(make_config(), steps_per_epoch=1)
+    network, optimizer = as_network(Dropping()), stages.optimizer(make_config(), steps_per_epoch=1)
     state = training.init_state(network, random_variables(network.model), optimizer)
     images, labels = batch(0)
     losses = {}
@@ -257,7 +247,7 @@ def test_dropout_draws_by_step_and_device():
 
 
 def test_recalibration_changes_batch_statistics_alone():
-    network, optimizer = as_network(Net()), checks.optimizer(make_config(), steps_per_epoch=1)
+    network, optimizer = as_network(Net()), stages.optimizer(make_config(), steps_per_epoch=1)
     before = training.init_state(network, random_variables(Net()), optimizer)
     after, _ = on_devices(training.recalibration_step(network))(before, None, batch(0), jax.random.key(0))
     jax.tree.map(

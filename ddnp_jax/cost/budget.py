@@ -1,12 +1,11 @@
 """What may remain: how much is wanted and of what, whether it can be reached, and integer widths that meet it."""
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,7 +14,8 @@ from ddnp_jax.cost import flops
 from ddnp_jax.cost.latency import LatencyTable
 from ddnp_jax.topology import Topology
 
-KINDS = ("flops", "params", "latency")
+if TYPE_CHECKING:
+    from ddnp_jax.config import BudgetConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,48 +142,35 @@ class Budget:
                 return tuple(map(int, widths))
 
 
-def make_budget(config: Any, topology: Topology, measured: Callable[[int, int], LatencyTable]) -> Budget:
-    """The budget of a configuration's `budget` section, checked.
+def make_budget(config: "BudgetConfig", topology: Topology, measured: Callable[[int, int], LatencyTable]) -> Budget:
+    """The budget of a configuration's `budget` section.
 
     Args:
-      config: the section; `configs/default.py` describes its fields.
+      config: the section, checked by itself.
       topology: of the network.
       measured: (points per gate, multiple) -> the latency table; called for kind 'latency' alone, after everything that
         can be refused without it.
 
     Raises:
-      ValueError: a field is wrong, or the budget cannot be met.
+      ValueError: there is nothing to prune, or the budget cannot be met.
     """
-    with _named_as_fields():
-        _check_fields(topology, config.p, config.multiple)
-    flops.check_convention(config.convention)
-    if config.latency_points < 2:
-        raise ValueError(f"budget.latency_points={config.latency_points} must be at least 2.")
-    match config.kind:
-        case "flops":
-            of = functools.partial(flops.prunable, convention=config.convention)
-            cost = Cost(of, f"prunable FLOPs ({config.convention})")
-        case "params":
-            cost = Cost(flops.parameters, "parameters")
-        case "latency":
-            table = measured(config.latency_points, config.multiple)
-            cost = Cost(table.ms, f"ms (batch {table.batch}, {table.device})", ",.4g")
-        case _:
-            raise ValueError(f"budget.kind={config.kind!r} is unknown; use one of {', '.join(KINDS)}.")
-    budget = Budget(topology, config.p, cost, config.multiple)
-    with _named_as_fields():
+    _check_fields(topology, config.p, config.multiple)
+    budget = Budget(topology, config.p, _cost(config, measured), config.multiple)
+    try:
         budget.check()
+    except ValueError as error:
+        raise ValueError(f"budget.{error}") from error
     return budget
 
 
-@contextlib.contextmanager
-def _named_as_fields() -> Iterator[None]:
-    """Calls p and multiple by their names in the configuration."""
-    try:
-        yield
-    except ValueError as error:
-        is_field = str(error).startswith(("p=", "multiple="))
-        raise ValueError(f"{'budget.' if is_field else ''}{error}") from error
+def _cost(config: "BudgetConfig", measured: Callable[[int, int], LatencyTable]) -> Cost:
+    if config.kind == "latency":
+        table = measured(config.latency_points, config.multiple)
+        return Cost(table.ms, f"ms (batch {table.batch}, {table.device})", ",.4g")
+    if config.kind == "params":
+        return Cost(flops.parameters, "parameters")
+    of = functools.partial(flops.prunable, convention=config.convention)
+    return Cost(of, f"prunable FLOPs ({config.convention})")
 
 
 def floors_of(topology: Topology, floors: Any) -> tuple[int, ...]:

@@ -1,14 +1,17 @@
 """Data sets: what is read, its held-out splits, the order of its images and how they come to the devices."""
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from ddnp_jax import extras
+from ddnp_jax.config import DataConfig
 
 with extras.needed_by("ddnp_jax.data"):
     from ddnp_jax.data.arrays import from_arrays
     from ddnp_jax.data.dataset import Dataset, HeldOut
-    from ddnp_jax.data.folder import from_folder, open_folder
+    from ddnp_jax.data.folder import IMAGENET_MEAN, IMAGENET_STD, from_folder, open_folder
     from ddnp_jax.data.images import Images, InMemory, Streamed, augment, normalize, read_ahead
     from ddnp_jax.data.order import BatchIndices, batches, evaluation_batches, split, steps_per_epoch
     from ddnp_jax.data.preprocessing import Preprocessing
@@ -23,6 +26,7 @@ __all__ = [
     "Streamed",
     "augment",
     "batches",
+    "complete",
     "evaluation_batches",
     "from_arrays",
     "from_folder",
@@ -35,19 +39,43 @@ __all__ = [
 ]
 
 FOLDER = "folder"  # the name of every data set that is a folder of image files
-_LABELS = {"cifar10": "CIFAR-10", "imagenet2012": "ImageNet"}
 
 
-def load(config: Any) -> Dataset:
+class _Usual(NamedTuple):
+    """What is usual for a data set: how reports call it, and the mean and deviation per channel, red first."""
+
+    label: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+_USUAL: Mapping[str, _Usual] = {
+    "cifar10": _Usual("CIFAR-10", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "digits": _Usual("digits", (0.3,), (0.35,)),
+    "imagenet2012": _Usual("ImageNet", IMAGENET_MEAN, IMAGENET_STD),
+    FOLDER: _Usual("", IMAGENET_MEAN, IMAGENET_STD),  # as `from_folder`
+}
+
+
+def complete(config: DataConfig) -> DataConfig:
+    """A `data` section with the mean and deviation that are usual for its data set, where it gives none.
+
+    They stay empty for data sets of which nothing is known here; `load` then refuses them.
+    """
+    if config.name not in _USUAL:
+        return config
+    usual, step = _USUAL[config.name], -1 if config.bgr else 1
+    return dataclasses.replace(config, mean=config.mean or usual.mean[::step], std=config.std or usual.std[::step])
+
+
+def load(config: DataConfig) -> Dataset:
     """Opens a data set and draws its held-out splits.
 
     Images of one small size are read into memory; others are streamed.
 
     Args:
-      config: the `data` section: `name`, "folder" or a name of TFDS; `data_dir`, the folder of image files or of TFDS's
-        prepared data (None or "": TFDS's own folder, where cifar10 is downloaded to and imagenet2012 prepared; digits
-        is prepared wherever it is missing); `label`; `train_split` and `test_split`, the images to use, in TFDS's form;
-        `test_fraction` of a folder without test images; the fields of `HeldOut` and of `Preprocessing`.
+      config: the `data` section. Where `data_dir` is "", TFDS's own folder is read, where cifar10 is downloaded to and
+        imagenet2012 prepared; digits is prepared wherever it is missing.
 
     Returns:
       The data set.
@@ -57,6 +85,7 @@ def load(config: Any) -> Dataset:
       FileNotFoundError: `data_dir` holds no such data set.
       OSError: the data set can be neither found nor prepared.
     """
+    config = complete(config)
     preprocessing = Preprocessing.of(config)
     held_out = HeldOut(config.seed, config.search_fraction, config.validation_fraction)
     if config.name == FOLDER:
@@ -72,10 +101,10 @@ def load(config: Any) -> Dataset:
     )
 
 
-def label(config: Any) -> str:
+def label(config: DataConfig) -> str:
     """How reports call the data of a `data` section; they do not hide that it is a slice."""
-    own = Path(config.data_dir or "").name if config.name == FOLDER else _LABELS.get(config.name, config.name)
-    parts = [config.label or own]
+    known = _USUAL[config.name].label if config.name in _USUAL else config.name
+    parts = [config.label or known or Path(config.data_dir).name]
     if config.train_split != "train":
         parts.append(config.train_split)
     if "[" in config.test_split:
@@ -83,7 +112,7 @@ def label(config: Any) -> str:
     return ", ".join(parts)
 
 
-def _check_folder(config: Any) -> None:
+def _check_folder(config: DataConfig) -> None:
     if not config.data_dir:
         raise ValueError("data.data_dir must be the folder of images where data.name='folder'.")
     for field, usual in (("train_split", "train"), ("test_split", "")):

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ddnp_jax.config import DataConfig
 from ddnp_jax.data import photos
 from ddnp_jax.data.images import Images, InMemory, Record, Streamed, naming
 from ddnp_jax.data.order import split
 from ddnp_jax.data.preprocessing import Preprocessing
+from ddnp_jax.fields import check_limits
 
 SMALL_SIDE = 96  # pixels; images of one size up to here are kept in memory and trained on whole
 MAX_BYTES = 2**31  # of pixels in memory, and on every device
@@ -93,14 +95,7 @@ class HeldOut:
 
     def check(self, section: str = "") -> None:
         """Refuses impossible values; arguments and errors as in `Preprocessing.check`."""
-        if self.seed < 0:
-            raise ValueError(f"{section}seed={self.seed} must be a whole number, 0 or more.")
-        for field in ("search_fraction", "validation_fraction"):
-            value = getattr(self, field)
-            if not 0 <= value < 1:
-                raise ValueError(
-                    f"{section}{field}={value} is no fraction of the training images; use 0 <= {field} < 1."
-                )
+        check_limits(self, section, like=DataConfig)
         if self.search_fraction + self.validation_fraction >= 1:
             raise ValueError(
                 f"{section}search_fraction={self.search_fraction} and "

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ddnp_jax.config import DataConfig
 from ddnp_jax.data.dataset import Dataset, HeldOut, open_images
 from ddnp_jax.data.images import InMemory, Record
 from ddnp_jax.data.preprocessing import Preprocessing
+from ddnp_jax.fields import check_limits
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 TEST_FOLDERS = ("test", "val", "validation")  # beside train; the first one counts
@@ -86,8 +88,7 @@ def open_folder(
     name = name or path.resolve().name
     held_out.check(section)
     preprocessing.check(name, 1 if len(preprocessing.mean) == 1 else 3, section)
-    if not 0 < test_fraction < 1:
-        raise ValueError(f"{section}test_fraction={test_fraction} must be above 0 and below 1.")
+    check_limits(DataConfig(test_fraction=test_fraction), section)
     classes, train, test, notes = _divide(path, test_fraction, held_out.seed)
     train_images, test_images, shape = open_images(train, test, preprocessing)
     if isinstance(train_images, InMemory):

@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+
+from ddnp_jax.config import DataConfig
+from ddnp_jax.fields import check_limits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Preprocessing:
             object.__setattr__(self, field, tuple(map(float, getattr(self, field))))
 
     @classmethod
-    def of(cls, config: Any) -> "Preprocessing":
+    def of(cls, config: DataConfig) -> "Preprocessing":
         """The fields of a `data` section."""
         return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
 
@@ -51,20 +53,19 @@ class Preprocessing:
           ValueError: names the field and what it may be.
         """
         for field in ("mean", "std"):
+            if not len(getattr(self, field)):
+                raise ValueError(
+                    f"{section}{field} of {name} is not known; give a value for each of its {channels} channels."
+                )
             if len(getattr(self, field)) != channels:
                 raise ValueError(
                     f"{section}{field} has {len(getattr(self, field))} entries; "
                     f"the images of {name} have {channels} channels."
                 )
-        if min(self.std) <= 0:
-            raise ValueError(f"{section}std={self.std} must be positive in every channel.")
+        check_limits(self, section, like=DataConfig)
         if self.bgr and channels != 3:
             raise ValueError(f"{section}bgr is for images of 3 channels; those of {name} have {channels}.")
-        if self.pad < 0:
-            raise ValueError(f"{section}pad={self.pad} must be a number of pixels, 0 or more.")
-        if not 0 < self.crop_size <= self.resize_size:
+        if self.crop_size > self.resize_size:
             raise ValueError(
                 f"{section}crop_size={self.crop_size} must be from 1 to {section}resize_size={self.resize_size} pixels."
             )
-        if self.threads < 0:
-            raise ValueError(f"{section}threads={self.threads} must be a number of threads, or 0 for one per core.")

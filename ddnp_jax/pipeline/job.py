@@ -7,22 +7,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
+from ml_collections import ConfigDict
 
-from ddnp_jax import checkpoint, data, models, parallel, torch_weights
+from ddnp_jax import checkpoint, data, files, models, parallel, torch_weights
 from ddnp_jax.compact import Rebuild, rehearse
+from ddnp_jax.config import STAGES, Config, Stage, as_dict, check, typed
 from ddnp_jax.cost import latency
 from ddnp_jax.cost.budget import Budget, make_budget
+from ddnp_jax.models.layers import Backbone
 from ddnp_jax.networks import Network, as_network
-from ddnp_jax.pipeline import checks, report, stages
+from ddnp_jax.pipeline import report, stages
 from ddnp_jax.pipeline.results import Results, summarize
 from ddnp_jax.saved import load_pruned, save_pruned
 from ddnp_jax.topology import Topology, trace
 from ddnp_jax.training.log import MetricsLog
 
 _MAY_DIFFER = ("data.threads",)  # fields of the configuration that may change when a run resumes
-_WRITTEN = ("results.json", "metrics.jsonl", *checks.STAGES)  # in a workdir that has been used
+_WRITTEN = ("results.json", "metrics.jsonl", *STAGES)  # in a workdir that has been used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Run:
       results: `results.json`.
     """
 
-    config: ml_collections.ConfigDict
+    config: Config
     workdir: Path
     dataset: data.Dataset
     name: str
@@ -55,18 +57,18 @@ class Run:
     log: MetricsLog
     results: Results
 
-    def stage_steps(self, section: str) -> tuple[int, int]:
+    def stage_steps(self, section: Stage) -> tuple[int, int]:
         """(steps in all, steps per epoch) of a section of the configuration; an update may take several."""
-        config = self.config[section]
+        config = self.config.stage(section)
         updates = data.steps_per_epoch(len(_indices(self.dataset, section)), config.batch_size)
-        per_epoch = updates * config.get("micro_batches", 1)
+        per_epoch = updates * config.micro_batches
         return config.epochs * per_epoch, per_epoch
 
-    def host_batches(self, section: str, augment: bool, first: int, last: int) -> Any:
+    def host_batches(self, section: Stage, augment: bool, first: int, last: int) -> Any:
         """What the host reads for the steps `first` to `last` - 1 of a stage, this process's part, chunk by chunk."""
-        config, images = self.config[section], self.dataset.train
+        config, images = self.config.stage(section), self.dataset.train
         batches = data.batches(
-            _indices(self.dataset, section), checks.step_batch(config), self.config.seed, process=parallel.process()
+            _indices(self.dataset, section), config.step_batch, self.config.seed, process=parallel.process()
         )
         read = functools.partial(images.read, seed=self.config.seed if augment else None)
         return data.read_ahead(batches[first:last], read, images.threads, config.chunk_steps)
@@ -81,11 +83,11 @@ class Run:
         return _local_batch(self.config)
 
 
-def _local_batch(config: ml_collections.ConfigDict) -> int:
+def _local_batch(config: Config) -> int:
     return config.eval_batch_size // jax.device_count()
 
 
-def _indices(dataset: data.Dataset, section: str) -> np.ndarray:
+def _indices(dataset: data.Dataset, section: Stage) -> np.ndarray:
     """Training images of a stage: base training leaves the search's images out, fine-tuning adds them."""
     splits = dataset.splits
     if section == "search":
@@ -94,7 +96,7 @@ def _indices(dataset: data.Dataset, section: str) -> np.ndarray:
 
 
 def prepare(
-    config: ml_collections.ConfigDict,
+    config: Config | ConfigDict,
     workdir: str | Path,
     model: Any = None,
     rebuild: Rebuild | None = None,
@@ -106,7 +108,10 @@ def prepare(
       ValueError: A field is wrong, the budget cannot be met, the weights are not the model's, or the workdir belongs to
         another run.
     """
-    checks.check(config)
+    config = typed(config)
+    config = dataclasses.replace(config, data=data.complete(config.data))
+    check(config)
+    _check_batches(config)
     dataset = dataset or data.load(config.data)
     _check_splits(config, dataset)
     network, name = _network(config, model, dataset.num_classes)
@@ -116,7 +121,7 @@ def prepare(
     measured = functools.partial(
         latency.measured_once, workdir / "latency.json", network.model, topology, _local_batch(config)
     )
-    identity = config.to_dict()
+    identity = as_dict(config)
     _check_workdir(workdir, identity)  # a measured budget writes its table there
     weights = _given_weights(config.base.weights, network, topology)
     budget = make_budget(config.budget, topology, measured)
@@ -126,10 +131,10 @@ def prepare(
     return Run(config, workdir, dataset, name, network, rebuild, topology, budget, weights, log, results)
 
 
-def _network(config: ml_collections.ConfigDict, model: Any, num_classes: int) -> tuple[Network, str]:
+def _network(config: Config, model: Any, num_classes: int) -> tuple[Network, str]:
     """The network to prune and its name: the user's, or the one that the configuration names."""
     if model is None:
-        attributes = {**config.model.attributes, "dtype": checks.computation_dtype(config.precision)}
+        attributes = {**config.model.attributes, "dtype": config.dtype}
         return as_network(models.create(config.model.name, num_classes, **attributes)), config.model.name
     network = as_network(model)
     if config.precision != "float32":
@@ -150,7 +155,7 @@ def _check_workdir(workdir: Path, identity: dict[str, Any]) -> None:
 
 def _check_cut(network: Network, rebuild: Rebuild | None, topology: Topology, budget: Budget) -> None:
     """Cuts random variables: raises for a network that cannot be cut, before it is trained."""
-    if rebuild is None and hasattr(network.model, "widths"):
+    if rebuild is None and isinstance(network.model, Backbone):
         return
     rng = np.random.default_rng(0)
 
@@ -162,10 +167,19 @@ def _check_cut(network: Network, rebuild: Rebuild | None, topology: Topology, bu
     rehearse(network.model, drawn, topology, budget.smallest_widths, rebuild)
 
 
-def _check_splits(config: ml_collections.ConfigDict, dataset: data.Dataset) -> None:
+def _check_batches(config: Config) -> None:
+    """Raises for a batch that the devices cannot share equally."""
+    for name in STAGES:
+        section = config.stage(name)
+        parts = f" / {name}.micro_batches" if section.micro_batches > 1 else ""
+        parallel.check_batch(section.step_batch, f"{name}.batch_size{parts}")
+    parallel.check_batch(config.eval_batch_size, "eval_batch_size")
+
+
+def _check_splits(config: Config, dataset: data.Dataset) -> None:
     """Raises for splits that a stage would miss later: a batch that they do not fill, or none to choose by."""
-    for section in checks.STAGES[1:] if config.base.weights else checks.STAGES:
-        found, batch_size = len(_indices(dataset, section)), config[section].batch_size
+    for section in STAGES[1:] if config.base.weights else STAGES:
+        found, batch_size = len(_indices(dataset, section)), config.stage(section).batch_size
         if found < batch_size:
             raise ValueError(
                 f"data.search_fraction={config.data.search_fraction} of data.train_split={config.data.train_split!r} "
@@ -198,7 +212,7 @@ def _given_weights(path: str, network: Network, topology: Topology) -> Any:
 
 
 def run(
-    config: ml_collections.ConfigDict,
+    config: Config | ConfigDict,
     workdir: str | Path,
     model: Any = None,
     rebuild: Rebuild | None = None,
@@ -207,7 +221,7 @@ def run(
     """Runs or resumes the main job.
 
     Args:
-      config: Configuration of the experiment.
+      config: Configuration of the experiment: a `ddnp_jax.config.Config`, or a ConfigDict with the same fields.
       workdir: Folder in which everything is written.
       model: A network of your own, a flax.linen or flax.nnx module; None for the backbone that `config.model` names.
       rebuild: Makes the smaller network from the channels per gate, where `compact` needs it.
@@ -223,5 +237,12 @@ def run(
     selection = stages.search(job, variables)
     small, small_variables = stages.cut(job, variables, selection)
     tuned = stages.finetune(job, variables, small, small_variables)
-    parallel.on_first_process(lambda: save_pruned(job.workdir / "pruned", *small.bind(tuned)))
+    parallel.on_first_process(lambda: _save(job, small, tuned))
     return report.write(job.workdir, summarize(job, selection))
+
+
+def _save(job: Run, network: Network, variables: Any) -> None:
+    """Writes the pruned network, and what must be done to an image before it sees it."""
+    folder = job.workdir / "pruned"
+    save_pruned(folder, *network.bind(variables))
+    files.write_json(folder / "serving.json", job.dataset.serving())

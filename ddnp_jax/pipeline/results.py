@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from ddnp_jax import files, parallel
+from ddnp_jax.config import STAGES, Stage
 from ddnp_jax.cost import flops
-from ddnp_jax.pipeline.checks import STAGES
 from ddnp_jax.topology import Selection
 from ddnp_jax.training import loop
 
@@ -42,7 +42,7 @@ class Results:
             parallel.on_first_process(lambda: files.write_json(self._path, results))
         return results[name]
 
-    def forget(self, stage: str) -> None:
+    def forget(self, stage: Stage) -> None:
         """Drops the results of a stage that takes steps, perhaps again, and of those after it."""
         stale = {name for later in STAGES[STAGES.index(stage) :] for name in _OF_STAGE[later]}
         kept = {name: value for name, value in self.read().items() if name not in stale}
@@ -80,7 +80,7 @@ def summarize(job: "Run", selection: Selection) -> dict[str, Any]:
         "widths_before": list(topology.widths),
         "widths": list(selection.widths),
         "seconds": {stage: loop.seconds(job.workdir / stage) for stage in STAGES},
-        "epochs": {stage: config[stage].epochs for stage in STAGES},
+        "epochs": {stage: config.stage(stage).epochs for stage in STAGES},
         "batch_norm": "synced" if config.parallel.sync_batch_norm else "per device",
         "precision": np.dtype(getattr(job.network.model, "dtype", None) or np.float32).name,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
@@ -11,9 +11,9 @@ import optax
 
 from ddnp_jax import data, methods, parallel, training
 from ddnp_jax.compact import compact, verify
+from ddnp_jax.config import Stage, TrainerConfig
 from ddnp_jax.masking import apply_masked
 from ddnp_jax.networks import Network, as_network
-from ddnp_jax.pipeline import checks
 from ddnp_jax.topology import Selection
 from ddnp_jax.training import loop
 from ddnp_jax.training.evaluation import evaluator
@@ -76,8 +76,8 @@ def search_curves(job: "Run", variables: Any, seeds: Sequence[int]) -> None:
 
 def _method(job: "Run", variables: Any) -> methods.Search:
     steps, _ = job.stage_steps("search")
-    config = checks.method_fields(job.config.search)
-    problem = methods.Problem(job.network.model, variables, job.topology, job.budget, config, steps)
+    fields = job.config.search.method_fields()
+    problem = methods.Problem(job.network.model, variables, job.topology, job.budget, fields, steps)
     return methods.build(job.config.search.method, problem)
 
 
@@ -131,25 +131,43 @@ def initial_variables(network: Network, image_shape: Sequence[int], seed: int) -
     return jax.jit(network.initial)(jax.random.key(seed), images)
 
 
+def schedule(config: TrainerConfig, updates_per_epoch: int) -> optax.Schedule:
+    """The schedule of a section of the trainer, which counts in epochs."""
+    steps = config.epochs * updates_per_epoch
+    warmup_steps = min(round(config.warmup_epochs * updates_per_epoch), max(steps - 1, 0))
+    return training.schedule(config.schedule, config.learning_rate, steps, warmup_steps, config.decay_at)
+
+
+def optimizer(config: TrainerConfig, steps_per_epoch: int) -> optax.GradientTransformation:
+    """SGD as a section of the trainer describes it.
+
+    Args:
+      config: Section of the trainer.
+      steps_per_epoch: Steps per epoch, of which each update takes `micro_batches`.
+    """
+    rate = schedule(config, steps_per_epoch // config.micro_batches)
+    return training.sgd(rate, config.momentum, config.weight_decay, config.micro_batches)
+
+
 def _train(
     job: "Run",
-    section: str,
+    section: Literal["base", "finetune"],
     network: Network,
     variables: Any,
     distillation: training.Distillation | None = None,
     constants: Any = None,
 ) -> Any:
     """One run of the trainer; returns the variables after the last step."""
-    config = job.config[section]
+    config = job.config.base if section == "base" else job.config.finetune
     test = _evaluator(job, network, job.dataset.train)
-    optimizer = checks.optimizer(config, job.stage_steps(section)[1])
-    step = training.train_step(network, optimizer, label_smoothing=config.label_smoothing, distillation=distillation)
+    sgd = optimizer(config, job.stage_steps(section)[1])
+    step = training.train_step(network, sgd, label_smoothing=config.label_smoothing, distillation=distillation)
     held_out = job.dataset.splits["validation"]
     state = _run_stage(
         job,
         section,
         step,
-        training.init_state(network, variables, optimizer),
+        training.init_state(network, variables, sgd),
         constants,
         lambda state: _named("validation", test(state.variables(network), held_out)),
     )
@@ -158,16 +176,16 @@ def _train(
 
 def _run_stage(
     job: "Run",
-    section: str,
+    section: Stage,
     step: training.Step,
     state: Any,
     constants: Any,
     evaluate: Callable[[Any], dict[str, float]],
 ) -> Any:
-    config = job.config[section]
+    config = job.config.stage(section)
     steps, per_epoch = job.stage_steps(section)
-    batch_size, folder = checks.step_batch(config), job.workdir / section
-    stage = loop.Stage(section, folder, steps, per_epoch, batch_size, config.chunk_steps, config.save_every)
+    folder = job.workdir / section
+    stage = loop.Stage(section, folder, steps, per_epoch, config.step_batch, config.chunk_steps, config.save_every)
     chunk = _over_devices(job, step, config.augment)
 
     def host_batches(first: int) -> Any:  # called only where there are steps to take

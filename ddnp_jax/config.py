@@ -1,0 +1,286 @@
+"""Every field of an experiment: its type, default, meaning and limits.
+
+    config = Config(budget=BudgetConfig(p=0.4), search=SearchConfig.of("nppm", epochs=50))
+    pipeline.run(config, "runs/mine", model=model, dataset=dataset)
+
+On the command line the same names stand after `--config.`; the files in `configs/` hold values alone. The fields of a
+search method stand in its class `Fields`, in `ddnp_jax/methods/`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from ddnp_jax import methods, parallel
+from ddnp_jax.cost import flops
+from ddnp_jax.fields import check_limits, choice, filled, names, number
+from ddnp_jax.training.steps import SCHEDULES
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+Stage = Literal["base", "search", "finetune"]
+STAGES: tuple[Stage, ...] = ("base", "search", "finetune")
+PRECISIONS: Mapping[str, Any] = {"float32": np.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network; a network of your own takes its place."""
+
+    name: str = "resnet56"  # a name that ddnp_jax.models.create knows
+    attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further attributes of the module
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The images; a data set of your own takes their place."""
+
+    name: str = "cifar10"  # 'folder' of image files, or a data set that TFDS has prepared
+    label: str = ""  # how reports call it; '' is its own name
+    data_dir: str = ""  # folder of images, or of prepared TFDS data; '' is TFDS's own folder and download
+    train_split: str = "train"  # of TFDS: the training images to use; 'train[:2000]' are the first ones
+    test_split: str = ""  # of TFDS: the test images; '' is 'test', or else 'validation'
+    test_fraction: float = number(0.2, above=0, below=1)  # of a folder without test images: held out of every class
+    seed: int = number(0, least=0, bits=63)  # draws the held-out splits
+    # Parts of the training images: what the search reads, held out from base training; and what chooses the best
+    # checkpoint, never trained on.
+    search_fraction: float = number(0.05, least=0, below=1, about="a fraction of the training images")
+    validation_fraction: float = number(0.02, least=0, below=1, about="a fraction of the training images")
+    mean: tuple[float, ...] = ()  # per channel, of images in [0, 1]; () is what is usual for the data set
+    std: tuple[float, ...] = number((), above=0)  # likewise
+    bgr: bool = False  # whether the network sees blue first; mean and std are in its order
+    pad: int = number(4, least=0, about="a number of pixels")  # zeros on each side before the crop of small images
+    flip: bool = True  # random horizontal flip
+    crop_size: int = number(224, least=1)  # side in pixels of the crops that are made of photographs
+    resize_size: int = number(256, least=1)  # shorter side of a photograph before the center crop of evaluation
+    threads: int = number(0, least=0, about="how many threads; 0 is one per core")  # that decode photographs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """What remains of the network."""
+
+    kind: str = choice("flops", "flops", "params", "latency")  # the prunable layers' FLOPs; of the network: the others
+    p: float = number(0.5, above=0, most=1, about="the fraction of the cost that remains")
+    convention: str = choice("macs", *flops.CONVENTIONS)  # 'macs' of conv and dense, or 3 more per output element
+    multiple: int = number(1, least=1)  # widths are multiples of this (whole gates excepted)
+    latency_points: int = number(5, least=2)  # for 'latency': widths per gate at which layers are timed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """The trainer, SGD with momentum, of base training and of fine-tuning."""
+
+    epochs: int = number(200, least=1)  # passes over the stage's training images
+    batch_size: int = number(128, least=1)  # images per update, over all devices
+    micro_batches: int = number(1, least=1)  # steps that share an update, each on its part: for small devices
+    learning_rate: float = number(0.1, least=0.0)  # for this batch size
+    momentum: float = number(0.9, least=0.0, most=1.0)
+    weight_decay: float = number(1e-4, least=0.0)  # added to the gradient of every parameter
+    warmup_epochs: float = number(0.0, least=0.0)  # linear warm-up from 0
+    schedule: str = choice("step", *SCHEDULES)  # 'constant', 'step' (x0.1 at decay_at) or 'cosine' (to 0)
+    decay_at: tuple[float, ...] = number((0.5, 0.75), above=0, most=1, about="fractions of the run")  # for 'step'
+    label_smoothing: float = number(0.0, least=0.0, most=1.0)  # mass that the label gives to all classes
+    augment: bool = True  # random crops and flips, as `data` says
+    chunk_steps: int = number(50, least=1)  # steps per dispatch; logging and stopping happen between chunks
+    save_every: int = number(8, least=1)  # chunks between checkpoints and evaluations on held-out training images
+
+    @property
+    def step_batch(self) -> int:
+        """Images per step, over all devices."""
+        return self.batch_size // self.micro_batches
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseConfig(TrainerConfig):
+    """Base training."""
+
+    weights: str = ""  # PyTorch checkpoint or save_pruned folder; '' trains from scratch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainerConfig):
+    """Fine-tuning of the cut network."""
+
+    epochs: int = number(200, least=0)  # 0: the cut network is the result
+    warmup_epochs: float = number(5.0, least=0.0)  # linear warm-up from 0
+    distillation_weight: float = number(0.0, least=0.0, most=1.0)  # share of the unpruned network's outputs in the loss
+    distillation_temperature: float = number(4.0, least=1e-3)  # of those outputs
+    recalibration_steps: int = number(0, least=0)  # batches that re-estimate batch statistics before fine-tuning
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """The search; on the command line, and in config.json, the method's own fields stand beside the others."""
+
+    method: str = choice("ddnp", *methods.METHODS)
+    epochs: int = number(200, least=1)  # passes over the search images
+    batch_size: int = number(256, least=1)  # images per step, over all devices
+    augment: bool = False  # random crops and flips, as `data` says
+    chunk_steps: int = number(10, least=1)  # steps per dispatch
+    save_every: int = number(10, least=1)  # chunks between checkpoints and evaluations
+    test_curve: bool = False  # also logs test accuracy at every checkpoint, for figures; it decides nothing
+    # The method's own fields by name, as far as they differ from its defaults; those of other methods are not read.
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, method: str, **values: Any) -> "SearchConfig":
+        """The search of a method, with the defaults that suit it.
+
+        Args:
+          method: One of `ddnp_jax.methods.METHODS`.
+          **values: Other values, of the fields of this class and of the method's.
+
+        Raises:
+          ValueError: The method or a field is unknown, or a value cannot be.
+        """
+        chosen = methods.find(method)
+        common, own = _parted({**chosen.job_fields, **values})
+        filled(chosen.fields(), own, "search.")
+        return filled(cls(method=method), {**common, "fields": own}, "search.")
+
+    @property
+    def micro_batches(self) -> int:
+        """Steps that share an update: the search takes whole batches."""
+        return 1
+
+    @property
+    def step_batch(self) -> int:
+        """Images per step, over all devices."""
+        return self.batch_size
+
+    def method_fields(self) -> Any:
+        """The fields of the method, an instance of its class.
+
+        Raises:
+          ValueError: The field and what it may be are named.
+        """
+        known = methods.default_fields(self.method)
+        own = {name: value for name, value in self.fields.items() if name in known}
+        try:
+            return filled(methods.find(self.method).fields(), own)
+        except ValueError as error:
+            raise ValueError(f"search.{error}") from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How several devices share the work."""
+
+    mode: str = choice("shard_map", *parallel.MODES)  # the same numbers
+    sync_batch_norm: bool = True  # batch statistics of the whole batch; else of each device
+    # What XLA:CPU may fuse; '' leaves it to XLA. 'eltwise' halves a training step on small images.
+    cpu_fusions: str = "individual_convolution,individual_dot,dot,eltwise,reduce"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """An experiment."""
+
+    seed: int = number(0, least=0, bits=63)  # of weights, order, augmentation and search; data.seed draws the splits
+    variant: str = "default"  # name of this form in reports
+    precision: str = choice("float32", *PRECISIONS)  # of the computation; parameters stay float32
+    eval_batch_size: int = number(512, least=1)  # images per evaluation step, over all devices
+    notes: tuple[str, ...] = ()  # sentences that the report repeats
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    budget: BudgetConfig = BudgetConfig()
+    base: BaseConfig = BaseConfig()
+    search: SearchConfig = SearchConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    parallel: ParallelConfig = ParallelConfig()
+
+    @property
+    def dtype(self) -> Any:
+        """The data type of the computation."""
+        return PRECISIONS[self.precision]
+
+    def stage(self, name: Stage) -> BaseConfig | SearchConfig | FinetuneConfig:
+        """The section of a stage."""
+        return getattr(self, name)
+
+
+def shared_search_fields() -> dict[str, Any]:
+    """Fields that several methods have, with their defaults.
+
+    A section `search` has them whatever its method is, so that the method may be changed on the command line.
+    """
+    return dataclasses.asdict(methods.ResourceFields()) | methods.default_fields("uniform")
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The configuration as nested dictionaries, the method's fields beside the others of `search`."""
+    values = dataclasses.asdict(config)
+    values["search"] |= values["search"].pop("fields")
+    return values
+
+
+def typed(config: "Config | ConfigDict | Mapping[str, Any]") -> Config:
+    """A configuration of any form as a `Config`, with every field of its method.
+
+    Raises:
+      ValueError: A name is no field, a value is not of its field's type, or a method's field is missing.
+    """
+    if isinstance(config, Config):
+        found = filled(Config(), {name: getattr(config, name) for name in names(config)})
+    else:
+        values = dict(config if isinstance(config, Mapping) else config.to_dict())
+        if isinstance(section := values.get("search"), Mapping):
+            common, own = _parted(section)
+            values["search"] = {**common, "fields": own}
+        found = filled(Config(), values)
+    check_limits(found.search, "search.")
+    if not isinstance(config, Config):
+        _check_has_fields(found.search)
+    return dataclasses.replace(found, search=_completed(found.search))
+
+
+def _parted(section: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of `SearchConfig`, and those of methods."""
+    known = {*names(SearchConfig)} - {"fields"}
+    common = {name: value for name, value in section.items() if name in known}
+    return common, {name: value for name, value in section.items() if name not in known}
+
+
+def _check_has_fields(search: SearchConfig) -> None:
+    """Raises where the method alone was changed: its fields are missing, and common ones may have other defaults."""
+    for name in methods.default_fields(search.method):
+        if name not in search.fields:
+            raise ValueError(
+                f"search.method={search.method!r} needs search.{name}, which this configuration lacks; choose the "
+                f"method by the configuration's argument, --config=FILE.py:{search.method}."
+            )
+
+
+def _completed(search: SearchConfig) -> SearchConfig:
+    """The search with every field of its method, and with those that several methods have."""
+    of_methods = {name for method in methods.METHODS for name in methods.default_fields(method)}
+    if unknown := [name for name in search.fields if name not in of_methods]:
+        own = ", ".join(methods.default_fields(search.method))
+        raise ValueError(f"search.{unknown[0]} is no field of the method {search.method!r}; its fields are {own}.")
+    own = dataclasses.asdict(search.method_fields())
+    return dataclasses.replace(search, fields={**shared_search_fields(), **search.fields, **own})
+
+
+def check(config: Config) -> None:
+    """Checks a configuration by itself, before devices, data and network are known.
+
+    Raises:
+      ValueError: The field, its value and what it may be are named.
+    """
+    check_limits(config)
+    config.search.method_fields()
+    for name, trainer in (("base", config.base), ("finetune", config.finetune)):
+        if trainer.batch_size % trainer.micro_batches:
+            raise ValueError(
+                f"{name}.batch_size={trainer.batch_size} has no {name}.micro_batches={trainer.micro_batches} equal "
+                "parts."
+            )
+        if trainer.warmup_epochs >= trainer.epochs > 0:
+            raise ValueError(
+                f"{name}.warmup_epochs={trainer.warmup_epochs} must be below the {trainer.epochs} epochs of the stage."
+            )

@@ -58,15 +58,22 @@ class Interpreter:
           first: Number of its first contraction.
         """
         known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+        unchanged: list[core.JaxprEqn] = []  # computed together, which is faster than one by one
         for eqn in jaxpr.eqns:
+            number, first = first, first + jaxprs.count(eqn)
+            if self._is_unchanged(number, first):
+                unchanged.append(eqn)
+                continue
+            _compute_together(jaxpr, unchanged, known)
+            unchanged = []
             operands = [atom.val if isinstance(atom, core.Literal) else known[atom] for atom in eqn.invars]
-            known.update(zip(eqn.outvars, self._results(jaxpr, eqn, operands, first), strict=True))
-            first += jaxprs.count(eqn)
+            known.update(zip(eqn.outvars, self._results(jaxpr, eqn, operands, number), strict=True))
+        _compute_together(jaxpr, unchanged, known)
         return [atom.val if isinstance(atom, core.Literal) else known[atom] for atom in jaxpr.outvars]
 
     def _results(self, jaxpr: core.Jaxpr, eqn: core.JaxprEqn, operands: list[Any], first: int) -> list[Any]:
         program = jaxprs.program_of(eqn)
-        if program is not None and self._enters(eqn, first):
+        if program is not None:
             return self._enter(eqn, program, operands, first)
         if eqn.primitive.name in jaxprs.CONTRACTIONS and first in self._changes:
             operand, change = self._changes[first]
@@ -79,8 +86,9 @@ class Interpreter:
             operands[operand] = change(operands[operand])
         return self.compute(jaxpr, eqn, operands)
 
-    def _enters(self, eqn: core.JaxprEqn, first: int) -> bool:
-        return any(number in self._changes for number in range(first, first + jaxprs.count(eqn)))
+    def _is_unchanged(self, first: int, end: int) -> bool:
+        """Whether an equation with the contractions `first` to `end` - 1 is computed as it is."""
+        return not any(number in self._changes for number in range(first, end))
 
     def _enter(self, eqn: core.JaxprEqn, program: Any, operands: list[Any], first: int) -> list[Any]:
         jaxpr, consts = program
@@ -94,11 +102,20 @@ class Interpreter:
 
     def compute(self, jaxpr: core.Jaxpr, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
         """Computes one equation of a program as it is."""
-        operand_of = {atom: value for atom, value in zip(eqn.invars, operands, strict=True) if _is_variable(atom)}
-        alone = jaxpr.replace(
-            constvars=[], invars=list(operand_of), outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects
-        )
-        return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*operand_of.values())
+        known = {atom: value for atom, value in zip(eqn.invars, operands, strict=True) if _is_variable(atom)}
+        _compute_together(jaxpr, [eqn], known)
+        return [known[result] for result in eqn.outvars]
+
+
+def _compute_together(jaxpr: core.Jaxpr, eqns: list[core.JaxprEqn], known: dict[Any, Any]) -> None:
+    """Computes equations of a program as they are, from what is known, and adds their results to it."""
+    if not eqns:
+        return
+    results = [result for eqn in eqns for result in eqn.outvars]
+    operands = dict.fromkeys(atom for eqn in eqns for atom in eqn.invars if _is_variable(atom) and atom in known)
+    part = jaxpr.replace(constvars=[], invars=list(operands), outvars=results, eqns=eqns, effects=jaxpr.effects)
+    values = core.jaxpr_as_fun(core.ClosedJaxpr(part, ()))(*(known[atom] for atom in operands))
+    known.update(zip(results, values, strict=True))
 
 
 def _is_variable(atom: Any) -> bool:
@@ -126,8 +143,8 @@ class FullPrecision(Interpreter):
             operands = list(map(_widened, operands))
         return list(map(_widened, super().compute(jaxpr, eqn, operands)))
 
-    def _enters(self, eqn: core.JaxprEqn, first: int) -> bool:
-        return True
+    def _is_unchanged(self, first: int, end: int) -> bool:
+        return False
 
 
 _FIXED_TYPES = ("bitcast_convert_type", "ffi_call", "pure_callback", "io_callback")

@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from ddnp_jax import data, parallel, training
+from ddnp_jax.config import DataConfig
 from ddnp_jax.data import imagenet2012
 from ddnp_jax.training import evaluation
 from tests.test_photos import encode, smooth
@@ -122,10 +123,9 @@ def write_tar(path, files):
 
 
 def make_config(folder, **fields):
-    held_out = {"name": "imagenet2012", "label": "", "data_dir": str(folder), "train_split": "train", "seed": 0}
-    held_out |= {"test_split": "", "test_fraction": 0.2}
-    held_out |= {"search_fraction": 0.2, "validation_fraction": 0.1, "crop_size": 224, "resize_size": 256}
-    return ml_collections.ConfigDict({**CONFIG.to_dict(), **held_out, **fields})
+    held_out = {"name": "imagenet2012", "data_dir": str(folder), "search_fraction": 0.2, "validation_fraction": 0.1}
+    sizes = {"crop_size": 224, "resize_size": 256}
+    return DataConfig(**{**CONFIG.to_dict(), **held_out, **sizes, **fields})
 
 
 @pytest.fixture

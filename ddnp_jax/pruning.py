@@ -22,7 +22,7 @@ VERIFIED_IMAGES = 64  # of the first batch, with which the cut is verified
 Floors = int | float | Mapping[str, int | float] | Callable[[Gate], int | float] | None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Pruned:
     """A pruned network; it is not fine-tuned yet.
 
@@ -45,6 +45,10 @@ class Pruned:
     budget: Budget
     verification: Verification
     notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        """As `describe`: all that it holds would fill pages."""
+        return self.describe()
 
     def describe(self) -> str:
         """Sizes before and after, the widths of all gates and how the cut was verified, as text."""
@@ -134,16 +138,18 @@ def prune(
     network = as_network(model, **(call_kwargs or {}))
     own = network.variables(variables)
     check_finite(own, network.name)
-    (images, _), batches = _first(batches)
-    if loss is None:
-        batches = LabelledBatches(batches, network, own, outputs)
+    first, batches = _first(batches)
+    images, _ = first
     if budget is None:
         shape = tuple(images.shape[1:] if input_shape is None else input_shape)
-        kept = keep if callable(keep) else tuple(keep)
+        kept = (keep,) if isinstance(keep, str) else keep if callable(keep) else tuple(keep)
         traced = trace(model, shape, variables=own, residual=residual, keep=kept, **(call_kwargs or {}))
         budget = Budget(traced, p, multiple=multiple, floors=floors_of(traced, floors))
     budget.check()
     topology = budget.topology
+    if loss is None:
+        batches = LabelledBatches(batches, network, own, outputs)
+        batches.check(first)
     rehearse(model, variables, topology, budget.smallest_widths, rebuild)
     steps = methods.find(method).steps if steps is None else steps
     problem = methods.Problem(model, own, topology, budget, config, steps, loss, outputs, performance)

@@ -93,3 +93,30 @@ class Two(nn.Module):
             x = nn.Conv(features, (3, 3), name=f"conv{i}")(x)
             x = nn.relu(nn.BatchNorm(not train, name=f"norm{i}")(x))
         return nn.Dense(2, name="classes")(x.mean((1, 2)))
+
+
+class TwoOutputs(nn.Module):
+    """A network that returns an embedding beside its logits."""
+
+    classes: int = 2
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.relu(nn.BatchNorm(not train, name="norm")(nn.Conv(8, (3, 3), name="first")(x)))
+        x = x.mean((1, 2))
+        return {"embedding": nn.Dense(5, name="embed")(x), "logits": nn.Dense(self.classes, name="classes")(x)}
+
+
+def test_one_of_several_outputs_is_trained_and_counted(config, tmp_path):
+    (images, labels), tested = bright_and_dark(96, 0), bright_and_dark(32, 1)
+    dataset = data.from_arrays((images, labels), tested, name="bright", search_fraction=0.3, pad=1)
+    report = pipeline.run(config, tmp_path / "run", TwoOutputs(), dataset=dataset, outputs="logits")
+    assert report["pruned_top1"] == 100
+    with pytest.raises(
+        ValueError, match=r"TwoOutputs returns \['embedding'\].* say with outputs= which of them counts"
+    ):
+        pipeline.prepare(config, tmp_path / "none", TwoOutputs(), dataset=dataset)
+    message = r"TwoOutputs returns \(1, 8\) for one image, and bright has 2 classes; give it 2 outputs"
+    with pytest.raises(ValueError, match=message):
+        pipeline.prepare(config, tmp_path / "eight", TwoOutputs(8), dataset=dataset, outputs="logits")
+    assert not (tmp_path / "eight").exists()

@@ -197,7 +197,7 @@ def test_floors_and_kept_gates():
         (3, (3, 3)),
     ):
         assert floors_of(whole.topology, floors) == least
-    kept = prune(Small(), variables, given, 0.6, method="uniform", keep=["second"])
+    kept = prune(Small(), variables, given, 0.6, method="uniform", keep="second")
     assert [gate.name for gate in kept.topology.gates] == ["first"]
     assert kept.variables["params"]["classifier"]["kernel"].shape == (12, 7)
     multiple = prune(Small(), variables, given, 0.6, method="uniform", multiple=4)
@@ -292,10 +292,30 @@ def test_batches_that_end_and_weights_that_are_not_finite():
         prune(Small(), variables, given)
 
 
+def test_images_that_are_not_finite_and_variables_of_another_network():
+    variables, given = zoo.randomized(Small(), SHAPE), batches(labels)
+    for refuse in (ddnp_jax.fit, prune):
+        with pytest.raises(ValueError, match="the images of a batch hold NaN or infinite values"):
+            refuse(Small(), variables, [(x * np.nan, y) for x, y in given], steps=1)
+    with pytest.raises(ValueError, match=r"variable batch_stats/BatchNorm_0/mean has shape \(6,\), and \(8,\) in"):
+        prune(Small(), zoo.randomized(Numbers(), SHAPE), given)
+    with pytest.raises(ValueError, match="variable batch_stats/BatchNorm_0/mean has shape None"):
+        prune(Small(), {"params": variables["params"]}, given)
+
+
+class Numbers(nn.Module):
+    """Another network with some of the same names."""
+
+    @nn.compact
+    def __call__(self, x, training=False):
+        x = nn.relu(nn.BatchNorm(use_running_average=not training)(nn.Conv(6, (3, 3), name="first")(x)))
+        return nn.Dense(7, name="classifier")(x.mean((1, 2)))
+
+
 def test_what_was_done_is_described():
     variables = zoo.randomized(Small(), SHAPE)
     pruned = prune(Small(), variables, batches(labels), method="uniform")
-    lines = pruned.describe().splitlines()
+    lines = repr(pruned).splitlines()
     assert lines[0].startswith("multiply-accumulates: 69,204 -> ")
     assert lines[1].startswith("parameters: 1,231 -> ")
     widths = pruned.selection.widths

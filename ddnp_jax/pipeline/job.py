@@ -16,7 +16,7 @@ from ddnp_jax.config import STAGES, Config, Stage, as_dict, check, typed
 from ddnp_jax.cost import latency
 from ddnp_jax.cost.budget import Budget, make_budget
 from ddnp_jax.models.layers import Backbone
-from ddnp_jax.networks import Network, as_network
+from ddnp_jax.networks import Network, Outputs, as_network, picked
 from ddnp_jax.pipeline import report, stages
 from ddnp_jax.pipeline.results import Results, summarize
 from ddnp_jax.saved import load_pruned, save_pruned
@@ -43,6 +43,7 @@ class Run:
       weights: Variables of the unpruned network, of `base.weights`; None where it is trained.
       log: `metrics.jsonl`.
       results: `results.json`.
+      outputs: Which of the network's outputs are the logits, where there are several.
     """
 
     config: Config
@@ -56,6 +57,7 @@ class Run:
     weights: Any
     log: MetricsLog
     results: Results
+    outputs: Outputs = None
 
     def stage_steps(self, section: Stage) -> tuple[int, int]:
         """(steps in all, steps per epoch) of a section of the configuration; an update may take several."""
@@ -101,6 +103,7 @@ def prepare(
     model: Any = None,
     rebuild: Rebuild | None = None,
     dataset: data.Dataset | None = None,
+    outputs: Outputs = None,
 ) -> Run:
     """Checks the whole configuration and reads data and given weights; arguments as for `run`.
 
@@ -115,6 +118,7 @@ def prepare(
     dataset = dataset or data.load(config.data)
     _check_splits(config, dataset)
     network, name = _network(config, model, dataset.num_classes)
+    _check_outputs(network, dataset, outputs)
     topology = trace(network.model, dataset.image_shape)
     network = as_network(network.model, **dict(topology.call_kwargs))
     workdir = Path(workdir)
@@ -128,7 +132,7 @@ def prepare(
     _check_cut(network, rebuild, topology, budget)
     checkpoint.claim_workdir(workdir, identity, _MAY_DIFFER)
     log, results = MetricsLog(workdir / "metrics.jsonl"), Results(workdir / "results.json")
-    return Run(config, workdir, dataset, name, network, rebuild, topology, budget, weights, log, results)
+    return Run(config, workdir, dataset, name, network, rebuild, topology, budget, weights, log, results, outputs)
 
 
 def _network(config: Config, model: Any, num_classes: int) -> tuple[Network, str]:
@@ -142,6 +146,21 @@ def _network(config: Config, model: Any, num_classes: int) -> tuple[Network, str
             f"precision={config.precision!r} is for this library's models; give {network.name} its own data type."
         )
     return network, network.name
+
+
+def _check_outputs(network: Network, dataset: data.Dataset, outputs: Outputs) -> None:
+    """Raises for a network whose outputs are no logits of the data set's classes; nothing is computed."""
+    images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
+
+    def logits(rng: jax.Array, x: jax.Array) -> jax.Array:
+        return picked(network.evaluate(network.initial(rng, x), x), outputs, network.name)
+
+    shape = jax.eval_shape(logits, jax.random.key(0), images).shape
+    if shape != (1, dataset.num_classes):
+        raise ValueError(
+            f"{network.name} returns {shape} for one image, and {dataset.name} has {dataset.num_classes} classes; give "
+            f"it {dataset.num_classes} outputs, or pick the logits with outputs=."
+        )
 
 
 def _check_workdir(workdir: Path, identity: dict[str, Any]) -> None:
@@ -217,6 +236,7 @@ def run(
     model: Any = None,
     rebuild: Rebuild | None = None,
     dataset: data.Dataset | None = None,
+    outputs: Outputs = None,
 ) -> dict[str, Any]:
     """Runs or resumes the main job.
 
@@ -226,11 +246,12 @@ def run(
       model: A network of your own, a flax.linen or flax.nnx module; None for the backbone that `config.model` names.
       rebuild: Makes the smaller network from the channels per gate, where `compact` needs it.
       dataset: Images of your own; None for what `config.data` names.
+      outputs: Which of the network's outputs are the logits, where there are several: a key, an index or a function.
 
     Returns:
       What `report.json` holds.
     """
-    job = prepare(config, workdir, model, rebuild, dataset)
+    job = prepare(config, workdir, model, rebuild, dataset, outputs)
     if jax.process_index() == 0:
         print(job.topology.describe())
     variables = stages.base(job)

@@ -13,7 +13,7 @@ from ddnp_jax import data, methods, parallel, training
 from ddnp_jax.compact import compact, verify
 from ddnp_jax.config import Stage, TrainerConfig
 from ddnp_jax.masking import apply_masked
-from ddnp_jax.networks import Network, as_network
+from ddnp_jax.networks import Network, as_network, picked
 from ddnp_jax.topology import Selection
 from ddnp_jax.training import loop
 from ddnp_jax.training.evaluation import evaluator
@@ -77,7 +77,9 @@ def search_curves(job: "Run", variables: Any, seeds: Sequence[int]) -> None:
 def _method(job: "Run", variables: Any) -> methods.Search:
     steps, _ = job.stage_steps("search")
     fields = job.config.search.method_fields()
-    problem = methods.Problem(job.network.model, variables, job.topology, job.budget, fields, steps)
+    problem = methods.Problem(
+        job.network.model, variables, job.topology, job.budget, fields, steps, outputs=job.outputs
+    )
     return methods.build(job.config.search.method, problem)
 
 
@@ -161,7 +163,9 @@ def _train(
     config = job.config.base if section == "base" else job.config.finetune
     test = _evaluator(job, network, job.dataset.train)
     sgd = optimizer(config, job.stage_steps(section)[1])
-    step = training.train_step(network, sgd, label_smoothing=config.label_smoothing, distillation=distillation)
+    step = training.train_step(
+        network, sgd, label_smoothing=config.label_smoothing, outputs=job.outputs, distillation=distillation
+    )
     held_out = job.dataset.splits["validation"]
     state = _run_stage(
         job,
@@ -213,12 +217,16 @@ def _recalibrate(job: "Run", network: Network, variables: Any) -> Any:
 
 
 def _evaluator(job: "Run", network: Network, images: data.Images) -> Callable[..., dict[str, float]]:
-    return evaluator(network.evaluate, images, job.config.eval_batch_size, job.config.parallel.mode)
+    def forward(variables: Any, pixels: jax.Array) -> jax.Array:
+        return picked(network.evaluate(variables, pixels), job.outputs, network.name)
+
+    return evaluator(forward, images, job.config.eval_batch_size, job.config.parallel.mode)
 
 
 def _masked_evaluator(job: "Run", images: data.Images) -> Callable[..., dict[str, float]]:
     def forward(constants: Any, pixels: jax.Array) -> jax.Array:
-        return apply_masked(job.network.model, constants["variables"], pixels, constants["masks"], job.topology)
+        found = apply_masked(job.network.model, constants["variables"], pixels, constants["masks"], job.topology)
+        return picked(found, job.outputs, job.network.name)
 
     return evaluator(forward, images, job.config.eval_batch_size, job.config.parallel.mode)
 

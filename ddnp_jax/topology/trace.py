@@ -6,7 +6,7 @@ everything about it is understood; all others stay whole, and `Topology.describe
 that the network's code computes from its own channel count (a scale of 1 / sqrt(C), say): `ddnp_jax.verify` finds that.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -51,13 +51,15 @@ def trace(
       The topology. Whatever is not fully understood stays whole and is named there.
 
     Raises:
-      ValueError: The network has layers inside a loop or branch, whose cost cannot be counted; or `keep` names what is
-        no gate.
+      ValueError: The network has layers inside a loop or branch, whose cost cannot be counted; `keep` names what is no
+        gate; or the variables are of another network.
     """
     network = as_network(model, **call_kwargs)
     images = jax.ShapeDtypeStruct((BATCH, *input_shape), jnp.float32)
     shapes = variable_shapes(network, images, variables)
     leaves = flatten(shapes)
+    if variables is not None and network.kind == "linen":
+        _check_fit(network, leaves, flatten(variable_shapes(network, images)))
 
     def forward(values: list[jax.Array], x: jax.Array) -> Any:
         return network.evaluate(replace_leaves(shapes, dict(zip(leaves, values, strict=True))), x)
@@ -84,6 +86,16 @@ def trace(
         whole,
         tuple(Variable(path, tuple(leaf.shape), network.is_parameter(path)) for path, leaf in leaves.items()),
     )
+
+
+def _check_fit(network: Network, leaves: Mapping[LeafPath, Any], expected: Mapping[LeafPath, Any]) -> None:
+    for path, leaf in expected.items():
+        found = leaves[path].shape if path in leaves else None
+        if found != leaf.shape:
+            raise ValueError(
+                f"variable {'/'.join(path)} has shape {found}, and {leaf.shape} in {network.name}; give the variables "
+                "of this network."
+            )
 
 
 def variable_shapes(network: Network, images: jax.ShapeDtypeStruct, variables: Any = None) -> Any:

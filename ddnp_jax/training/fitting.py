@@ -154,17 +154,21 @@ class LabelledBatches:
         self._classes: tuple[int, ...] | None = None  # shape of the outputs of one image
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yields the batches.
+        """Yields the batches, once they are checked."""
+        for batch in self._batches:
+            self.check(batch)
+            yield batch
+
+    def check(self, batch: Batch) -> None:
+        """Checks one batch.
 
         Raises:
           ValueError: The outputs are no logits, or labels do not fit them.
         """
-        for batch in self._batches:
-            images, labels = checked_batch(batch)
-            if self._classes is None:
-                self._classes = jax.eval_shape(self._logits, self._variables, images).shape[1:]
-            losses.check_labels((len(images), *self._classes), labels, self._network.name)
-            yield images, labels
+        images, labels = checked_batch(batch)
+        if self._classes is None:
+            self._classes = jax.eval_shape(self._logits, self._variables, images).shape[1:]
+        losses.check_labels((len(images), *self._classes), labels, self._network.name)
 
     def _logits(self, variables: Any, images: jax.Array) -> jax.Array:
         return picked(self._network.evaluate(variables, images), self._outputs, self._network.name)
@@ -205,12 +209,14 @@ def checked_batch(batch: Any) -> Batch:
     """A batch (images, targets) of arrays.
 
     Raises:
-      ValueError: It is something else.
+      ValueError: It is something else, or its images are not finite; a ReLU would hide that.
     """
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise ValueError(f"a batch must be (images, targets), got {type(batch).__name__}.")
-    images, targets = batch
-    return jnp.asarray(images), jax.tree.map(jnp.asarray, targets)
+    images, targets = jnp.asarray(batch[0]), jax.tree.map(jnp.asarray, batch[1])
+    if jnp.issubdtype(images.dtype, jnp.floating) and not bool(jnp.isfinite(images).all()):
+        raise ValueError("the images of a batch hold NaN or infinite values; give images that are finite.")
+    return images, targets
 
 
 class _Progress:

@@ -234,7 +234,6 @@ def rehearse(
     topology: Topology,
     smallest: tuple[int, ...],
     rebuild: Rebuild | None = None,
-    outputs: Outputs = None,
 ) -> None:
     """Cuts a network at random and verifies it, so that one that cannot be cut is found before any search.
 
@@ -244,7 +243,6 @@ def rehearse(
       topology: Topology of `model`, as returned by `trace`.
       smallest: Fewest channels per gate.
       rebuild: As of `compact`.
-      outputs: As of `verify`.
 
     Raises:
       ValueError: The network cannot be cut; the gates at which it fails are named.
@@ -260,7 +258,7 @@ def rehearse(
             kept.append(tuple(sorted(map(int, rng.choice(channels, width, replace=False)))))
         selection = Selection(tuple(kept))
         small = compact(model, variables, selection, topology, rebuild)
-        verify(model, variables, *small, selection, topology, images, outputs=outputs)
+        verify(model, variables, *small, selection, topology, images)
 
     everything = set(range(len(topology.gates)))
     try:

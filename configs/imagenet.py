@@ -52,7 +52,7 @@ def get_config(
       model: name of the network.
       trainer: fields of base training and of fine-tuning.
       p: budgets by method.
-      argument: of the configuration.
+      argument: Argument of the configuration.
       forms: further forms of the experiment beside `tiny`.
     """
     config = default.get_config()

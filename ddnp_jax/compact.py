@@ -1,6 +1,6 @@
 """From a Selection to a smaller network: the cut, and the proof that it computes what the masked network does."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +10,18 @@ import numpy as np
 from ddnp_jax.interpreter import FullPrecision, evaluate
 from ddnp_jax.masking import apply_masked
 from ddnp_jax.models.layers import Backbone
-from ddnp_jax.networks import LeafPath, Network, Outputs, Resizing, as_network, flatten, picked, replace_leaves
-from ddnp_jax.topology import Selection, Topology, variable_shapes
+from ddnp_jax.networks import (
+    LeafPath,
+    Network,
+    Outputs,
+    Resizing,
+    as_network,
+    first_line,
+    flatten,
+    picked,
+    replace_leaves,
+)
+from ddnp_jax.topology import Selection, Topology, jaxprs, variable_shapes
 
 Rebuild = Callable[[tuple[int, ...]], Any]  # makes the smaller network from the channels per gate
 
@@ -63,7 +73,7 @@ def compact(
         network, variables, {path: np.shape(leaf) for path, leaf in leaves.items()}, topology, selection, rebuild
     )
     _check_sizes(small, cut, topology, is_rebuilt=rebuild is not None)
-    _check_outputs(network, variables, small, cut, topology)
+    _check_program(network, variables, small, cut, topology)
     return small.bind(cut)
 
 
@@ -128,24 +138,30 @@ def _check_sizes(small: Network, cut: Any, topology: Topology, is_rebuilt: bool)
             )
 
 
-def _check_outputs(network: Network, variables: Any, small: Network, cut: Any, topology: Topology) -> None:
-    """Raises where the smaller network cannot be called, or returns other shapes; nothing is computed."""
-    whole = jax.eval_shape(network.evaluate, variables, _image(topology))
+def _check_program(network: Network, variables: Any, small: Network, cut: Any, topology: Topology) -> None:
+    """Raises where the smaller network cannot be called or computes something else; only traces."""
+    image = _image(topology)
+    whole = jax.make_jaxpr(network.evaluate)(variables, image)
     try:
-        smaller = jax.eval_shape(small.evaluate, cut, _image(topology))
+        smaller = jax.make_jaxpr(small.evaluate)(cut, image)
     except Exception as error:  # whatever the network's own code raises
         raise ValueError(
-            f"{network.name} cannot be called with fewer channels ({_first_line(error)}); its code computes with "
+            f"{network.name} cannot be called with fewer channels ({first_line(error)}); its code computes with "
             "numbers of its own: pass rebuild=, a function of the widths, or keep= the gates that it happens in whole."
         ) from error
-    if [leaf.shape for leaf in jax.tree.leaves(whole)] != [leaf.shape for leaf in jax.tree.leaves(smaller)]:
+    if [leaf.shape for leaf in whole.out_avals] != [leaf.shape for leaf in smaller.out_avals]:
         raise ValueError(
             f"{network.name} returns other shapes with fewer channels; pass rebuild=, a function of the widths."
         )
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    before, after = (jaxprs.arithmetic(program.jaxpr) for program in (whole, smaller))
+    differing = [
+        f"{after[name]} {name} instead of {before[name]}" for name in before | after if before[name] != after[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"{network.name} computes something else with fewer channels ({', '.join(differing)}), because its "
+            "code compares numbers of channels; decide such things without them, or keep= these gates whole."
+        )
 
 
 def verify(
@@ -242,7 +258,7 @@ def rehearse(
       variables: Variables of the network; None of an nnx module.
       topology: Topology of `model`, as returned by `trace`.
       smallest: Fewest channels per gate.
-      rebuild: As of `compact`.
+      rebuild: Makes the smaller network, as for `compact`.
 
     Raises:
       ValueError: The network cannot be cut; the gates at which it fails are named.
@@ -250,14 +266,19 @@ def rehearse(
     rng = np.random.default_rng(0)
     images = rng.normal(size=(2, *topology.input_shape)).astype(np.float32)
 
+    def cut(widths: Sequence[int]) -> tuple[Selection, tuple[Any, Any]]:
+        kept = (rng.choice(whole, width, replace=False) for whole, width in zip(topology.widths, widths, strict=True))
+        selection = Selection(tuple(tuple(sorted(map(int, each))) for each in kept))
+        return selection, compact(model, variables, selection, topology, rebuild)
+
     def attempt(gates: set[int]) -> None:
-        kept = []
-        for i, (channels, least) in enumerate(zip(topology.widths, smallest, strict=True)):
-            # Widths that differ as far as possible, so that swapped ones do not fit by chance.
-            width = least + (3 * i + 1) % (channels - least) if channels > least and i in gates else channels
-            kept.append(tuple(sorted(map(int, rng.choice(channels, width, replace=False)))))
-        selection = Selection(tuple(kept))
-        small = compact(model, variables, selection, topology, rebuild)
+        # Widths that differ as far as possible, so that swapped ones do not fit by chance.
+        selection, small = cut(
+            [
+                least + (3 * i + 1) % (channels - least) if channels > least and i in gates else channels
+                for i, (channels, least) in enumerate(zip(topology.widths, smallest, strict=True))
+            ]
+        )
         verify(model, variables, *small, selection, topology, images)
 
     everything = set(range(len(topology.gates)))
@@ -269,6 +290,9 @@ def rehearse(
             raise
         listed = ", ".join(map(repr, names))
         raise ValueError(f"{error} It happens at the gates {listed}: keep=({listed},) leaves them whole.") from error
+    # And widths that are equal, which code that compares them takes for a reason to do something else.
+    common = max(*smallest, min(topology.widths) // 2)
+    cut([min(common, channels) for channels in topology.widths])
 
 
 def _fails(attempt: Callable[[set[int]], None], gate: int) -> bool:

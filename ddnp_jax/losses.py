@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ddnp_jax.networks import Outputs, picked
+from ddnp_jax.networks import Outputs, first_line, picked, structure
 
 RESOURCE = ("log_abs", "log_max", "abs", "square")
 
@@ -26,13 +26,14 @@ def top1(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return 100.0 * jnp.mean(jnp.argmax(logits, -1) == labels)
 
 
-def check_labels(shape: tuple[int, ...], labels: Any, name: str = "the network") -> None:
+def check_labels(shape: tuple[int, ...], labels: Any, name: str = "the network", batch: int = 0) -> None:
     """Checks that labels fit the logits of the default loss, on the host.
 
     Args:
       shape: Shape of the network's outputs for the batch.
       labels: Labels of the batch.
       name: Name of the network, for messages.
+      batch: Number of the batch, for messages.
 
     Raises:
       ValueError: The outputs are no logits (N, K), or the labels are no whole numbers (N,) in 0..K - 1.
@@ -42,13 +43,48 @@ def check_labels(shape: tuple[int, ...], labels: Any, name: str = "the network")
         raise ValueError(f"{name} returns outputs {shape}, which are no logits (N, K); {advice}")
     if not hasattr(labels, "shape") or not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != shape[:1]:
         found = f"{labels.dtype} {labels.shape}" if hasattr(labels, "shape") else type(labels).__name__
-        raise ValueError(f"the targets are {found}, and must be whole numbers ({shape[0]},), one label each; {advice}")
+        raise ValueError(
+            f"the targets of batch {batch} are {found}, and must be whole numbers ({shape[0]},), one label each; "
+            f"{advice}"
+        )
     numbers = np.asarray(labels)
     bad = np.flatnonzero((numbers < 0) | (numbers >= shape[1]))
     if bad.size:
         raise ValueError(
-            f"label {numbers[bad[0]]} of image {bad[0]} of a batch is outside 0..{shape[1] - 1}, the {shape[1]} "
+            f"label {numbers[bad[0]]} of image {bad[0]} of batch {batch} is outside 0..{shape[1] - 1}, the {shape[1]} "
             f"classes of {name}; give labels from 0, or a network with more outputs."
+        )
+
+
+def check_loss(
+    loss: Loss, found: Any, targets: Any, outputs: Outputs = None, name: str = "the network", argument: str = "loss"
+) -> None:
+    """Checks that an own loss takes what a network returns; nothing is computed.
+
+    Args:
+      loss: Loss `(outputs, targets) -> scalar`.
+      found: What the network returns for a batch, or its shapes.
+      targets: Targets of the batch.
+      outputs: Which of the outputs count, as in `measure`.
+      name: Name of the network, for messages.
+      argument: Name of the argument that holds the loss, for messages.
+
+    Raises:
+      ValueError: The loss cannot be computed, or is no floating-point scalar.
+    """
+    counted = found if outputs is None else jax.eval_shape(lambda found: picked(found, outputs, name), found)
+    given = f"the outputs ({structure(counted)}) of {name} and targets ({structure(targets)})"
+    try:
+        value = jax.eval_shape(loss, counted, targets)
+    except Exception as error:  # whatever the loss's own code raises
+        raise ValueError(
+            f"{argument}= cannot be computed from {given}: {first_line(error)}. It is a function (outputs, targets) -> "
+            "scalar; outputs= picks one of several outputs."
+        ) from error
+    if getattr(value, "shape", None) != () or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(
+            f"{argument}= returns {structure(value)} from {given}; it must return one floating-point number, such as "
+            "the mean over the images."
         )
 
 

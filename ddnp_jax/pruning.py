@@ -1,23 +1,28 @@
 """The three-line use: a trained network, images and a budget in, a smaller network out."""
 
 import dataclasses
+import difflib
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral
 from typing import Any
 
+import jax
 import numpy as np
 
 from ddnp_jax import methods
 from ddnp_jax.compact import Rebuild, Verification, check_finite, compact, rehearse, verify
 from ddnp_jax.cost import flops
 from ddnp_jax.cost.budget import Budget, floors_of
-from ddnp_jax.losses import Loss
+from ddnp_jax.losses import Loss, check_loss
 from ddnp_jax.networks import Outputs, as_network
 from ddnp_jax.topology import Gate, Selection, Topology, trace
-from ddnp_jax.training.fitting import LabelledBatches, checked_batch
+from ddnp_jax.training.fitting import TargetsCheck, checked_batch
 from ddnp_jax.training.steps import Batch
 
 VERIFIED_IMAGES = 64  # of the first batch, with which the cut is verified
+NOTED_UNUSED = 0.02  # the part of a budget from which on `describe` says that it is unused
 
 Floors = int | float | Mapping[str, int | float] | Callable[[Gate], int | float] | None
 
@@ -57,6 +62,11 @@ class Pruned:
         counted = self.budget.counted
         reached, wanted = (f"{cost:{counted.form}}" for cost in (self.budget.cost(widths), self.budget.wanted))
         lines.append(f"budget: {reached} of at most {wanted} {counted.unit} (p = {self.budget.p:g})")
+        unused = 1 - self.budget.cost(widths) / self.budget.wanted
+        if unused > NOTED_UNUSED:
+            lines.append(
+                f"  {unused:.0%} of the budget is unused: at these widths no gate can be a step wider within it."
+            )
         lines += [
             f"  {gate.name}: {width} of {gate.channels}"
             for gate, width in zip(self.topology.gates, widths, strict=True)
@@ -108,7 +118,8 @@ def prune(
       p: Part of the prunable FLOPs that remains, in (0, 1]; `flops.p_for_reduction` gives it for a part of the whole
         network that is to go.
       method: Name of the method; `ddnp_jax.methods.METHODS` lists them.
-      steps: Steps of the search, one batch each; None takes the method's own number.
+      steps: Steps of the search, one batch each; None takes the method's own number. Methods that need no images take
+        none.
       seed: Seed of everything that is drawn.
       loss: Loss `(outputs, targets) -> scalar` that the network was trained for; None is the cross-entropy of integer
         labels.
@@ -134,12 +145,14 @@ def prune(
     Raises:
       ValueError: An argument is wrong, the budget cannot be met, or the network cannot be cut; before any search.
     """
+    _check_names(method, fields)
     config = methods.configure(method, fields)
+    steps = _steps(method, steps)
     network = as_network(model, **(call_kwargs or {}))
     own = network.variables(variables)
     check_finite(own, network.name)
     first, batches = _first(batches)
-    images, _ = first
+    images, targets = checked_batch(first)
     if budget is None:
         shape = tuple(images.shape[1:] if input_shape is None else input_shape)
         kept = (keep,) if isinstance(keep, str) else keep if callable(keep) else tuple(keep)
@@ -147,18 +160,38 @@ def prune(
         budget = Budget(traced, p, multiple=multiple, floors=floors_of(traced, floors))
     budget.check()
     topology = budget.topology
-    if loss is None:
-        batches = LabelledBatches(batches, network, own, outputs)
-        batches.check(first)
+    check = TargetsCheck(network, own, loss, outputs)
+    check(first)
+    if performance is not None:
+        found = jax.eval_shape(network.evaluate, own, images)
+        check_loss(performance, found, targets, outputs, network.name, argument="performance")
     rehearse(model, variables, topology, budget.smallest_widths, rebuild)
-    steps = methods.find(method).steps if steps is None else steps
     problem = methods.Problem(model, own, topology, budget, config, steps, loss, outputs, performance)
     search = methods.build(method, problem)
-    state, history = methods.run_search(search, own, batches, seed, progress)
+    state, history = methods.run_search(search, own, batches, seed, progress, check)
     selection = methods.select(search, state, budget)
     small = compact(model, variables, selection, topology, rebuild)
     verification = verify(model, variables, *small, selection, topology, images[:VERIFIED_IMAGES])
     return Pruned(*small, selection, topology, history, budget, verification, search.notes)
+
+
+def _check_names(method: str, fields: Mapping[str, Any]) -> None:
+    """Raises for a misspelt argument of `prune`, which would otherwise count as a field of the method."""
+    own = methods.default_fields(method)
+    known = [*own, *(name for name in inspect.signature(prune).parameters if name != "fields")]
+    for name in fields:
+        close = difflib.get_close_matches(name, known, 1)
+        if name not in own and close:
+            raise ValueError(f"prune has no argument {name!r} and {method} no such field; did you mean {close[0]!r}?")
+
+
+def _steps(method: str, steps: int | None) -> int:
+    default = methods.find(method).steps
+    if steps is None or default == 0:
+        return default
+    if not isinstance(steps, Integral) or steps < 1:
+        raise ValueError(f"steps={steps!r} must be a whole number of at least 1: {method} searches on batches.")
+    return int(steps)
 
 
 def _first(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
@@ -168,4 +201,4 @@ def _first(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
         first = next(iterator)
     except StopIteration:
         raise ValueError("batches holds no batch; give (images, targets) of arrays.") from None
-    return checked_batch(first), itertools.chain([first], iterator) if iterator is batches else batches
+    return first, itertools.chain([first], iterator) if iterator is batches else batches

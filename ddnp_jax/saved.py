@@ -39,8 +39,6 @@ def save_pruned(path: str | Path, model: Any, variables: Any = None) -> None:
       variables: Variables of the network; None of an nnx module.
     """
     network = as_network(model)
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     leaves = {
         _SEPARATOR.join(path): np.asarray(leaf)
         for path, leaf in flatten(network.variables(variables)).items()
@@ -49,7 +47,6 @@ def save_pruned(path: str | Path, model: Any, variables: Any = None) -> None:
     weights = flax.serialization.msgpack_serialize(leaves)
     checksum = hashlib.sha256(weights).hexdigest()
     name = f"weights-{checksum[:16]}.msgpack"
-    files.write_bytes(folder / name, weights)
     module = getattr(network, "module", model)
     attributes, missing = _attributes(module) if network.kind == "linen" else ({}, ["model"])
     description = {
@@ -61,6 +58,9 @@ def save_pruned(path: str | Path, model: Any, variables: Any = None) -> None:
         "weights": name,
         "sha256": checksum,
     }
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_bytes(folder / name, weights)
     files.write_json(folder / DESCRIPTION, description)
     for old in folder.glob("weights-*.msgpack"):
         if old.name != name:
@@ -195,15 +195,16 @@ def _from_json(value: Any) -> Any:
 def _build(description: Mapping[str, Any], file: Path) -> nn.Module:
     name, missing = description["class"], description["missing"]
     if missing:
-        raise ValueError(
-            f"{file} lacks the attributes {', '.join(map(str, missing))} of {name}; pass the unpruned network, "
-            "load_pruned(..., model=)."
-        )
+        what = f"lacks the attributes {', '.join(map(str, missing))} of {name}"
+        if description["kind"] != "linen":
+            what = f"holds a {description['kind']} network, of which only the variables can be written"
+        raise ValueError(f"{file} {what}; pass the unpruned network, load_pruned(..., model=).")
     found = _class(name)
     if found is None:
+        advice = "" if name.startswith("__main__:") else "import its module first, or "
         raise ValueError(
-            f"{file}: {name} is no class of this library, and no module of the program has it; import its module "
-            "first, or pass load_pruned(..., model=)."
+            f"{file}: {name} is no class of this library, and no module of the program has it; {advice}pass the "
+            "unpruned network, load_pruned(..., model=)."
         )
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise ValueError(f"{file}: {name} is no flax module.")

@@ -68,10 +68,10 @@ def ours(
 
     Args:
       stage: a key of `OURS`.
-      argument: of the configuration.
+      argument: Argument of the configuration.
       batch_size: images per step, over all devices.
       experiment: a module of `configs`.
-      image_shape: of the synthetic images.
+      image_shape: Shape of the synthetic images.
     """
     config = importlib.import_module(f"configs.{experiment}").get_config(argument)
     config.update_from_flattened_dict({BATCH_SIZE[stage]: batch_size})
@@ -172,7 +172,7 @@ def pytorch(stage: str, batch_size: int, platform: str) -> Side:
     Args:
       stage: a key of `OURS`.
       batch_size: images per step.
-      platform: of JAX, "cpu" or "gpu".
+      platform: Platform of JAX, "cpu" or "gpu".
 
     Raises:
       ValueError: JAX has a GPU and PyTorch does not.
@@ -236,7 +236,7 @@ def photographs(name: str, data_dir: str, batch_size: int) -> Side:
 
     Args:
       name: `loading.OURS` or a key of `loading.LOOPS`.
-      data_dir: of prepared imagenet2012, or "".
+      data_dir: Folder of prepared imagenet2012, or "".
       batch_size: photographs per step.
     """
     about = {"platform": "cpu", "device": "1 core", "version": loading.VERSION}

@@ -26,8 +26,8 @@ class Pair(NamedTuple):
     """A network and data of the papers.
 
     Attributes:
-      network: as the papers call it.
-      model: as `models.create` calls it.
+      network: Name of the network in the papers.
+      model: Name of the network in `models.create`.
       data: on which it was pruned.
       ddnp: values of p in DDNP Table A1.
       nppm: values of p in NPPM Table 1.

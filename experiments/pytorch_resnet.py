@@ -92,7 +92,7 @@ def randomize(model: nn.Module, seed: int, images: Tensor | None = None) -> nn.M
 
     Args:
       model: is changed in place.
-      seed: of the numbers.
+      seed: Seed of the numbers.
       images: (N, 3, H, W); with them the statistics are drawn around those of the images, without which the signal
         fades in networks that have many layers outside residual branches.
     """

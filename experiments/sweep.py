@@ -43,8 +43,8 @@ class Panel(NamedTuple):
 
     Attributes:
       title: above the picture.
-      metric: of the log, which the vertical axis shows.
-      label: of the vertical axis.
+      metric: Metric of the log that the vertical axis shows.
+      label: Label of the vertical axis.
       settings: which ones are drawn.
       scale: factor of the metric.
     """
@@ -63,11 +63,11 @@ def draw(config: ConfigDict, workdir: str | Path, title: str, settings: Settings
     """Runs the searches that the command line asks for and draws every picture whose settings are among them.
 
     Args:
-      config: of all searches.
-      workdir: of all of them.
-      title: of the figure; network and data set are added.
-      settings: of the whole figure.
-      panels: of the whole figure.
+      config: Configuration of all searches.
+      workdir: Folder of all of them.
+      title: Title of the figure; network and data set are added.
+      settings: Settings of the whole figure.
+      panels: Panels of the whole figure.
 
     Returns:
       The line that the command ends with.
@@ -89,8 +89,8 @@ def run(config: ConfigDict, workdir: str | Path, settings: Settings, seeds: int,
     """Runs, or resumes, the search of every setting for seeds 0, 1, ...; writes `curves.csv`.
 
     Args:
-      config: of all searches.
-      workdir: of all of them.
+      config: Configuration of all searches.
+      workdir: Folder of all of them.
       settings: what differs.
       seeds: searches per setting.
       at_once: how many of these are one vmapped search, on the same batches.

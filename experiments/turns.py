@@ -103,7 +103,7 @@ def take_turns(
     Args:
       sides: by name, a function that returns a `Side`, and its arguments.
       rounds: turns of each.
-      title: of the progress bar.
+      title: Title of the progress bar.
       rivals: more sides, where they depend on the platform of the first.
 
     Returns:

@@ -177,6 +177,29 @@ class Numbers(nn.Module):
         return nn.Dense(7, name="classifier")(x.mean((1, 2)) / x.shape[-1])
 
 
+class ByChance(nn.Module):
+    """A network that adds a shortcut wherever shapes happen to be equal."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3), name="first")(x))
+        y = nn.relu(nn.Conv(12, (3, 3), name="second")(x))
+        y = x + y if x.shape == y.shape else y
+        return nn.Dense(7, name="classifier")(y.mean((1, 2)))
+
+
+def test_a_shortcut_that_equal_widths_would_add_is_found_before_any_search():
+    model = ByChance()
+    variables, topology = zoo.randomized(model, SHAPE), trace(model, SHAPE)
+    assert topology.widths == (8, 12)
+    with pytest.raises(
+        ValueError, match=r"something else with fewer channels \(4 add instead of 3\), because its code"
+    ):
+        rehearse(model, variables, topology, (1, 1))
+    kept = trace(model, SHAPE, keep=("second",))
+    rehearse(model, variables, kept, (1,))
+
+
 def test_a_rehearsal_names_the_gate_that_cannot_be_cut():
     model = Numbers()
     variables, topology = zoo.randomized(model, SHAPE), trace(model, SHAPE)

@@ -284,3 +284,16 @@ def test_damaged_files_are_named(tmp_path, size, damage):
     sentence = rf"^{tmp_path}/train/dog/7\.jpg cannot be decoded \([^<>]+\); repair or remove it\.$"
     with pytest.raises(ValueError, match=sentence):
         every_image(data.from_folder(tmp_path).train)
+
+
+def test_photographs_that_are_none_are_named_before_any_is_needed(tmp_path):
+    folder = classes_of(tmp_path, size=(120, 100))
+    (folder / "eel" / "7.png").write_text("<html>not found</html>")
+    with pytest.raises(
+        ValueError, match=r"eel/7\.png cannot be decoded \(it is no image in a known format\); repair or"
+    ):
+        data.from_folder(folder)
+    (folder / "eel" / "7.png").unlink()
+    (folder / "eel" / "7.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(ValueError, match=r"eel/7\.png cannot be decoded \(No such file or directory\)"):
+        data.from_folder(folder)

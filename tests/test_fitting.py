@@ -173,7 +173,7 @@ def test_batches_are_read_again_where_they_end():
             r"^the batches ended after 2 of 5 steps and cannot be read again; give a list",
         ),
         (list, r"^the batches ended after 0 of 5 steps"),
-        (lambda: [BATCHES[0][0]], r"^a batch must be \(images, targets\), got ndarray\.$"),
+        (lambda: [BATCHES[0][0]], r"^batch 0 is of type ndarray; a batch must be \(images, targets\)\.$"),
     ],
 )
 def test_batches_that_cannot_be_meant_are_refused(batches, message):
@@ -184,8 +184,11 @@ def test_batches_that_cannot_be_meant_are_refused(batches, message):
 def test_labels_that_are_no_classes_of_the_network_are_refused():
     images, labels = BATCHES[0]
     for bad, message in (
-        (labels + 1, r"^label 10 of image \d+ of a batch is outside 0\.\.9, the 10 classes of Net;"),
-        (labels / 2, r"^the targets are float32 \(16,\), and must be whole numbers \(16,\), one label each;"),
+        (labels + 1, r"^label 10 of image \d+ of batch \d is outside 0\.\.9, the 10 classes of Net;"),
+        (
+            labels / 2,
+            r"^the targets of batch 1 are float32 \(16,\), and must be whole numbers \(16,\), one label each;",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             fit(Net(), random_variables(Net()), [BATCHES[1], (images, bad)], steps=2, progress=False)

@@ -1,5 +1,6 @@
 """The three-line use, on networks of every kind and with losses of every kind."""
 
+import functools
 import itertools
 
 import flax.linen as nn
@@ -151,7 +152,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize(("kind", "method"), zip(LOSSES, ("ddnp", "nppm", "ddnp"), strict=True))
+@pytest.mark.parametrize(("kind", "method"), list(zip(LOSSES, ("ddnp", "nppm", "ddnp"), strict=True)))
 def test_own_losses(kind, method):
     model, loss, outputs, targets = LOSSES[kind]
     variables, given = zoo.randomized(model, SHAPE), batches(targets)
@@ -219,7 +220,22 @@ def test_another_budget_and_residual_streams():
     ("arguments", "message"),
     [
         ({"method": "dnpp"}, r"method='dnpp' is unknown; choose one of ddnp, nppm"),
-        ({"tie_wait": 1.0}, r"ddnp has no field 'tie_wait'; its fields are "),
+        ({"tie_wait": 1.0}, r"prune has no argument 'tie_wait' and ddnp no such field; did you mean 'tie_weight'\?"),
+        ({"residul": True}, r"did you mean 'residual'\?"),
+        ({"colour": 1}, r"ddnp has no field 'colour'; its fields are resource_loss, "),
+        ({"steps": 0}, "steps=0 must be a whole number of at least 1: ddnp searches on batches"),
+        ({"p": "0.5"}, r"p='0\.5' must be in \(0, 1\]"),
+        ({"multiple": 2.5}, r"multiple=2\.5 must be a whole number of at least 1"),
+        ({"keep": lambda gate: True}, r"has no gate to prune; these stay whole: first \(`keep` names it\); second"),
+        (
+            {"loss": lambda outputs, targets: outputs["logits"]},
+            r"loss= cannot be computed from the outputs \(an array \(8, 7\)\) of Small and targets \(an array \(8,\)\): T",
+        ),
+        (
+            {"loss": lambda outputs, targets: outputs[:, 0]},
+            r"loss= returns an array \(8,\) from .* must return one flo",
+        ),
+        ({"performance": lambda outputs, targets: targets[0]}, r"performance= returns an array \(\) from .* one float"),
         ({"p": 0.001}, r"p=0.001 cannot be met: .* use p of at least 0\."),
         ({"p": 1.5}, r"p=1.5 must be in \(0, 1\]"),
         ({"floors": {"third": 2}}, "floors names 'third', which is no gate; the gates are first, second"),
@@ -247,16 +263,16 @@ def test_mistakes_are_named_before_any_search(arguments, message):
     [
         (
             lambda rng, n: rng.integers(5, 9, n),
-            r"label [78] of image \d of a batch is outside 0..6, the 7 classes",
+            r"label [78] of image \d of batch 1 is outside 0..6, the 7 classes",
         ),
-        (lambda rng, n: rng.integers(-1, 0, n), "label -1 of image 0 of a batch is outside"),
+        (lambda rng, n: rng.integers(-1, 0, n), "label -1 of image 0 of batch 1 is outside"),
         (
             lambda rng, n: rng.normal(size=n).astype(np.float32),
-            r"the targets are float32 \(8,\), and must be whole",
+            r"the targets of batch 1 are float32 \(8,\), and must be whole",
         ),
         (
             lambda rng, n: np.eye(7, dtype=np.int32)[rng.integers(0, 7, n)],
-            r"the targets are int32 \(8, 7\), and",
+            r"the targets of batch 1 are int32 \(8, 7\), and",
         ),
     ],
 )
@@ -295,12 +311,19 @@ def test_batches_that_end_and_weights_that_are_not_finite():
 def test_images_that_are_not_finite_and_variables_of_another_network():
     variables, given = zoo.randomized(Small(), SHAPE), batches(labels)
     for refuse in (ddnp_jax.fit, prune):
-        with pytest.raises(ValueError, match="the images of a batch hold NaN or infinite values"):
+        with pytest.raises(ValueError, match="the images of batch 0 hold NaN or infinite values"):
             refuse(Small(), variables, [(x * np.nan, y) for x, y in given], steps=1)
     with pytest.raises(ValueError, match=r"variable batch_stats/BatchNorm_0/mean has shape \(6,\), and \(8,\) in"):
         prune(Small(), zoo.randomized(Numbers(), SHAPE), given)
     with pytest.raises(ValueError, match="variable batch_stats/BatchNorm_0/mean has shape None"):
         prune(Small(), {"params": variables["params"]}, given)
+
+
+def test_images_with_channels_first_are_named():
+    variables, given = zoo.randomized(Small(), SHAPE), [(x.transpose(0, 3, 1, 2), y) for x, y in batches(labels)]
+    for refuse in (functools.partial(prune, steps=1), functools.partial(ddnp_jax.fit, steps=1)):
+        with pytest.raises(ValueError, match=r"images are \(N, H, W, C\), and these look like \(N, C, H, W\)\.$"):
+            refuse(Small(), variables, given)
 
 
 class Numbers(nn.Module):
@@ -319,12 +342,13 @@ def test_what_was_done_is_described():
     assert lines[0].startswith("multiply-accumulates: 69,204 -> ")
     assert lines[1].startswith("parameters: 1,231 -> ")
     widths = pruned.selection.widths
-    assert lines[3:5] == [f"  first: {widths[0]} of 8", f"  second: {widths[1]} of 12"]
+    assert lines[3] == "  8% of the budget is unused: at these widths no gate can be a step wider within it."
+    assert lines[4:6] == [f"  first: {widths[0]} of 8", f"  second: {widths[1]} of 12"]
 
 
 def test_labels_are_checked_against_literal_shapes():
     losses.check_labels((3, 4), np.array([0, 3, 1]))
-    with pytest.raises(ValueError, match=r"label 4 of image 2 of a batch is outside 0\.\.3"):
+    with pytest.raises(ValueError, match=r"label 4 of image 2 of batch 0 is outside 0\.\.3"):
         losses.check_labels((3, 4), np.array([0, 3, 4]))
     for (shape, given), _ in zip(itertools.product([(3,), (3, 4, 5)], [np.array([0, 1, 2])]), range(4), strict=False):
         with pytest.raises(ValueError, match="which are no logits"):

@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,8 +25,8 @@ class Cost:
 
     Attributes:
       of: (topology, widths) -> the cost: exact at integer widths, else a float32 scalar that is differentiable in them.
-      unit: of the cost.
-      form: format of an amount.
+      unit: Unit of the cost.
+      form: Format of an amount.
     """
 
     of: Callable[[Topology, Any], Any] = flops.prunable
@@ -38,11 +39,11 @@ class Budget:
     """The cost that may remain: p times the whole network's.
 
     Attributes:
-      topology: of the network.
-      p: fraction in (0, 1] of the cost that remains.
-      counted: what is counted; by default the FLOPs of the prunable layers.
-      multiple: widths are multiples of this, except gates that stay whole.
-      floors: least channels of every gate; empty for one each.
+      topology: Topology of the network.
+      p: Fraction in (0, 1] of the cost that remains.
+      counted: What is counted; by default the FLOPs of the prunable layers.
+      multiple: Widths are multiples of this, except gates that stay whole.
+      floors: Least channels of every gate; empty for one each.
     """
 
     topology: Topology
@@ -100,7 +101,7 @@ class Budget:
         unit wider within it, but being two units wider at once may be cheaper.
 
         Args:
-          k: fraction of channels per gate, in (0, 1].
+          k: Fraction of channels per gate, in (0, 1].
         """
         fractions = np.asarray(k, np.float64)
         ideal = fractions * self.topology.widths
@@ -146,8 +147,8 @@ def make_budget(config: "BudgetConfig", topology: Topology, measured: Callable[[
     """The budget of a configuration's `budget` section.
 
     Args:
-      config: the section, checked by itself.
-      topology: of the network.
+      config: The section, checked by itself.
+      topology: Topology of the network.
       measured: (points per gate, multiple) -> the latency table; called for kind 'latency' alone, after everything that
         can be refused without it.
 
@@ -207,9 +208,14 @@ def floors_of(topology: Topology, floors: Any) -> tuple[int, ...]:
 
 
 def _check_fields(topology: Topology, p: float, multiple: int) -> None:
-    if not 0.0 < p <= 1.0:
-        raise ValueError(f"p={p} must be in (0, 1]: the fraction of the cost that remains.")
-    if multiple < 1:
-        raise ValueError(f"multiple={multiple} must be at least 1.")
+    if not isinstance(p, Real) or not 0.0 < p <= 1.0:
+        raise ValueError(f"p={p!r} must be in (0, 1]: the fraction of the cost that remains.")
+    if not isinstance(multiple, Integral) or multiple < 1:
+        raise ValueError(f"multiple={multiple!r} must be a whole number of at least 1.")
     if not topology.gates:
-        raise ValueError(f"the network has no gate to prune: {topology.describe()}")
+        reasons = "; ".join(f"{producers} ({reason})" for producers, reason in topology.whole[:3])
+        more = f"; and {len(topology.whole) - 3} more" if len(topology.whole) > 3 else ""
+        raise ValueError(
+            f"the network has no gate to prune; these stay whole: {reasons or 'no layer was found'}{more}. "
+            "`trace(...).describe()` shows all."
+        )

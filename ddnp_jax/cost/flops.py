@@ -31,7 +31,7 @@ def prunable(topology: Topology, widths: Any = None, convention: str = "macs") -
     """FLOPs per image of the layers that touch a gate, T.
 
     Args:
-      topology: of the network.
+      topology: Topology of the network.
       widths: channels per gate, None for the whole network; a sequence or an array (L,), which may be traced and
         fractional: the result is bilinear in it.
       convention: "macs" or "authors".
@@ -50,8 +50,8 @@ def parameters(topology: Topology, widths: Any = None) -> Any:
     """Parameters of the whole network, batch statistics not counted.
 
     Args:
-      topology: of the network.
-      widths: as for `prunable`; the result has constant, linear and bilinear terms.
+      topology: Topology of the network.
+      widths: Channels per gate, as for `prunable`; the result has constant, linear and bilinear terms.
 
     Returns:
       An int for integer widths, else a float32 scalar that is differentiable in the widths.
@@ -66,7 +66,7 @@ def channels(topology: Topology, widths: Any = None) -> Any:
     """Widths as an array (L + 1,) whose last entry is 1, for whatever depends on no gate.
 
     Args:
-      topology: of the network.
+      topology: Topology of the network.
       widths: channels per gate, None for the whole network.
 
     Returns:

@@ -42,8 +42,8 @@ class LayerTimes:
     """Times of one layer, that is one use of it in the forward pass.
 
     Attributes:
-      name: as in the topology.
-      kernel_shape: of the whole network's kernel.
+      name: Name of the layer, as in the topology.
+      kernel_shape: Shape of the whole network's kernel.
       positions: output positions.
       inputs: ascending numbers of input channels, up to the whole; empty where no gate changes them.
       outputs: the same of the output channels; a depthwise layer has only these.
@@ -86,7 +86,7 @@ class LatencyTable:
     Attributes:
       device: on which they were measured.
       batch: images per call.
-      layers: as in the topology.
+      layers: Layers, in the topology's order.
     """
 
     device: str
@@ -97,7 +97,7 @@ class LatencyTable:
         """Milliseconds per batch of all layers together.
 
         Args:
-          topology: of the network.
+          topology: Topology of the network.
           widths: channels per gate, None for the whole network; below the smallest measured width, that one's time.
 
         Returns:

@@ -2,14 +2,17 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from ddnp_jax.config import DataConfig
+from ddnp_jax.data import photos
 from ddnp_jax.data.dataset import Dataset, HeldOut, open_images
-from ddnp_jax.data.images import InMemory, Record
+from ddnp_jax.data.images import Record, Streamed, naming
 from ddnp_jax.data.preprocessing import Preprocessing
 from ddnp_jax.fields import check_limits
 
@@ -63,7 +66,8 @@ def from_folder(
       The data set.
 
     Raises:
-      ValueError: an argument is impossible, a class is empty, or a file is damaged.
+      ValueError: An argument is impossible, a class is empty, or a file is no image. Small images are decoded here; of
+        photographs the headers alone are read, and damage behind them is found, and its file named, when it is decoded.
       FileNotFoundError: there is no such folder.
     """
     preprocessing = Preprocessing(
@@ -91,7 +95,9 @@ def open_folder(
     check_limits(DataConfig(test_fraction=test_fraction), section)
     classes, train, test, notes = _divide(path, test_fraction, held_out.seed)
     train_images, test_images, shape = open_images(train, test, preprocessing)
-    if isinstance(train_images, InMemory):
+    if isinstance(train_images, Streamed):
+        _check_headers((*train.paths, *test.paths), train_images.threads)
+    else:
         notes.append(f"All images have {shape[1]} x {shape[0]} pixels: they are kept in memory and not resized.")
     return Dataset(
         name=name,
@@ -137,6 +143,18 @@ class _Tree:
 
     images: dict[str, list[str]]
     others: list[str]
+
+
+def _check_headers(paths: Sequence[str], threads: int) -> None:
+    """Raises for files that are no images, before anything is computed; the headers alone are read."""
+
+    def check(path: str) -> None:
+        with naming({"source": path}):
+            photos.check_header(path)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in tqdm(pool.map(check, paths), desc="reading headers", unit="image", total=len(paths), delay=1):
+            pass
 
 
 def _divide(path: Path, test_fraction: float, seed: int) -> tuple[tuple[str, ...], Files, Files, list[str]]:

@@ -177,7 +177,7 @@ class Streamed(Images):
 
 
 @contextlib.contextmanager
-def naming(record: Record, index: int) -> Iterator[None]:
+def naming(record: Record, index: int | None = None) -> Iterator[None]:
     """Lets an error of the decoder say which record it is about.
 
     Raises:

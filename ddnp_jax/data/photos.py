@@ -7,6 +7,7 @@ by Pillow itself, which also reads every header.
 
 import io
 import math
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -131,6 +132,31 @@ def decode(encoded: bytes, min_height: int = 0, min_width: int = 0, channels: in
     return _Photograph(encoded).pixels(min_height, min_width, channels)
 
 
+def check_header(path: str) -> None:
+    """Checks that a file begins as an image does that `decode` takes; its pixels are not read.
+
+    Raises:
+      ValueError: It cannot be read, is no image, or has more than `MAX_PIXELS`.
+    """
+    try:
+        with open(path, "rb") as file:
+            _opened(file)
+    except OSError as error:
+        raise ValueError(error.strerror or type(error).__name__) from error
+
+
+def _opened(file: BinaryIO) -> tuple[Image.Image, tuple[bool, int, int]]:
+    """An image whose header has been read, and how to turn it."""
+    try:
+        image = Image.open(file)
+        _check_size(*image.size)
+        return image, _TURNS.get(_orientation(image), (False, 1, 1))
+    except UnidentifiedImageError as error:
+        raise ValueError("it is no image in a known format") from error
+    except Exception as error:  # damaged files make Pillow's readers raise anything
+        raise ValueError(_sentence(error)) from error
+
+
 class _Photograph:
     """An encoded image whose header has been read.
 
@@ -139,16 +165,9 @@ class _Photograph:
     """
 
     def __init__(self, encoded: bytes) -> None:
-        try:
-            image = Image.open(io.BytesIO(encoded))
-            _check_size(*image.size)
-            turn = _TURNS.get(_orientation(image), (False, 1, 1))
-        except UnidentifiedImageError as error:
-            raise ValueError("it is no image in a known format") from error
-        except Exception as error:  # damaged files make Pillow's readers raise anything
-            raise ValueError(_sentence(error)) from error
-        self._encoded, self._image, self._turn = encoded, image, turn
-        self.size = image.size if turn[0] else image.size[::-1]
+        self._image, self._turn = _opened(io.BytesIO(encoded))
+        self._encoded = encoded
+        self.size = self._image.size if self._turn[0] else self._image.size[::-1]
 
     def pixels(self, min_height: int, min_width: int, channels: int) -> np.ndarray:
         """As `decode`."""

@@ -37,7 +37,7 @@ def open_prepared(
     """Opens a data set of TFDS with one image and one label per record; raises as `data.load`.
 
     Args:
-      name: as TFDS knows it, with a configuration and version where it has several.
+      name: Name of the data set in TFDS, with a configuration and version where it has several.
       data_dir: the folder of prepared data; None or "" for TFDS's own.
       train_split: the training images, in TFDS's form.
       test_split: the test images, in TFDS's form; "" for what is usual.
@@ -75,7 +75,7 @@ def open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
 
     Args:
       name: a key of `BUILDERS`, or another name that TFDS knows or that is prepared in `data_dir`.
-      data_dir: as in `open_prepared`, or the very folder of the data set, with its dataset_info.json.
+      data_dir: Folder as for `open_prepared`, or the very folder of the data set, with its dataset_info.json.
 
     Raises:
       ValueError: the name is unknown.

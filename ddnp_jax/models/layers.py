@@ -17,7 +17,7 @@ class Backbone(nn.Module):
     Attributes:
       num_classes: outputs of the classifier.
       widths: channels inside the blocks, in the order of the forward pass; None is the whole network.
-      dtype: of the computation; parameters stay float32.
+      dtype: Data type of the computation; parameters stay float32.
     """
 
     num_classes: int
@@ -47,7 +47,7 @@ class ConvNorm:
 
     Attributes:
       train: whether batch norm uses the batch's statistics.
-      dtype: of the computation.
+      dtype: Data type of the computation.
       momentum: share of the old running statistics in the new ones.
       epsilon: added to the variance.
     """
@@ -106,7 +106,7 @@ def depthwise_conv(
     Args:
       x: (N, H, W, C).
       kernel: (h, w, 1, C).
-      window_strides: of H and W.
+      window_strides: Strides along H and W.
       padding: 'SAME', 'VALID', or pixels before and after, of H and W.
       **arguments: the others of `conv_general_dilated`; dilations are not supported.
 

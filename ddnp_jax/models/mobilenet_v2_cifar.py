@@ -36,7 +36,7 @@ class CifarMobileNetV2(Backbone, kw_only=True):
     """MobileNetV2 for small images, NHWC; further attributes as of `Backbone`.
 
     Attributes:
-      strides: of the seven stages. No weight depends on them, so a checkpoint of other strides loads without a word.
+      strides: Strides of the seven stages. No weight depends on them, so a checkpoint of other strides loads silently.
       widths: expanded channels of each block.
     """
 

@@ -38,8 +38,8 @@ class Unit(nn.Module):
 
     Attributes:
       widths: inner channels of the main branch, one number, or two of an Xception-like unit.
-      channels: of the output.
-      kernel: of the depthwise convolution, or XCEPTION.
+      channels: Channels of the output.
+      kernel: Side of the depthwise convolution's kernel, or XCEPTION.
       stride: 1 or 2.
       swish: whether the activation is hard-swish, else ReLU.
       excites: whether the main branch ends in squeeze-excite.

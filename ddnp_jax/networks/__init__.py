@@ -15,9 +15,12 @@ from ddnp_jax.networks.base import (
     Outputs,
     Resizing,
     Sizes,
+    first_line,
     flatten,
+    layout_note,
     picked,
     replace_leaves,
+    structure,
 )
 from ddnp_jax.networks.flax_linen import LinenNetwork, Resized
 from ddnp_jax.networks.flax_nnx import NnxNetwork
@@ -32,9 +35,12 @@ __all__ = [
     "Resizing",
     "Sizes",
     "as_network",
+    "first_line",
     "flatten",
+    "layout_note",
     "picked",
     "replace_leaves",
+    "structure",
 ]
 
 

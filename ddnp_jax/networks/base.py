@@ -1,9 +1,10 @@
 """What the three kinds of networks have in common."""
 
 import abc
+import contextlib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -127,6 +128,25 @@ class Network(abc.ABC):
     def saved_sizes(self) -> Sizes:
         """What `with_sizes` of the unpruned model needs to become this one."""
 
+    @contextlib.contextmanager
+    def calling(self, images: Any) -> Iterator[None]:
+        """Around a call of the model: lets an error of the model's own code say what it was called with.
+
+        Args:
+          images: (N, H, W, C), or their shape.
+
+        Raises:
+          ValueError: The call raised anything.
+        """
+        try:
+            yield
+        except Exception as error:
+            given = "".join(f" and {name}={value!r}" for name, value in self._call_kwargs.items())
+            raise ValueError(
+                f"{self.name} cannot be called with images {tuple(images.shape)}{given}: {first_line(error)}"
+                f"{layout_note(images.shape)}"
+            ) from error
+
     def bind(self, variables: Any) -> tuple[Any, Any]:
         """(model, variables) as their user holds them: the variables of an nnx module are inside of it."""
         return self.model, variables
@@ -172,6 +192,13 @@ def _name(key: Any) -> str:
     return str(key)
 
 
+def layout_note(shape: tuple[int, ...]) -> str:
+    """What to say where a shape of images (N, ...) looks as if channels came first; "" elsewhere."""
+    if len(shape) == 4 and shape[1] in (1, 3, 4) and min(shape[2:]) > 4:
+        return "; images are (N, H, W, C), and these look like (N, C, H, W)."
+    return ""
+
+
 def picked(outputs: Any, which: Outputs, name: str = "the network") -> Any:
     """The outputs that count, for example the logits among several.
 
@@ -189,19 +216,25 @@ def picked(outputs: Any, which: Outputs, name: str = "the network") -> Any:
         try:
             return getattr(outputs, which) if isinstance(which, str) and hasattr(outputs, which) else outputs[which]
         except (KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"{name} returns {_structure(outputs)}, which has no outputs={which!r}.") from error
+            raise ValueError(f"{name} returns {structure(outputs)}, which has no outputs={which!r}.") from error
     arrays = jax.tree.leaves(outputs)
     if len(arrays) != 1:
         raise ValueError(
-            f"{name} returns {_structure(outputs)}; say with outputs= which of them counts: a key, an index, or a "
+            f"{name} returns {structure(outputs)}; say with outputs= which of them counts: a key, an index, or a "
             "function."
         )
     return arrays[0]
 
 
-def _structure(outputs: Any) -> str:
-    found = jtu.tree_flatten_with_path(outputs)[0]
+def structure(arrays: Any) -> str:
+    """The arrays of a pytree with their shapes, for messages."""
+    found = jtu.tree_flatten_with_path(arrays)[0]
     return ", ".join(f"{jtu.keystr(path) or 'an array'} {getattr(leaf, 'shape', '')}" for path, leaf in found)
+
+
+def first_line(error: Exception) -> str:
+    """The kind of an error and the first line of its message, for the message of another one."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 # ---- sizes as attributes of modules

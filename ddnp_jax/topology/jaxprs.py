@@ -4,6 +4,7 @@ Convolutions and matrix products are numbered in the order of the program, throu
 whoever reads the program again, with another batch or other data types, finds the same ones.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,9 @@ import jax
 from jax.extend import core
 
 CONTRACTIONS = ("conv_general_dilated", "dot_general")
+
+# What a program counts as computing, where it is compared with that of another width.
+_ARITHMETIC = (*CONTRACTIONS, "add", "add_any", "concatenate", "div", "exp", "logistic", "max", "mul", "sub", "tanh")
 
 # Equations that hold a program of their own which runs once; with their parameter that holds it.
 REMATERIALIZED = ("checkpoint", "remat", "remat2")
@@ -63,12 +67,26 @@ def count(eqn: core.JaxprEqn) -> int:
     return int(eqn.primitive.name in CONTRACTIONS) if inner is None else sum(1 for _ in contractions(inner[0]))
 
 
+def arithmetic(jaxpr: core.Jaxpr) -> Counter[str]:
+    """How often a program adds, multiplies, ... arrays; what depends on their shapes alone is not counted."""
+    found = Counter(eqn.primitive.name for eqn in jaxpr.eqns if eqn.primitive.name in _ARITHMETIC)
+    for eqn in jaxpr.eqns:
+        for program in _programs(eqn):
+            found += arithmetic(program)
+    return found
+
+
+def _programs(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
+    """All programs inside of an equation, loops and branches included."""
+    found = jax.tree.leaves(list(eqn.params.values()), is_leaf=is_program)
+    return [_opened(program)[0] for program in found if is_program(program)]
+
+
 def holds_contractions(eqn: core.JaxprEqn) -> bool:
     """Whether any program inside of an equation, loops included, has a convolution or matrix product."""
     return any(
         inner.primitive.name in CONTRACTIONS or holds_contractions(inner)
-        for program in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_program)
-        if is_program(program)
+        for program in _programs(eqn)
         for inner in program.eqns
     )
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ddnp_jax.models.layers import Backbone
-from ddnp_jax.networks import LeafPath, Network, as_network, flatten, replace_leaves
+from ddnp_jax.networks import LeafPath, Network, as_network, flatten, layout_note, replace_leaves
 from ddnp_jax.topology.axis_groups import Axis, AxisGroups, Constant, Factor, Part, length
 from ddnp_jax.topology.propagation import BY_PLATFORM, Contraction, Propagation, Value
 from ddnp_jax.topology.types import Extent, Gate, Layer, Reader, Slice, Topology, Variable
@@ -51,20 +51,21 @@ def trace(
       The topology. Whatever is not fully understood stays whole and is named there.
 
     Raises:
-      ValueError: The network has layers inside a loop or branch, whose cost cannot be counted; `keep` names what is no
-        gate; or the variables are of another network.
+      ValueError: The network cannot be called with such images; it has layers inside a loop or branch, whose cost
+        cannot be counted; `keep` names what is no gate; or the variables are of another network.
     """
     network = as_network(model, **call_kwargs)
     images = jax.ShapeDtypeStruct((BATCH, *input_shape), jnp.float32)
     shapes = variable_shapes(network, images, variables)
     leaves = flatten(shapes)
     if variables is not None and network.kind == "linen":
-        _check_fit(network, leaves, flatten(variable_shapes(network, images)))
+        _check_fit(network, leaves, flatten(variable_shapes(network, images)), images.shape)
 
     def forward(values: list[jax.Array], x: jax.Array) -> Any:
         return network.evaluate(replace_leaves(shapes, dict(zip(leaves, values, strict=True))), x)
 
-    closed = jax.make_jaxpr(forward)(list(leaves.values()), images)
+    with network.calling(images):
+        closed = jax.make_jaxpr(forward)(list(leaves.values()), images)
     propagation = Propagation(BATCH, residual)
     groups = propagation.groups
     values = [
@@ -88,13 +89,15 @@ def trace(
     )
 
 
-def _check_fit(network: Network, leaves: Mapping[LeafPath, Any], expected: Mapping[LeafPath, Any]) -> None:
+def _check_fit(
+    network: Network, leaves: Mapping[LeafPath, Any], expected: Mapping[LeafPath, Any], images: tuple[int, ...]
+) -> None:
     for path, leaf in expected.items():
         found = leaves[path].shape if path in leaves else None
         if found != leaf.shape:
             raise ValueError(
-                f"variable {'/'.join(path)} has shape {found}, and {leaf.shape} in {network.name}; give the variables "
-                "of this network."
+                f"variable {'/'.join(path)} has shape {found}, and {leaf.shape} in {network.name} for images of shape "
+                f"{images[1:]}; give the variables of this network{layout_note(images) or '.'}"
             )
 
 
@@ -102,7 +105,10 @@ def variable_shapes(network: Network, images: jax.ShapeDtypeStruct, variables: A
     """Shapes and types of a network's variables, of those given or of those it starts from; nothing is computed."""
     if variables is not None:
         return jax.eval_shape(lambda: variables)
-    return jax.eval_shape(network.initial, jax.random.key(0), images)
+    if network.kind == "function":
+        return network.variables(None)  # raises
+    with network.calling(images):
+        return jax.eval_shape(network.initial, jax.random.key(0), images)
 
 
 def _sized_axes(

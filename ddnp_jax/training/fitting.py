@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from ddnp_jax.networks import Network, Outputs, as_network, picked
 from ddnp_jax.training.steps import Batch, Distillation, Metrics, Step, init_state, sgd, step_rngs, train_step
 from ddnp_jax.training.steps import schedule as make_schedule
 
+Check = Callable[[Any, int], Batch]
 History = dict[str, np.ndarray]  # every metric over the steps, (steps,)
 
 
@@ -94,15 +95,21 @@ def fit(
         network, optimizer, label_smoothing=label_smoothing, loss=loss, outputs=outputs, distillation=distillation
     )
     state = init_state(network, network.variables(variables), optimizer)
-    if loss is None:
-        batches = LabelledBatches(batches, network, network.variables(variables), outputs)
-    state, history = take_steps(step, state, constants, batches, steps, seed, "fit" if progress else "")
+    check = TargetsCheck(network, network.variables(variables), loss, outputs)
+    state, history = take_steps(step, state, constants, batches, steps, seed, "fit" if progress else "", check)
     fitted = jax.tree.map(jnp.asarray, state.variables(network))
     return Fitted(*network.bind(fitted), history)
 
 
 def take_steps(
-    step: Step, state: Any, constants: Any, batches: Iterable[Batch], steps: int, seed: int, report_as: str = ""
+    step: Step,
+    state: Any,
+    constants: Any,
+    batches: Iterable[Batch],
+    steps: int,
+    seed: int,
+    report_as: str = "",
+    check: Check | None = None,
 ) -> tuple[Any, History]:
     """Takes steps on one device, with the random numbers that the job draws for the same seed.
 
@@ -114,6 +121,7 @@ def take_steps(
       steps: Number of steps.
       seed: Seed of the steps' random keys.
       report_as: Under which name to report on the way; "" for not at all.
+      check: (batch, its number) -> (images, targets), or raises ValueError; None for `checked_batch`.
 
     Returns:
       The state after the last step, on the host; and every metric over the steps.
@@ -130,7 +138,8 @@ def take_steps(
     state = jax.tree.map(lambda x: jnp.array(x, copy=True), state)
     constants = jax.tree.map(jnp.asarray, constants)
     history: list[dict[str, np.ndarray]] = []
-    with _Progress(report_as, steps) as progress, contextlib.closing(_repeated(batches, steps)) as repeated:
+    checked = _repeated(batches, steps, check or checked_batch)
+    with _Progress(report_as, steps) as progress, contextlib.closing(checked) as repeated:
         pending = None  # read while the device computes the step after it
         for number, batch in enumerate(repeated):
             state, metrics = compiled(state, constants, batch, np.int32(number))
@@ -144,34 +153,50 @@ def take_steps(
     return parallel.fetch(state), {name: np.array([entry[name] for entry in history]) for name in names}
 
 
-class LabelledBatches:
-    """Batches for the default loss; their labels are compared with the network's outputs when they are read."""
+def checked_batch(batch: Any, number: int = 0) -> Batch:
+    """A batch (images, targets) as arrays, whatever the loss.
 
-    def __init__(self, batches: Iterable[Batch], network: Network, variables: Any, outputs: Outputs) -> None:
-        """Takes the batches of `fit`, the network, its variables and which of its outputs count."""
-        self._batches, self._network = batches, network
-        self._variables, self._outputs = jax.eval_shape(lambda: variables), outputs
-        self._classes: tuple[int, ...] | None = None  # shape of the outputs of one image
+    Args:
+      batch: The batch.
+      number: Number of the batch, from 0, for messages.
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Yields the batches, once they are checked."""
-        for batch in self._batches:
-            self.check(batch)
-            yield batch
+    Raises:
+      ValueError: It is something else, or its images are not finite; a ReLU would hide that.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise ValueError(f"batch {number} is of type {type(batch).__name__}; a batch must be (images, targets).")
+    images, targets = jnp.asarray(batch[0]), jax.tree.map(jnp.asarray, batch[1])
+    if jnp.issubdtype(images.dtype, jnp.floating) and not bool(jnp.isfinite(images).all()):
+        raise ValueError(f"the images of batch {number} hold NaN or infinite values; give images that are finite.")
+    return images, targets
 
-    def check(self, batch: Batch) -> None:
-        """Checks one batch.
+
+class TargetsCheck:
+    """Checks of batches that also compare the targets with what the network returns and the loss takes."""
+
+    def __init__(self, network: Network, variables: Any, loss: Loss | None, outputs: Outputs) -> None:
+        """Takes the network, its variables, its loss and which of its outputs count, as in `fit`."""
+        self._network, self._variables = network, jax.eval_shape(lambda: variables)
+        self._loss, self._outputs = loss, outputs
+        self._found: Any = None  # shapes of what the network returns for the first batch
+
+    def __call__(self, batch: Any, number: int = 0) -> Batch:
+        """As `checked_batch`.
 
         Raises:
-          ValueError: The outputs are no logits, or labels do not fit them.
+          ValueError: See there; the outputs are no logits or labels do not fit them; or an own loss cannot be computed.
         """
-        images, labels = checked_batch(batch)
-        if self._classes is None:
-            self._classes = jax.eval_shape(self._logits, self._variables, images).shape[1:]
-        losses.check_labels((len(images), *self._classes), labels, self._network.name)
-
-    def _logits(self, variables: Any, images: jax.Array) -> jax.Array:
-        return picked(self._network.evaluate(variables, images), self._outputs, self._network.name)
+        images, targets = checked_batch(batch, number)
+        is_first = self._found is None
+        if is_first:
+            with self._network.calling(images):
+                self._found = jax.eval_shape(self._network.evaluate, self._variables, images)
+        if self._loss is None:
+            logits = jax.eval_shape(lambda found: picked(found, self._outputs, self._network.name), self._found)
+            losses.check_labels((len(images), *logits.shape[1:]), targets, self._network.name, number)
+        elif is_first:
+            losses.check_loss(self._loss, self._found, targets, self._outputs, self._network.name)
+        return images, targets
 
 
 def _checked(metrics: Metrics, step: int) -> dict[str, np.ndarray]:
@@ -184,17 +209,17 @@ def _checked(metrics: Metrics, step: int) -> dict[str, np.ndarray]:
     return found
 
 
-def _repeated(batches: Iterable[Batch], steps: int) -> Generator[Batch, None, None]:
+def _repeated(batches: Iterable[Batch], steps: int, check: Check) -> Generator[Batch, None, None]:
     """As many batches as there are steps, from the beginning again where they end.
 
     Raises:
-      ValueError: They end and cannot be read again, or hold something else than (images, targets).
+      ValueError: They end and cannot be read again.
     """
     read = 0
     while read < steps:
         before = read
-        for batch in batches:
-            yield checked_batch(batch)
+        for number, batch in enumerate(batches):
+            yield check(batch, number)
             read += 1
             if read == steps:
                 return
@@ -203,20 +228,6 @@ def _repeated(batches: Iterable[Batch], steps: int) -> Generator[Batch, None, No
                 f"the batches ended after {read} of {steps} steps and cannot be read again; give a list of them, or an "
                 "object whose iteration starts anew."
             )
-
-
-def checked_batch(batch: Any) -> Batch:
-    """A batch (images, targets) of arrays.
-
-    Raises:
-      ValueError: It is something else, or its images are not finite; a ReLU would hide that.
-    """
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise ValueError(f"a batch must be (images, targets), got {type(batch).__name__}.")
-    images, targets = jnp.asarray(batch[0]), jax.tree.map(jnp.asarray, batch[1])
-    if jnp.issubdtype(images.dtype, jnp.floating) and not bool(jnp.isfinite(images).all()):
-        raise ValueError("the images of a batch hold NaN or infinite values; give images that are finite.")
-    return images, targets
 
 
 class _Progress:

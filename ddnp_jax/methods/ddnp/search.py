@@ -78,7 +78,7 @@ class State(flax.struct.PyTreeNode):
       step: number of steps taken, int32.
       params: {"importance", "width"}: the learned variables of g_s and g_k.
       inputs: {"importance", "width"}: their variables that stay.
-      opt_state: of AdamW.
+      opt_state: State of AdamW.
       energy: (C_l,) per gate: feature energy at the last step, in [0, 1] (authors' form).
       ranking: (C_l,) per gate: the running average of the importance, which ranks channels outside of the search.
     """
@@ -159,7 +159,7 @@ class _DDNP:
     Attributes:
       problem: what is to be pruned, and how.
       learners: {"importance", "width"}.
-      optimizer: of their parameters.
+      optimizer: Optimizer of their parameters.
     """
 
     problem: Problem

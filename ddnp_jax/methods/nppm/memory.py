@@ -42,7 +42,7 @@ def add(memory: Memory, gates: jax.Array, accuracy: jax.Array, steps: int) -> Me
     Args:
       memory: so far.
       gates: (D,) zeros and ones, the sub-network of the step.
-      accuracy: of the step's batch, in [0, 1].
+      accuracy: Accuracy on the step's batch, in [0, 1].
       steps: per pair.
     """
     memory = memory.replace(

@@ -88,9 +88,9 @@ class State(flax.struct.PyTreeNode):
     Attributes:
       step: number of steps taken, int32.
       gates: (D,), θ of all channels.
-      opt_state: of the gates' AdamW.
+      opt_state: State of the gates' AdamW.
       predictor: variables of PN, {} without one.
-      predictor_opt_state: of PN's AdamW.
+      predictor_opt_state: State of PN's AdamW.
       memory: sub-networks and their accuracies, None without PN.
     """
 
@@ -123,8 +123,8 @@ class _NPPM:
     Attributes:
       problem: what is to be pruned, and how.
       predictor: PN, or None for DG.
-      optimizer: of the gates.
-      predictor_optimizer: of PN.
+      optimizer: Optimizer of the gates.
+      predictor_optimizer: Optimizer of PN.
     """
 
     problem: Problem

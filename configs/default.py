@@ -71,13 +71,13 @@ def choose(
     """Ends a configuration with what its argument asks for, and locks it.
 
     Args:
-      config: with everything else filled in.
-      argument: names joined by commas: at most one of `SEARCHES`, and any of `forms`; "" is DDNP.
-      p: budget of each method; methods without one take DDNP's.
-      forms: further forms of this experiment, the fields of each by name.
+      config: With everything else filled in.
+      argument: Names joined by commas: at most one of `SEARCHES`, and any of `forms`; "" is DDNP.
+      p: Budget of each method; methods without one take DDNP's.
+      forms: Further forms of this experiment, the fields of each by name.
 
     Raises:
-      ValueError: a name is unknown, or two searches are named.
+      ValueError: A name is unknown, or two searches are named.
     """
     words = list(filter(None, argument.split(",")))
     if unknown := [word for word in words if word not in (*SEARCHES, *forms)]:

@@ -49,11 +49,11 @@ def get_config(
     """An experiment on ImageNet.
 
     Args:
-      model: name of the network.
-      trainer: fields of base training and of fine-tuning.
-      p: budgets by method.
+      model: Name of the network.
+      trainer: Fields of base training and of fine-tuning.
+      p: Budgets by method.
       argument: Argument of the configuration.
-      forms: further forms of the experiment beside `tiny`.
+      forms: Further forms of the experiment beside `tiny`.
     """
     config = default.get_config()
     config.model.name = model

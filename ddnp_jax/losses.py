@@ -128,7 +128,7 @@ def resource(kind: str, cost: jax.Array, total: float, p: float) -> jax.Array:
         NPPM form), 'abs' |T / T_total - p| or 'square' (T / T_total - p)².
       cost: T, in the unit of `total`.
       total: T_total, the cost of the whole network.
-      p: fraction that may remain.
+      p: Fraction that may remain.
     """
     target = p * total
     match kind:
@@ -150,10 +150,10 @@ def tie(gates: tuple[jax.Array, ...], k: jax.Array, rng: jax.Array, noise: float
     detached, so that only the widths move.
 
     Args:
-      gates: per gate the relaxed Bernoulli values (C_l,).
+      gates: Per gate the relaxed Bernoulli values (C_l,).
       k: (L,) widths in (0, 1).
-      rng: key for u.
-      noise: half the range of u.
+      rng: Key for u.
+      noise: Half the range of u.
     """
     is_open = jnp.stack([jnp.mean((gate >= 0.5).astype(jnp.float32)) for gate in gates])
     u = jax.random.uniform(rng, k.shape, minval=-noise, maxval=noise)

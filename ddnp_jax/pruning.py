@@ -185,7 +185,7 @@ def _check_names(method: str, fields: Mapping[str, Any]) -> None:
             raise ValueError(f"prune has no argument {name!r} and {method} no such field; did you mean {close[0]!r}?")
 
 
-def _steps(method: str, steps: int | None) -> int:
+def _steps(method: str, steps: Any) -> int:
     default = methods.find(method).steps
     if steps is None or default == 0:
         return default

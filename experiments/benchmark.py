@@ -6,16 +6,16 @@
 The steps are those of ResNet-56 on synthetic images of CIFAR's size. What is loaded, `experiments.loading` says; its
 seconds are those of a core, all threads of the process together.
 
-Everything measured is a process of its own (`experiments.turns`), started with the flags that `experiments.launch`
-gives a run. A turn is one step on CPU and ten elsewhere, where they are one dispatch. Images/s come from the median
-turn, ratios are medians of each round's ratio, and peak memory is the maximum resident set of the process (interpreter,
-libraries and compiler included), on a GPU the most bytes in use on the device.
+Everything measured is a process of its own (`experiments.interleaved`), started with the flags that
+`experiments.launch` gives a run. A round is one step on CPU and ten elsewhere, where they are one dispatch. Images/s
+come from the median round, ratios are medians of each round's ratio, and peak memory is the maximum resident set of the
+process (interpreter, libraries and compiler included), on a GPU the most bytes in use on the device.
 
-Our side is the run's own code: the search step with learners, soft top-k, optimizer and all losses, the training step
-with augmentation, the evaluation with its counting. PyTorch's side (eager, channels_last, float32) is what the backbone
-asks for, with the normalized batch lying ready: forward and backward to the masks of the frozen network; forward,
-backward and SGD with momentum; forward. It is left out where PyTorch is not installed. On a machine with several GPUs
-set CUDA_VISIBLE_DEVICES to one, because PyTorch's side uses one. Runs on GPUs by design, but was measured on CPU only.
+Ours is the run's own code: the search step with learners, soft top-k, optimizer and all losses, the training step with
+augmentation, the evaluation with its counting. PyTorch's (eager, channels_last, float32) is what the backbone asks for,
+with the normalized batch lying ready: forward and backward to the masks of the frozen network; forward, backward and
+SGD with momentum; forward. It is left out where PyTorch is not installed. On a machine with several GPUs set
+CUDA_VISIBLE_DEVICES to one, because PyTorch uses one. Runs on GPUs by design, but was measured on CPU only.
 """
 
 import argparse
@@ -31,12 +31,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments import launch, loading
-from experiments.turns import Measurement, Side, ratio, resident_bytes, take_turns
+from experiments.interleaved import Candidate, Measurement, interleave, ratio, resident_bytes
 
 if TYPE_CHECKING:
     from ddnp_jax.config import Config
 
-# JAX and PyTorch are imported in the measured processes only, as `experiments.turns` says.
+# JAX and PyTorch are imported in the measured processes only, as `experiments.interleaved` says.
 
 # What is measured: stage -> name of the row -> argument of configs/cifar10_r56.py
 OURS = {
@@ -63,14 +63,14 @@ def ours(
     batch_size: int,
     experiment: str = "cifar10_r56",
     image_shape: tuple[int, int, int] = IMAGE_SHAPE,
-) -> Side:
-    """Our side of a stage, as `pipeline.run` would run it.
+) -> Candidate:
+    """Our candidate of a stage, as `pipeline.run` would run it.
 
     Args:
-      stage: a key of `OURS`.
+      stage: A key of `OURS`.
       argument: Argument of the configuration.
-      batch_size: images per step, over all devices.
-      experiment: a module of `configs`.
+      batch_size: Images per step, over all devices.
+      experiment: A module of `configs`.
       image_shape: Shape of the synthetic images.
     """
     config = importlib.import_module(f"configs.{experiment}").get_config(argument)
@@ -94,10 +94,10 @@ def ours(
         "device": f"{jax.device_count()} x {device.device_kind}",
         "version": f"JAX {jax.__version__}",
     }
-    return Side(_our_turn(stage, typed(config), batch_size, image_shape, steps), steps, peak_bytes, about)
+    return Candidate(_our_round(stage, typed(config), batch_size, image_shape, steps), steps, peak_bytes, about)
 
 
-def _our_turn(
+def _our_round(
     stage: str, config: "Config", batch_size: int, image_shape: tuple[int, int, int], steps: int
 ) -> Callable[[], Any]:
     import jax
@@ -133,12 +133,12 @@ def _our_turn(
     state = parallel.replicate(state)
     indices = np.arange(count, dtype=np.int32).reshape(steps, batch_size)
 
-    def turn() -> None:
+    def run_round() -> None:
         nonlocal state
         state, metrics = chunk(state, constants, parallel.shard_batches(indices))
         jax.block_until_ready((state, metrics))
 
-    return turn
+    return run_round
 
 
 def _search(
@@ -166,12 +166,12 @@ def _training(config: "Config", model: Any, variables: Any) -> tuple[Callable[..
     return step, training.init_state(network, variables, optimizer)
 
 
-def pytorch(stage: str, batch_size: int, platform: str) -> Side:
-    """PyTorch's side of a stage.
+def pytorch(stage: str, batch_size: int, platform: str) -> Candidate:
+    """PyTorch's candidate of a stage.
 
     Args:
-      stage: a key of `OURS`.
-      batch_size: images per step.
+      stage: A key of `OURS`.
+      batch_size: Images per step.
       platform: Platform of JAX, "cpu" or "gpu".
 
     Raises:
@@ -189,7 +189,7 @@ def pytorch(stage: str, batch_size: int, platform: str) -> Side:
     step = _pytorch_step(stage, batch_size, torch.device("cuda" if on_gpu else "cpu"))
     steps = steps_per_turn(platform)
 
-    def turn() -> None:
+    def run_round() -> None:
         for _ in range(steps):
             step()
         if on_gpu:
@@ -200,7 +200,7 @@ def pytorch(stage: str, batch_size: int, platform: str) -> Side:
         "device": torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads",
         "version": f"PyTorch {torch.__version__}",
     }
-    return Side(turn, steps, torch.cuda.max_memory_allocated if on_gpu else resident_bytes, about)
+    return Candidate(run_round, steps, torch.cuda.max_memory_allocated if on_gpu else resident_bytes, about)
 
 
 def _pytorch_step(stage: str, batch_size: int, device: Any) -> Callable[[], Any]:
@@ -231,18 +231,20 @@ def _pytorch_step(stage: str, batch_size: int, device: Any) -> Callable[[], Any]
     return train
 
 
-def photographs(name: str, data_dir: str, batch_size: int) -> Side:
-    """A side of the loading of photographs.
+def photographs(name: str, data_dir: str, batch_size: int) -> Candidate:
+    """A candidate of the loading of photographs.
 
     Args:
       name: `loading.OURS` or a key of `loading.LOOPS`.
       data_dir: Folder of prepared imagenet2012, or "".
-      batch_size: photographs per step.
+      batch_size: Photographs per step.
     """
     about = {"platform": "cpu", "device": "1 core", "version": loading.VERSION}
     steps = 20  # a run starts its threads once, so their start must not weigh
-    turn = loading.make_turn(name, data_dir, batch_size, steps)
-    return Side(turn, steps, resident_bytes, about, clock=time.process_time)  # a core's seconds, whoever else uses it
+    run_round = loading.make_round(name, data_dir, batch_size, steps)
+    return Candidate(
+        run_round, steps, resident_bytes, about, clock=time.process_time
+    )  # a core's seconds, whoever else uses it
 
 
 def measure(
@@ -251,21 +253,20 @@ def measure(
     """Measures a stage.
 
     Returns:
-      Per name of the stage's sides, and per `PYTORCH` if it takes part: the measurement, and what the process says of
-      itself.
+      By name, and for `PYTORCH` if it takes part: the measurement, and what the process says of itself.
     """
     batch_size = flags.batch_size
     if stage == DATA:
         names = [n for n in (loading.OURS, *loading.LOOPS) if flags.data_dir or n != loading.READING]
-        sides = {name: (photographs, name, flags.data_dir, batch_size) for name in names}
+        candidates = {name: (photographs, name, flags.data_dir, batch_size) for name in names}
     else:
-        sides = {name: (ours, stage, variant, batch_size) for name, variant in OURS[stage].items()}
+        candidates = {name: (ours, stage, variant, batch_size) for name, variant in OURS[stage].items()}
 
-    def rivals(platform: str) -> dict[str, tuple[Any, ...]]:
+    def others(platform: str) -> dict[str, tuple[Any, ...]]:
         compared = with_pytorch and stage != DATA and platform in ("cpu", "gpu")
         return {PYTORCH: (pytorch, stage, batch_size, platform)} if compared else {}
 
-    return take_turns(sides, flags.rounds, stage, rivals)
+    return interleave(candidates, flags.rounds, stage, others)
 
 
 def summarize(measured: Mapping[str, Measurement], batch_size: int) -> dict[str, dict[str, float]]:
@@ -327,12 +328,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, checked; `only` becomes a list of stages.
 
     Raises:
-      ValueError: names the flag.
+      ValueError: Names the flag.
     """
     parser = argparse.ArgumentParser(prog="python -m experiments.benchmark", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(STAGES), help="stages to measure, separated by commas")
     parser.add_argument("--batch_size", type=int, default=128, help="images per step")
-    parser.add_argument("--rounds", type=int, default=10, help="turns of each process")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds of each process")
     parser.add_argument("--data_dir", default="", help="prepared imagenet2012; without it photographs are synthetic")
     parser.add_argument("--json", type=Path, help="also write every figure, and the seconds of each round, there")
     flags = parser.parse_args(arguments)
@@ -362,8 +363,12 @@ def main() -> None:
         details[stage] = {
             name: {**stages[stage][name], "seconds": measured[name].seconds, **about[name]} for name in measured
         }
-    sides = {f"{side['version']} on {side['device']}": None for stage in details.values() for side in stage.values()}
-    print(f"Batch {flags.batch_size}, {flags.rounds} rounds; {'; '.join(sides)}.\n\n{table(stages)}")
+    candidates = {
+        f"{candidate['version']} on {candidate['device']}": None
+        for stage in details.values()
+        for candidate in stage.values()
+    }
+    print(f"Batch {flags.batch_size}, {flags.rounds} rounds; {'; '.join(candidates)}.\n\n{table(stages)}")
     if flags.json:
         content = {"batch_size": flags.batch_size, "rounds": flags.rounds, "stages": details}
         flags.json.write_text(json.dumps(content, indent=2) + "\n")

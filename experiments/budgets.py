@@ -28,10 +28,10 @@ class Pair(NamedTuple):
     Attributes:
       network: Name of the network in the papers.
       model: Name of the network in `models.create`.
-      data: on which it was pruned.
-      ddnp: values of p in DDNP Table A1.
-      nppm: values of p in NPPM Table 1.
-      printed: percent of all FLOPs removed that the paper prints beside a value of p.
+      data: On which it was pruned.
+      ddnp: Values of p in DDNP Table A1.
+      nppm: Values of p in NPPM Table 1.
+      printed: Percent of all FLOPs removed that the paper prints beside a value of p.
     """
 
     network: str

@@ -35,7 +35,7 @@ def our_forward(config: "Config", checkpoint: str, num_classes: int, image_shape
     """Our network, every batch split over all devices.
 
     Raises:
-      ValueError: the checkpoint does not fit the network.
+      ValueError: The checkpoint does not fit the network.
     """
     import jax
 
@@ -89,8 +89,8 @@ def compare(config: "Config", checkpoint: str) -> dict[str, Any]:
     """Runs every test image through both networks; see `statistics` for what comes back.
 
     Raises:
-      ValueError: a field is wrong, or the checkpoint does not fit the network.
-      OSError: there are no such data, or no such checkpoint.
+      ValueError: A field is wrong, or the checkpoint does not fit the network.
+      OSError: There are no such data, or no such checkpoint.
       ImportError: PyTorch is not installed.
     """
     import jax

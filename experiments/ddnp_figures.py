@@ -35,7 +35,7 @@ def panels(config: ConfigDict) -> tuple[Panel, ...]:
     """The pictures; R is normalized by its value for the whole network, log(1 / p) for the default form.
 
     Raises:
-      ValueError: that value is 0.
+      ValueError: That value is 0.
     """
     whole = float(losses.resource(config.search.resource_loss, 1.0, 1.0, config.budget.p))
     if not whole:

@@ -2,7 +2,7 @@
 
     python -m experiments.generator_cost [--rounds=20] [--only=resnet56,resnet50]
 
-The steps take turns, each in a process of its own, as `experiments.turns` has it; images are synthetic, of 10 classes,
+The steps take turns, each in a process of its own (`experiments.interleaved`); images are synthetic, of 10 classes,
 and not augmented. The paper has 0.136 -> 0.143 s per iteration for ResNet-56 on CIFAR-10 (x1.051) and 1.08 -> 1.15 s
 for ResNet-50 on ImageNet (x1.065), on its hardware.
 """
@@ -13,8 +13,8 @@ from statistics import median
 from typing import NamedTuple
 
 from ddnp_jax.pipeline.report import table
-from experiments import benchmark, turns
-from experiments.turns import Measurement
+from experiments import benchmark, interleaved
+from experiments.interleaved import Measurement
 
 
 class Network(NamedTuple):
@@ -41,11 +41,11 @@ RATIOS = {
 def measure(name: str, rounds: int) -> str:
     """Measures a network of `NETWORKS`; returns Markdown."""
     network = NETWORKS[name]
-    sides = {
+    candidates = {
         step: (benchmark.ours, "search", argument, network.batch_size, network.experiment, network.image_shape)
         for step, argument in STEPS.items()
     }
-    measured, about = turns.take_turns(sides, rounds, name)
+    measured, about = interleaved.interleave(candidates, rounds, name)
     size = "x".join(map(str, network.image_shape[:2]))
     where = f"{about[SCALARS]['device']}, {about[SCALARS]['version']}"
     title = f"{name}, {network.batch_size} images of {size} per step, {rounds} rounds, on {where}"
@@ -56,7 +56,7 @@ def tables(measured: Mapping[str, Measurement]) -> str:
     """Seconds per step (medians) and peak memory, and the medians of each round's `RATIOS`, as Markdown."""
     steps = [[step, f"{median(own.seconds):.3f}", f"{own.peak_bytes / 2**20:.0f}"] for step, own in measured.items()]
     ratios = [
-        [what, f"{step} / {other}", f"{turns.ratio(measured[step].seconds, measured[other].seconds):.3f}"]
+        [what, f"{step} / {other}", f"{interleaved.ratio(measured[step].seconds, measured[other].seconds):.3f}"]
         for (step, other), what in RATIOS.items()
     ]
     return (
@@ -69,7 +69,7 @@ def main() -> None:
     """Measures what the command line names and prints the tables."""
     parser = argparse.ArgumentParser(prog="python -m experiments.generator_cost", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(NETWORKS), help="networks, separated by commas")
-    parser.add_argument("--rounds", type=int, default=20, help="turns of each step")
+    parser.add_argument("--rounds", type=int, default=20, help="rounds of each step")
     flags = parser.parse_args()
     names = flags.only.split(",")
     if unknown := [name for name in names if name not in NETWORKS]:

@@ -29,8 +29,8 @@ def cpu_flags(config: ConfigDict, processes: int = 1) -> str:
     fusions would refuse to start, so only versions that were measured get it.
 
     Args:
-      config: with the batch sizes and `parallel.cpu_fusions`.
-      processes: that share each batch, with as many devices each.
+      config: With the batch sizes and `parallel.cpu_fusions`.
+      processes: That share each batch, with as many devices each.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     sections = (config.base, config.search, config.finetune)
@@ -97,9 +97,9 @@ def run(
     """Runs a job with --config (by default `default_config`) in --workdir, and prints what it returns.
 
     Args:
-      default_config: path[:argument] of the configuration.
+      default_config: Path[:argument] of the configuration.
       job: (configuration, workdir) -> text.
-      required: flags without which the job cannot run.
+      required: Flags without which the job cannot run.
     """
     with _known_fields():
         config = config_flags.DEFINE_config_file(

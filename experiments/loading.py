@@ -29,13 +29,13 @@ def ours(records: Sequence[dict[str, Any]], config: ConfigDict, batch_size: int,
     order = data.batches(np.arange(len(images)), batch_size, seed=0)
     first = 0
 
-    def turn() -> None:
+    def run_round() -> None:
         nonlocal first
         with data.read_ahead(order[first : first + steps], lambda draws: images.read(draws, 0), 1, 1) as chunks:
             for _ in chunks:
                 first += 1
 
-    return turn
+    return run_round
 
 
 def loop(
@@ -50,13 +50,13 @@ def loop(
     rng = np.random.default_rng(0)
     batch = np.empty((batch_size, SIZE, SIZE, 3), np.uint8)
 
-    def turn() -> None:
+    def run_round() -> None:
         for _ in range(steps):
             for i, which in enumerate(rng.integers(len(records), size=batch_size)):
                 encoded = records[which]["image"]
                 batch[i] = load(encoded, lambda *size: photos.draw_crop(rng, *size), rng.random() < 0.5)
 
-    return turn
+    return run_round
 
 
 def by_pillow(encoded: bytes, draw: Callable[[int, int], Crop], mirrored: bool) -> np.ndarray:
@@ -89,15 +89,15 @@ LOOPS = {REFERENCE: by_simplejpeg, READING: by_simplejpeg, "cv2": by_cv2, "Pillo
 VERSION = f"simplejpeg {simplejpeg.__version__}, cv2 {cv2.__version__}, Pillow {PIL.__version__}"
 
 
-def make_turn(name: str, data_dir: str, batch_size: int, steps: int) -> Callable[[], None]:
-    """A side's turn, in one thread at a time.
+def make_round(name: str, data_dir: str, batch_size: int, steps: int) -> Callable[[], None]:
+    """A candidate's round, in one thread at a time.
 
     Args:
       name: `OURS` or a key of `LOOPS`.
-      data_dir: with prepared imagenet2012, of which the loops in memory use the first 1,024 at most; "" makes some
+      data_dir: With prepared imagenet2012, of which the loops in memory use the first 1,024 at most; "" makes some
         photographs of 375 x 500, all in memory.
-      batch_size: photographs per step.
-      steps: per turn.
+      batch_size: Photographs per step.
+      steps: Per round.
     """
     cv2.setNumThreads(0)
     pixels = {

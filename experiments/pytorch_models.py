@@ -326,7 +326,7 @@ def create(
     """Builds a backbone for images of `channels` channels; the other arguments as of `ddnp_jax.models.create`.
 
     Raises:
-      ValueError: the name is unknown.
+      ValueError: The name is unknown.
     """
     module = _create(name, num_classes, widths, attributes)
     if channels != 3:

@@ -79,7 +79,7 @@ def mask_gradients(model: CifarResNet, images: Tensor, labels: Tensor, masks: Se
     """What the backbone contributes to a search step: the gradients of the mean cross-entropy to the masks alone.
 
     Args:
-      model: frozen (`requires_grad_(False)`) and in evaluation mode.
+      model: Frozen (`requires_grad_(False)`) and in evaluation mode.
       images: (N, 3, H, W).
       labels: (N,).
       masks: (inner,) per block, leaves that require gradients.
@@ -91,7 +91,7 @@ def randomize(model: nn.Module, seed: int, images: Tensor | None = None) -> nn.M
     """Random weights and batch-norm statistics for which the logits stay of the order of one; evaluation mode.
 
     Args:
-      model: is changed in place.
+      model: Is changed in place.
       seed: Seed of the numbers.
       images: (N, 3, H, W); with them the statistics are drawn around those of the images, without which the signal
         fades in networks that have many layers outside residual branches.

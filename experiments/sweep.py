@@ -42,11 +42,11 @@ class Panel(NamedTuple):
     """One picture of a figure.
 
     Attributes:
-      title: above the picture.
+      title: Above the picture.
       metric: Metric of the log that the vertical axis shows.
       label: Label of the vertical axis.
-      settings: which ones are drawn.
-      scale: factor of the metric.
+      settings: Which ones are drawn.
+      scale: Factor of the metric.
     """
 
     title: str
@@ -73,7 +73,7 @@ def draw(config: ConfigDict, workdir: str | Path, title: str, settings: Settings
       The line that the command ends with.
 
     Raises:
-      ValueError: a setting is unknown or does not fit the configuration, or no picture is left.
+      ValueError: A setting is unknown or does not fit the configuration, or no picture is left.
     """
     chosen = list(dict.fromkeys(CHOSEN.value)) or list(settings)
     if unknown := [name for name in chosen if name not in settings]:
@@ -91,12 +91,12 @@ def run(config: ConfigDict, workdir: str | Path, settings: Settings, seeds: int,
     Args:
       config: Configuration of all searches.
       workdir: Folder of all of them.
-      settings: what differs.
-      seeds: searches per setting.
-      at_once: how many of these are one vmapped search, on the same batches.
+      settings: What differs.
+      seeds: Searches per setting.
+      at_once: How many of these are one vmapped search, on the same batches.
 
     Raises:
-      ValueError: a setting does not fit the configuration.
+      ValueError: A setting does not fit the configuration.
     """
     workdir = Path(workdir).absolute()
     groups = [range(first, min(first + at_once, seeds)) for first in range(0, seeds, at_once)]
@@ -129,7 +129,7 @@ def setting_config(config: ConfigDict, fields: Mapping[str, Any], seed: int) -> 
     """The configuration of one search.
 
     Raises:
-      ValueError: the configuration lacks a field of the setting.
+      ValueError: The configuration lacks a field of the setting.
     """
     own = ConfigDict(config.copy_and_resolve_references())
     try:

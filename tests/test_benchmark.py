@@ -13,9 +13,9 @@ import torch
 
 import ddnp_jax
 from ddnp_jax import losses, models, torch_weights
-from experiments import benchmark, generator_cost, loading, turns
+from experiments import benchmark, generator_cost, interleaved, loading
+from experiments.interleaved import Measurement
 from experiments.pytorch_resnet import CifarResNet, mask_gradients, randomize
-from experiments.turns import Measurement
 
 
 def test_both_search_steps_give_the_masks_the_same_gradients():
@@ -150,11 +150,11 @@ def test_evaluation_from_the_command_line(tmp_path):
     )
     assert "| evaluation | " in done.stdout
     content = json.loads(path.read_text())
-    sides = content["stages"]["evaluation"]
-    assert (content["batch_size"], content["rounds"], list(sides)) == (8, 2, ["evaluation", "PyTorch"])
-    for side in sides.values():
-        assert side["images_per_s"] == pytest.approx(8 / np.mean(side["seconds"]))
-        assert 50 < side["peak_bytes"] / 2**20 < 5000
+    candidates = content["stages"]["evaluation"]
+    assert (content["batch_size"], content["rounds"], list(candidates)) == (8, 2, ["evaluation", "PyTorch"])
+    for candidate in candidates.values():
+        assert candidate["images_per_s"] == pytest.approx(8 / np.mean(candidate["seconds"]))
+        assert 50 < candidate["peak_bytes"] / 2**20 < 5000
 
 
 @pytest.mark.parametrize(
@@ -177,11 +177,11 @@ def test_a_wrong_flag_ends_in_one_sentence(monkeypatch, argument, message):
 
 def test_a_missing_folder_of_photographs_ends_in_one_sentence(capfd, tmp_path):
     with pytest.raises(SystemExit, match="a measured process ended early"):
-        turns.Worker(benchmark.photographs, "this project", str(tmp_path), 8)
+        interleaved.Worker(benchmark.photographs, "this project", str(tmp_path), 8)
     assert f"\nerror: data.data_dir='{tmp_path}' holds no prepared imagenet2012" in f"\n{capfd.readouterr().err}"
 
 
 def test_a_refusal_of_a_measured_process_is_seen(capfd):
     with pytest.raises(SystemExit, match="a measured process ended early"):
-        turns.Worker(benchmark.ours, "evaluation", "nonsense", 8)
+        interleaved.Worker(benchmark.ours, "evaluation", "nonsense", 8)
     assert "error: the configuration's argument 'nonsense' is unknown; use ddnp, " in capfd.readouterr().err

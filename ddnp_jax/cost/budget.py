@@ -153,7 +153,7 @@ def make_budget(config: "BudgetConfig", topology: Topology, measured: Callable[[
         can be refused without it.
 
     Raises:
-      ValueError: there is nothing to prune, or the budget cannot be met.
+      ValueError: There is nothing to prune, or the budget cannot be met.
     """
     _check_fields(topology, config.p, config.multiple)
     budget = Budget(topology, config.p, _cost(config, measured), config.multiple)
@@ -207,7 +207,7 @@ def floors_of(topology: Topology, floors: Any) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _check_fields(topology: Topology, p: float, multiple: int) -> None:
+def _check_fields(topology: Topology, p: Any, multiple: Any) -> None:
     if not isinstance(p, Real) or not 0.0 < p <= 1.0:
         raise ValueError(f"p={p!r} must be in (0, 1]: the fraction of the cost that remains.")
     if not isinstance(multiple, Integral) or multiple < 1:

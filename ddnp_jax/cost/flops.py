@@ -32,7 +32,7 @@ def prunable(topology: Topology, widths: Any = None, convention: str = "macs") -
 
     Args:
       topology: Topology of the network.
-      widths: channels per gate, None for the whole network; a sequence or an array (L,), which may be traced and
+      widths: Channels per gate, None for the whole network; a sequence or an array (L,), which may be traced and
         fractional: the result is bilinear in it.
       convention: "macs" or "authors".
 
@@ -40,7 +40,7 @@ def prunable(topology: Topology, widths: Any = None, convention: str = "macs") -
       An int for integer widths, else a float32 scalar that is differentiable in the widths.
 
     Raises:
-      ValueError: the convention is unknown, or the number of widths is not that of the gates.
+      ValueError: The convention is unknown, or the number of widths is not that of the gates.
     """
     check_convention(convention)
     return _sum(_flops_terms(topology, convention), channels(topology, widths))
@@ -57,7 +57,7 @@ def parameters(topology: Topology, widths: Any = None) -> Any:
       An int for integer widths, else a float32 scalar that is differentiable in the widths.
 
     Raises:
-      ValueError: the number of widths is not that of the gates.
+      ValueError: The number of widths is not that of the gates.
     """
     return _sum(_parameter_terms(topology), channels(topology, widths))
 
@@ -67,13 +67,13 @@ def channels(topology: Topology, widths: Any = None) -> Any:
 
     Args:
       topology: Topology of the network.
-      widths: channels per gate, None for the whole network.
+      widths: Channels per gate, None for the whole network.
 
     Returns:
       int64 on the host for integer widths, else float32, traced where the widths are.
 
     Raises:
-      ValueError: the number of widths is not that of the gates.
+      ValueError: The number of widths is not that of the gates.
     """
     widths = topology.widths if widths is None else widths
     if len(widths) != len(topology.gates):
@@ -87,7 +87,7 @@ def check_convention(convention: str) -> None:
     """Refuses an unknown convention.
 
     Raises:
-      ValueError: names the convention and what it may be.
+      ValueError: Names the convention and what it may be.
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"the FLOPs convention {convention!r} is unknown; use one of {', '.join(CONVENTIONS)}.")
@@ -97,7 +97,7 @@ def p_for_reduction(topology: Topology, reduction: float, convention: str = "mac
     """The p that removes a fraction `reduction` of the whole network's FLOPs: 1 - reduction * T_all / T_total.
 
     Raises:
-      ValueError: the prunable layers do not have that many FLOPs.
+      ValueError: The prunable layers do not have that many FLOPs.
     """
     share = total(topology, None, convention) / max(prunable(topology, None, convention), 1)
     if not 0 <= reduction * share < 1:

@@ -44,10 +44,10 @@ class LayerTimes:
     Attributes:
       name: Name of the layer, as in the topology.
       kernel_shape: Shape of the whole network's kernel.
-      positions: output positions.
-      inputs: ascending numbers of input channels, up to the whole; empty where no gate changes them.
-      outputs: the same of the output channels; a depthwise layer has only these.
-      ms: milliseconds per batch, (len(inputs) or 1) rows of (len(outputs) or 1).
+      positions: Output positions.
+      inputs: Ascending numbers of input channels, up to the whole; empty where no gate changes them.
+      outputs: The same of the output channels; a depthwise layer has only these.
+      ms: Milliseconds per batch, (len(inputs) or 1) rows of (len(outputs) or 1).
     """
 
     name: str
@@ -61,7 +61,7 @@ class LayerTimes:
         """Checks that these are times of a layer of a network.
 
         Raises:
-          ValueError: names the layer and what does not fit.
+          ValueError: Names the layer and what does not fit.
         """
         if (self.name, self.kernel_shape, self.positions) != (layer.name, layer.kernel_shape, layer.positions):
             raise ValueError(
@@ -84,8 +84,8 @@ class LatencyTable:
     """Times of every layer of a network.
 
     Attributes:
-      device: on which they were measured.
-      batch: images per call.
+      device: Device on which they were measured.
+      batch: Images per call.
       layers: Layers, in the topology's order.
     """
 
@@ -98,13 +98,13 @@ class LatencyTable:
 
         Args:
           topology: Topology of the network.
-          widths: channels per gate, None for the whole network; below the smallest measured width, that one's time.
+          widths: Channels per gate, None for the whole network; below the smallest measured width, that one's time.
 
         Returns:
           A float for integer widths, else a float32 scalar that is differentiable in the widths.
 
         Raises:
-          ValueError: the number of widths is not that of the gates.
+          ValueError: The number of widths is not that of the gates.
         """
         channels = flops.channels(topology, widths)
         on_host = isinstance(channels, np.ndarray)
@@ -130,7 +130,7 @@ class LatencyTable:
         """Reads what `save` wrote, or a table of another device in the same form.
 
         Raises:
-          ValueError: the file holds no table, or one of another network.
+          ValueError: The file holds no table, or one of another network.
         """
         try:
             content = json.loads(Path(path).read_text())

@@ -74,16 +74,16 @@ def load(config: DataConfig) -> Dataset:
     Images of one small size are read into memory; others are streamed.
 
     Args:
-      config: the `data` section. Where `data_dir` is "", TFDS's own folder is read, where cifar10 is downloaded to and
+      config: The `data` section. Where `data_dir` is "", TFDS's own folder is read, where cifar10 is downloaded to and
         imagenet2012 prepared; digits is prepared wherever it is missing.
 
     Returns:
       The data set.
 
     Raises:
-      ValueError: a field's value is impossible, or an image is damaged.
+      ValueError: A field's value is impossible, or an image is damaged.
       FileNotFoundError: `data_dir` holds no such data set.
-      OSError: the data set can be neither found nor prepared.
+      OSError: The data set can be neither found nor prepared.
     """
     config = complete(config)
     preprocessing = Preprocessing.of(config)

@@ -33,24 +33,24 @@ def from_arrays(
     Images of 8 or 16 bits are scaled to [0, 1] and normalized. Floating-point images are taken as they are, in float32.
 
     Args:
-      train: the training images, uint8, uint16 or floating-point (N, H, W, C) or (N, H, W), and their labels, whole
+      train: The training images, uint8, uint16 or floating-point (N, H, W, C) or (N, H, W), and their labels, whole
         numbers (N,) from 0.
-      test: the images on which accuracies are reported, of the same type and shape, and their labels.
-      class_names: a name for each class; None where the largest training label tells how many there are.
-      name: how reports call the data set.
-      mean: what is subtracted, one value per channel in units of [0, 1]; None for that of the training images.
-      std: what is divided by, likewise.
-      pad: zero pixels on each side before a random crop, where a stage augments.
-      flip: whether to mirror half of the images left and right, where a stage augments.
-      seed: draws the held-out splits.
-      search_fraction: the fraction of the training images that the search uses, held out from base training.
-      validation_fraction: the fraction of them by which the best checkpoint is chosen.
+      test: The images on which accuracies are reported, of the same type and shape, and their labels.
+      class_names: A name for each class; None where the largest training label tells how many there are.
+      name: How reports call the data set.
+      mean: What is subtracted, one value per channel in units of [0, 1]; None for that of the training images.
+      std: What is divided by, likewise.
+      pad: Zero pixels on each side before a random crop, where a stage augments.
+      flip: Whether to mirror half of the images left and right, where a stage augments.
+      seed: Seed of the held-out splits.
+      search_fraction: The fraction of the training images that the search uses, held out from base training.
+      validation_fraction: The fraction of them by which the best checkpoint is chosen.
 
     Returns:
       The data set.
 
     Raises:
-      ValueError: an argument is impossible; images or labels are named with their index.
+      ValueError: An argument is impossible; images or labels are named with their index.
     """
     held_out = HeldOut(seed, search_fraction, validation_fraction)
     held_out.check()

@@ -23,15 +23,15 @@ class Dataset:
     """A data set.
 
     Attributes:
-      name: how reports call it.
-      num_classes: labels are 0..num_classes - 1.
+      name: How reports call it.
+      num_classes: Labels are 0..num_classes - 1.
       image_shape: (H, W, C), as the network sees images.
-      train: the training images, in record order.
-      test: the images on which accuracies are reported, in record order.
+      train: The training images, in record order.
+      test: The images on which accuracies are reported, in record order.
       splits: "train", "search" and "validation" -> sorted int32 indices into `train`; disjoint, together all.
-      preprocessing: how pixels come to the network.
-      class_names: the names of the classes, label by label; None where there are none.
-      notes: sentences that reports repeat.
+      preprocessing: How pixels come to the network.
+      class_names: The names of the classes, label by label; None where there are none.
+      notes: Sentences that reports repeat.
     """
 
     name: str
@@ -84,9 +84,9 @@ class HeldOut:
     """Which training images are held out, in the fields of a configuration's `data` section.
 
     Attributes:
-      seed: draws them by lot.
-      search_fraction: the fraction of the training images that the search uses, held out from base training.
-      validation_fraction: the fraction of them by which the best checkpoint is chosen.
+      seed: Seed of the random draw.
+      search_fraction: The fraction of the training images that the search uses, held out from base training.
+      validation_fraction: The fraction of them by which the best checkpoint is chosen.
     """
 
     seed: int
@@ -112,12 +112,12 @@ def check_labels(labels: np.ndarray, num_classes: int, part: str) -> None:
     """Refuses labels outside of 0..num_classes - 1.
 
     Args:
-      labels: whole numbers (N,).
-      num_classes: the number of classes.
+      labels: Whole numbers (N,).
+      num_classes: The number of classes.
       part: "train" or "test", for the message.
 
     Raises:
-      ValueError: names the first such label and its index.
+      ValueError: Names the first such label and its index.
     """
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong):
@@ -133,9 +133,9 @@ def open_images(
     """Reads encoded images into memory where all are of one small size, and else leaves them to be streamed.
 
     Args:
-      train: the training images.
-      test: the test images.
-      preprocessing: how pixels come to the network; its means tell how many channels they have.
+      train: The training images.
+      test: The test images.
+      preprocessing: How pixels come to the network; its means tell how many channels they have.
       may_fit: False where it is known that the sizes differ.
 
     Returns:

@@ -46,21 +46,21 @@ def from_folder(
     small size are kept in memory and augmented by padded crops; others are decoded in a stream and cropped.
 
     Args:
-      path: the folder.
-      name: how reports call the data set; None for the folder's name.
-      mean: what is subtracted, one value per channel in units of [0, 1], in the network's channel order; a single value
+      path: The folder.
+      name: How reports call the data set; None for the folder's name.
+      mean: What is subtracted, one value per channel in units of [0, 1], in the network's channel order; a single value
         makes the images grey.
-      std: what is divided by, likewise.
-      bgr: whether the network sees blue first.
-      pad: zero pixels on each side before the random crop of small images, where a stage augments.
-      flip: whether to mirror half of the images left and right, where a stage augments.
-      crop_size: side in pixels of the crops that are made of photographs.
-      resize_size: shorter side in pixels of a photograph before the center crop of evaluation.
-      threads: how many threads decode photographs, in each process; 0 is one per core.
-      test_fraction: the fraction of each class that is held out for the test, where no folder holds test images.
-      seed: draws all held-out images.
-      search_fraction: the fraction of the training images that the search uses, held out from base training.
-      validation_fraction: the fraction of them by which the best checkpoint is chosen.
+      std: What is divided by, likewise.
+      bgr: Whether the network sees blue first.
+      pad: Zero pixels on each side before the random crop of small images, where a stage augments.
+      flip: Whether to mirror half of the images left and right, where a stage augments.
+      crop_size: Side in pixels of the crops that are made of photographs.
+      resize_size: Shorter side in pixels of a photograph before the center crop of evaluation.
+      threads: How many threads decode photographs, in each process; 0 is one per core.
+      test_fraction: The fraction of each class that is held out for the test, where no folder holds test images.
+      seed: Seed of all held-out images.
+      search_fraction: The fraction of the training images that the search uses, held out from base training.
+      validation_fraction: The fraction of them by which the best checkpoint is chosen.
 
     Returns:
       The data set.
@@ -68,7 +68,7 @@ def from_folder(
     Raises:
       ValueError: An argument is impossible, a class is empty, or a file is no image. Small images are decoded here; of
         photographs the headers alone are read, and damage behind them is found, and its file named, when it is decoded.
-      FileNotFoundError: there is no such folder.
+      FileNotFoundError: There is no such folder.
     """
     preprocessing = Preprocessing(
         mean, std, bgr, pad, flip, crop_size=crop_size, resize_size=resize_size, threads=threads
@@ -117,8 +117,8 @@ class Files(Sequence[Record]):
     """Image files as records, read when they are asked for.
 
     Attributes:
-      paths: the files.
-      labels: the class of each.
+      paths: The files.
+      labels: The class of each.
     """
 
     paths: tuple[str, ...]
@@ -137,8 +137,8 @@ class _Tree:
     """What a folder of classes holds.
 
     Attributes:
-      images: class -> its files, both sorted.
-      others: files that are no images of a class.
+      images: Class -> its files, both sorted.
+      others: Files that are no images of a class.
     """
 
     images: dict[str, list[str]]

@@ -30,8 +30,8 @@ class Images(abc.ABC):
     """Labelled images, numbered from 0.
 
     Attributes:
-      threads: how many threads read ahead; 0 where reading costs nothing.
-      levels: the largest value of a pixel, 255 or 65535; None for floating-point pixels, which are not normalized.
+      threads: How many threads read ahead; 0 where reading costs nothing.
+      levels: The largest value of a pixel, 255 or 65535; None for floating-point pixels, which are not normalized.
     """
 
     threads = 0
@@ -57,7 +57,7 @@ class Images(abc.ABC):
 
         Args:
           indices: (N,), which images.
-          seed: seed of the augmentation; None for none.
+          seed: Seed of the augmentation; None for none.
 
         Returns:
           A pytree of host arrays (N, ...), a pure function of the arguments.
@@ -67,9 +67,9 @@ class Images(abc.ABC):
         """Makes a batch as the network sees it; runs on a device.
 
         Args:
-          on_devices: this object's `on_devices`.
-          host_batch: what `read` made, or a device's share of it.
-          rng: random key of the augmentation; None for none, as in `read`.
+          on_devices: This object's `on_devices`.
+          host_batch: What `read` made, or a device's share of it.
+          rng: Random key of the augmentation; None for none, as in `read`.
 
         Returns:
           Normalized images, float32 (N, H, W, C), and labels, int32 (N,).
@@ -134,8 +134,8 @@ class Streamed(Images):
         """Takes the records of encoded images.
 
         Args:
-          records: with random access, from several threads.
-          preprocessing: mean, std, bgr, flip, crop_size, resize_size and threads count; one mean is a grey image's.
+          records: Records with random access, from several threads.
+          preprocessing: Mean, std, bgr, flip, crop_size, resize_size and threads count; one mean is a grey image's.
         """
         super().__init__(preprocessing)
         self._records = records
@@ -153,7 +153,7 @@ class Streamed(Images):
         """The pixels, uint8, and labels.
 
         Raises:
-          ValueError: a record holds no image that can be decoded.
+          ValueError: A record holds no image that can be decoded.
         """
         images = np.empty((len(indices.image), *self._shape), np.uint8)
         labels = np.empty(len(indices.image), np.int32)
@@ -181,7 +181,7 @@ def naming(record: Record, index: int | None = None) -> Iterator[None]:
     """Lets an error of the decoder say which record it is about.
 
     Raises:
-      ValueError: the record is damaged.
+      ValueError: The record is damaged.
     """
     try:
         yield
@@ -197,11 +197,11 @@ def read_ahead(
     """The host's parts of batch after batch, `length` of them stacked for one dispatch.
 
     Args:
-      batches: which images; of `order.batches` or `order.evaluation_batches`.
-      read: makes the host's part, a pytree of arrays, of an element of `batches`.
-      threads: how many threads call `read` ahead of use, each for another batch; 0 to call it when a chunk is asked
+      batches: Which images; of `order.batches` or `order.evaluation_batches`.
+      read: Makes the host's part, a pytree of arrays, of an element of `batches`.
+      threads: How many threads call `read` ahead of use, each for another batch; 0 to call it when a chunk is asked
         for.
-      length: batches per chunk; the last chunk holds what remains.
+      length: Batches per chunk; the last chunk holds what remains.
 
     Yields:
       An iterator of pytrees of arrays (length, ...), in order. Leaving the context ends the threads.
@@ -218,7 +218,7 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float], dt
       images: uint8 (N, H, W, C), of 255 levels, or uint16, of 65535.
       mean: C values in units of [0, 1].
       std: C values in units of [0, 1].
-      dtype: the data type of the result.
+      dtype: The data type of the result.
 
     Returns:
       (N, H, W, C).
@@ -237,8 +237,8 @@ def augment(rng: jax.Array, images: jax.Array, pad: int, flip: bool) -> jax.Arra
     Args:
       rng: JAX random key; the result is a pure function of it.
       images: uint8, uint16 or float32 (N, H, W, C).
-      pad: zero pixels added on each side before the crop of H x W; 0 for no crop.
-      flip: whether to mirror left and right with probability 1/2.
+      pad: Zero pixels added on each side before the crop of H x W; 0 for no crop.
+      flip: Whether to mirror left and right with probability 1/2.
 
     Returns:
       (N, H, W, C), of the type of `images`.

@@ -31,10 +31,10 @@ def split(count: int, seed: int, search_fraction: float, validation_fraction: fl
     The search part depends on neither of the other two, so changing `validation_fraction` keeps it.
 
     Args:
-      count: how many training images there are.
-      seed: draws the lots.
-      search_fraction: the fraction of them that the search uses (DDNP: 5 % on CIFAR-10).
-      validation_fraction: the fraction of them by which the best checkpoint is chosen.
+      count: How many training images there are.
+      seed: Seed of the draw.
+      search_fraction: The fraction of them that the search uses (DDNP: 5 % on CIFAR-10).
+      validation_fraction: The fraction of them by which the best checkpoint is chosen.
 
     Returns:
       "train", "search" and "validation" -> sorted int32 indices.
@@ -57,17 +57,17 @@ def batches(
 
     Args:
       indices: int (N,), the images to use, each once per epoch.
-      batch_size: images in the global batch, over all processes; at most N.
-      seed: draws the shuffles.
+      batch_size: Images in the global batch, over all processes; at most N.
+      seed: Seed of the shuffles.
       shuffle: False keeps the order of `indices` in every epoch.
-      process: the rank of this process and the number of processes.
+      process: The rank of this process and the number of processes.
 
     Returns:
       Element `step` is this process' part of the batch: `BatchIndices` (batch_size / processes,), a pure function of
       (seed, step).
 
     Raises:
-      ValueError: the batch is larger than an epoch or cannot be divided among the processes.
+      ValueError: The batch is larger than an epoch or cannot be divided among the processes.
     """
     rank, processes = process
     if not 0 < batch_size <= len(indices):
@@ -123,8 +123,8 @@ def evaluation_batches(indices: np.ndarray, batch_size: int, *, process: tuple[i
 
     Args:
       indices: int (N,), the images to evaluate.
-      batch_size: images in the global batch, over all processes; a multiple of their number.
-      process: the rank of this process and the number of processes.
+      batch_size: Images in the global batch, over all processes; a multiple of their number.
+      process: The rank of this process and the number of processes.
 
     Returns:
       Elements are this process' part of the batches: `BatchIndices` (batch_size / processes,) and valid, bool of that

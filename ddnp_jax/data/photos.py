@@ -39,12 +39,12 @@ def center_crop(encoded: bytes, resize: int, out: np.ndarray) -> None:
     That is so where torchvision is given Pillow's images; its form for tensors rounds differently.
 
     Args:
-      encoded: a photograph.
-      resize: pixels, at least the side of `out`.
+      encoded: A photograph.
+      resize: Pixels, at least the side of `out`.
       out: uint8 (S, S, C), RGB or grey; is overwritten.
 
     Raises:
-      ValueError: it cannot be decoded.
+      ValueError: It cannot be decoded.
     """
     image = decode(encoded, channels=out.shape[-1])
     height, width = image.shape[:2]
@@ -66,13 +66,13 @@ def random_crop(encoded: bytes, rng: np.random.Generator, flip: bool, out: np.nd
     pixel of that.
 
     Args:
-      encoded: a photograph.
-      rng: draws size, shape, place and flip.
-      flip: whether to mirror left and right with probability 1/2.
+      encoded: A photograph.
+      rng: Draws size, shape, place and flip.
+      flip: Whether to mirror left and right with probability 1/2.
       out: uint8 (S, S, C), RGB or grey; is overwritten.
 
     Raises:
-      ValueError: it cannot be decoded.
+      ValueError: It cannot be decoded.
     """
     size = len(out)
     photograph = _Photograph(encoded)
@@ -118,16 +118,16 @@ def decode(encoded: bytes, min_height: int = 0, min_width: int = 0, channels: in
     animation it is the first frame.
 
     Args:
-      encoded: a JPEG, or another format that Pillow reads.
-      min_height: with `min_width`: the result may be smaller than the image, but not than this.
-      min_width: see `min_height`; 0 for the whole image.
+      encoded: A JPEG, or another format that Pillow reads.
+      min_height: With `min_width`: the result may be smaller than the image, but not than this.
+      min_width: See `min_height`; 0 for the whole image.
       channels: 3 for RGB, where grey is repeated; 1 for grey, the luma of colours.
 
     Returns:
       uint8 (H, W, channels).
 
     Raises:
-      ValueError: it is no image, is damaged, or has more than `MAX_PIXELS`.
+      ValueError: It is no image, is damaged, or has more than `MAX_PIXELS`.
     """
     return _Photograph(encoded).pixels(min_height, min_width, channels)
 
@@ -161,7 +161,7 @@ class _Photograph:
     """An encoded image whose header has been read.
 
     Attributes:
-      size: height and width in pixels, upright.
+      size: Height and width in pixels, upright.
     """
 
     def __init__(self, encoded: bytes) -> None:

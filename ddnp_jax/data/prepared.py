@@ -38,12 +38,12 @@ def open_prepared(
 
     Args:
       name: Name of the data set in TFDS, with a configuration and version where it has several.
-      data_dir: the folder of prepared data; None or "" for TFDS's own.
-      train_split: the training images, in TFDS's form.
-      test_split: the test images, in TFDS's form; "" for what is usual.
-      preprocessing: how pixels come to the network.
-      held_out: which training images are held out.
-      label: how reports call the data set.
+      data_dir: The folder of prepared data; None or "" for TFDS's own.
+      train_split: The training images, in TFDS's form.
+      test_split: The test images, in TFDS's form; "" for what is usual.
+      preprocessing: How pixels come to the network.
+      held_out: Which training images are held out.
+      label: How reports call the data set.
 
     Returns:
       The data set.
@@ -74,13 +74,13 @@ def open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     """The TFDS builder of a data set whose files are in place, preparing them where that is allowed.
 
     Args:
-      name: a key of `BUILDERS`, or another name that TFDS knows or that is prepared in `data_dir`.
+      name: A key of `BUILDERS`, or another name that TFDS knows or that is prepared in `data_dir`.
       data_dir: Folder as for `open_prepared`, or the very folder of the data set, with its dataset_info.json.
 
     Raises:
-      ValueError: the name is unknown.
+      ValueError: The name is unknown.
       FileNotFoundError: `data_dir` holds no such data set.
-      OSError: the data set can be neither found nor prepared.
+      OSError: The data set can be neither found nor prepared.
     """
     data_dir = os.path.expanduser(data_dir or "") or None
     builder = _find_builder(name, data_dir)
@@ -137,10 +137,10 @@ class Features(NamedTuple):
     """Which features of a data set are the image and the label.
 
     Attributes:
-      image: name of the image.
-      label: name of the label.
-      num_classes: how many classes there are; None where only the labels tell.
-      class_names: their names; None where they have none.
+      image: Name of the image.
+      label: Name of the label.
+      num_classes: How many classes there are; None where only the labels tell.
+      class_names: Their names; None where they have none.
     """
 
     image: str
@@ -155,7 +155,7 @@ def find_features(builder: tfds.core.DatasetBuilder) -> Features:
     Where there are several, those count that the data set declares as its supervised keys.
 
     Raises:
-      ValueError: there is none, or more than one.
+      ValueError: There is none, or more than one.
     """
     features = dict(sorted(builder.info.features.items()))  # files have them in any order
     keys = tuple(builder.info.supervised_keys or ())

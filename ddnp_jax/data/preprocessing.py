@@ -12,14 +12,14 @@ class Preprocessing:
     """How images come to the network, in the fields of a configuration's `data` section.
 
     Attributes:
-      mean: what is subtracted, one value per channel in units of [0, 1], in the network's channel order.
-      std: what is divided by, likewise.
-      bgr: whether the network sees blue first.
-      pad: zero pixels on each side before the random crop of small images.
-      flip: whether to mirror half of the training images left and right.
-      crop_size: side in pixels of the crops that are made of photographs.
-      resize_size: shorter side in pixels of a photograph before the center crop of evaluation.
-      threads: how many threads decode photographs, in each process; 0 is one per core.
+      mean: What is subtracted, one value per channel in units of [0, 1], in the network's channel order.
+      std: What is divided by, likewise.
+      bgr: Whether the network sees blue first.
+      pad: Zero pixels on each side before the random crop of small images.
+      flip: Whether to mirror half of the training images left and right.
+      crop_size: Side in pixels of the crops that are made of photographs.
+      resize_size: Shorter side in pixels of a photograph before the center crop of evaluation.
+      threads: How many threads decode photographs, in each process; 0 is one per core.
     """
 
     mean: Sequence[float]
@@ -45,12 +45,12 @@ class Preprocessing:
         """Refuses impossible values.
 
         Args:
-          name: the data set's name.
-          channels: how many channels its images have.
-          section: what stands before a field's name in a message, "data." for a configuration.
+          name: The data set's name.
+          channels: How many channels its images have.
+          section: What stands before a field's name in a message, "data." for a configuration.
 
         Raises:
-          ValueError: names the field and what it may be.
+          ValueError: Names the field and what it may be.
         """
         for field in ("mean", "std"):
             if not len(getattr(self, field)):

@@ -46,10 +46,10 @@ def soft_top_k(k: jax.Array, ranks: jax.Array, band: float = 0.05, floor: float 
     "one more channel"; there is none with respect to the ranks.
 
     Args:
-      k: scalar in [0, 1], the fraction of channels to keep.
+      k: Scalar in [0, 1], the fraction of channels to keep.
       ranks: (C,) int, 0 for the most important channel.
-      band: half-width of the soft edge as a fraction of C.
-      floor: smallest value of the mask.
+      band: Half-width of the soft edge as a fraction of C.
+      floor: Smallest value of the mask.
 
     Returns:
       (C,) float32 mask in channel order.

@@ -21,12 +21,12 @@ def create(name: str, num_classes: int, **attributes: Any) -> nn.Module:
     """Builds a backbone.
 
     Args:
-      name: for example "resnet56"; `names()` lists all.
-      num_classes: outputs of the classifier.
-      **attributes: further attributes of the module, for example `widths` or `shortcut`.
+      name: For example "resnet56"; `names()` lists all.
+      num_classes: Outputs of the classifier.
+      **attributes: Further attributes of the module, for example `widths` or `shortcut`.
 
     Raises:
-      ValueError: the name is unknown, or the number of `widths` is not that of the network.
+      ValueError: The name is unknown, or the number of `widths` is not that of the network.
     """
     constructors = names()
     if name not in constructors:

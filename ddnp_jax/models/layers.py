@@ -15,8 +15,8 @@ class Backbone(nn.Module):
     """A network whose inner channel counts are data.
 
     Attributes:
-      num_classes: outputs of the classifier.
-      widths: channels inside the blocks, in the order of the forward pass; None is the whole network.
+      num_classes: Outputs of the classifier.
+      widths: Channels inside the blocks, in the order of the forward pass; None is the whole network.
       dtype: Data type of the computation; parameters stay float32.
     """
 
@@ -46,10 +46,10 @@ class ConvNorm:
     """A convolution without bias and its batch norm, as two modules of the caller under names that it gives.
 
     Attributes:
-      train: whether batch norm uses the batch's statistics.
+      train: Whether batch norm uses the batch's statistics.
       dtype: Data type of the computation.
-      momentum: share of the old running statistics in the new ones.
-      epsilon: added to the variance.
+      momentum: Share of the old running statistics in the new ones.
+      epsilon: Added to the variance.
     """
 
     train: bool
@@ -108,13 +108,13 @@ def depthwise_conv(
       kernel: (h, w, 1, C).
       window_strides: Strides along H and W.
       padding: 'SAME', 'VALID', or pixels before and after, of H and W.
-      **arguments: the others of `conv_general_dilated`; dilations are not supported.
+      **arguments: The others of `conv_general_dilated`; dilations are not supported.
 
     Returns:
       (N, H', W', C).
 
     Raises:
-      ValueError: the kernel is not depthwise, or dilated.
+      ValueError: The kernel is not depthwise, or dilated.
     """
     dilations = [*(arguments.get("lhs_dilation") or ()), *(arguments.get("rhs_dilation") or ())]
     if kernel.ndim != 4 or kernel.shape[2:] != (1, x.shape[-1]) or any(d != 1 for d in dilations):

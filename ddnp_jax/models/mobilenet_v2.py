@@ -43,7 +43,7 @@ class MobileNetV2(Backbone, kw_only=True):
     """MobileNetV2 for images of about 224x224, NHWC; further attributes as of `Backbone`.
 
     Attributes:
-      widths: expanded channels of each block but the first, whose depthwise convolution is on the stem's output.
+      widths: Expanded channels of each block but the first, whose depthwise convolution is on the stem's output.
     """
 
     def whole_widths(self) -> tuple[int, ...]:

@@ -37,7 +37,7 @@ class CifarMobileNetV2(Backbone, kw_only=True):
 
     Attributes:
       strides: Strides of the seven stages. No weight depends on them, so a checkpoint of other strides loads silently.
-      widths: expanded channels of each block.
+      widths: Expanded channels of each block.
     """
 
     strides: tuple[int, ...] = (1, 1, 2, 2, 1, 2, 1)

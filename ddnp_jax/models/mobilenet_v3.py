@@ -75,7 +75,7 @@ class MobileNetV3Small(Backbone, kw_only=True):
     """MobileNetV3-small for images of about 224x224, NHWC; further attributes as of `Backbone`.
 
     Attributes:
-      widths: expanded channels of each block but the first. What squeeze-excite squeezes them to stays as it is.
+      widths: Expanded channels of each block but the first. What squeeze-excite squeezes them to stays as it is.
     """
 
     def whole_widths(self) -> tuple[int, ...]:

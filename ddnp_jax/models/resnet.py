@@ -33,9 +33,9 @@ class ResNet(Backbone, kw_only=True):
     """ResNet for images of about 224x224, NHWC; further attributes as of `Backbone`.
 
     Attributes:
-      blocks: per stage.
-      bottleneck: whether the blocks are bottlenecks, else basic blocks.
-      widths: per basic block the channels between its convolutions; per bottleneck those behind conv1 and behind conv2.
+      blocks: Per stage.
+      bottleneck: Whether the blocks are bottlenecks, else basic blocks.
+      widths: Per basic block the channels between its convolutions; per bottleneck those behind conv1 and behind conv2.
     """
 
     blocks: tuple[int, ...]

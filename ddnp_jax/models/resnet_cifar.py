@@ -48,7 +48,7 @@ class CifarResNet(Backbone, kw_only=True):
 
     Attributes:
       blocks_per_stage: n.
-      widths: channels between the two convolutions of each block.
+      widths: Channels between the two convolutions of each block.
       shortcut: 'subsample' (He et al. option A), 'avgpool' (the DDNP authors' form), both without parameters, or
         'projection' (option B).
     """

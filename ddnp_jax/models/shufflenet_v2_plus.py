@@ -37,13 +37,13 @@ class Unit(nn.Module):
     """One half of the channels passes by, the other goes through the main branch; at stride 2 both read everything.
 
     Attributes:
-      widths: inner channels of the main branch, one number, or two of an Xception-like unit.
+      widths: Inner channels of the main branch, one number, or two of an Xception-like unit.
       channels: Channels of the output.
       kernel: Side of the depthwise convolution's kernel, or XCEPTION.
       stride: 1 or 2.
-      swish: whether the activation is hard-swish, else ReLU.
-      excites: whether the main branch ends in squeeze-excite.
-      layer: convolution and batch norm.
+      swish: Whether the activation is hard-swish, else ReLU.
+      excites: Whether the main branch ends in squeeze-excite.
+      layer: Convolution and batch norm.
     """
 
     widths: tuple[int, ...]
@@ -89,8 +89,8 @@ class ShuffleNetV2Plus(Backbone, kw_only=True):
     """ShuffleNetV2+ for images of about 224x224, NHWC; further attributes as of `Backbone`.
 
     Attributes:
-      stages: output channels of each stage.
-      widths: inner channels of the units' main branches; two numbers of an Xception-like unit.
+      stages: Output channels of each stage.
+      widths: Inner channels of the units' main branches; two numbers of an Xception-like unit.
     """
 
     stages: tuple[int, ...]

@@ -46,9 +46,9 @@ class ImportanceGenerator(nn.Module):
 
     Attributes:
       widths: C_l, channels per gate.
-      learned_inputs: whether the inputs x_s (L, 64), random rows of about unit length, are learned (Fig. A1 e).
-      bidirectional: a second GRU runs from the last gate to the first (the authors' code, not Table A2).
-      layer_norm: layer normalization of the GRU's outputs (the authors' code, not Table A2).
+      learned_inputs: Whether the inputs x_s (L, 64), random rows of about unit length, are learned (Fig. A1 e).
+      bidirectional: A second GRU runs from the last gate to the first (the authors' code, not Table A2).
+      layer_norm: Layer normalization of the GRU's outputs (the authors' code, not Table A2).
     """
 
     widths: Sequence[int]
@@ -98,7 +98,7 @@ class WidthGenerator(nn.Module):
 
     Attributes:
       gates: L.
-      learned_inputs: whether the input x_k (32) is learned.
+      learned_inputs: Whether the input x_k (32) is learned.
     """
 
     gates: int
@@ -130,7 +130,7 @@ class Learner(NamedTuple):
 
     Attributes:
       init: rng -> {"params": what is learned, "inputs": what stays}; either may be missing.
-      apply: those variables -> the value.
+      apply: Those variables -> the value.
     """
 
     init: Callable[[jax.Array], Mapping[str, Any]]

@@ -75,7 +75,7 @@ class State(flax.struct.PyTreeNode):
     """The search's state.
 
     Attributes:
-      step: number of steps taken, int32.
+      step: Number of steps taken, int32.
       params: {"importance", "width"}: the learned variables of g_s and g_k.
       inputs: {"importance", "width"}: their variables that stay.
       opt_state: State of AdamW.
@@ -157,7 +157,7 @@ class _DDNP:
     """The pure functions of one search.
 
     Attributes:
-      problem: what is to be pruned, and how.
+      problem: What is to be pruned, and how.
       learners: {"importance", "width"}.
       optimizer: Optimizer of their parameters.
     """

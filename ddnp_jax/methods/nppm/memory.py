@@ -13,10 +13,10 @@ class Memory(flax.struct.PyTreeNode):
     Attributes:
       gates: (K, D), means of zeros and ones.
       accuracy: (K,) in [0, 1].
-      count: pairs stored, int32; those are the first ones.
+      count: Pairs stored, int32; those are the first ones.
       pending_gates: (D,), sum over the steps that are not stored yet.
-      pending_accuracy: sum over the same steps.
-      pending: their number, int32.
+      pending_accuracy: Sum over the same steps.
+      pending: Their number, int32.
     """
 
     gates: jax.Array
@@ -40,10 +40,10 @@ def add(memory: Memory, gates: jax.Array, accuracy: jax.Array, steps: int) -> Me
     accuracy (the first of equals).
 
     Args:
-      memory: so far.
+      memory: Episodic memory so far.
       gates: (D,) zeros and ones, the sub-network of the step.
       accuracy: Accuracy on the step's batch, in [0, 1].
-      steps: per pair.
+      steps: Per pair.
     """
     memory = memory.replace(
         pending_gates=memory.pending_gates + gates,

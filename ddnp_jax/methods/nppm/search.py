@@ -86,12 +86,12 @@ class State(flax.struct.PyTreeNode):
     """The search's state; D = Σ C_l.
 
     Attributes:
-      step: number of steps taken, int32.
+      step: Number of steps taken, int32.
       gates: (D,), θ of all channels.
       opt_state: State of the gates' AdamW.
-      predictor: variables of PN, {} without one.
+      predictor: Variables of PN, {} without one.
       predictor_opt_state: State of PN's AdamW.
-      memory: sub-networks and their accuracies, None without PN.
+      memory: Sub-networks and their accuracies, None without PN.
     """
 
     step: jax.Array
@@ -121,7 +121,7 @@ class _NPPM:
     """The pure functions of one search.
 
     Attributes:
-      problem: what is to be pruned, and how.
+      problem: What is to be pruned, and how.
       predictor: PN, or None for DG.
       optimizer: Optimizer of the gates.
       predictor_optimizer: Optimizer of PN.

@@ -17,18 +17,18 @@ from typing import Any, NamedTuple, Self
 from tqdm import tqdm
 
 
-class Side(NamedTuple):
+class Candidate(NamedTuple):
     """One measured thing, in its own process.
 
     Attributes:
-      turn: runs `steps` steps and waits for their end.
-      steps: per turn.
-      peak_bytes: the most memory used so far.
+      run_round: Runs `steps` steps and waits for their end.
+      steps: Steps per round.
+      peak_bytes: The most memory used so far.
       about: "platform" (of JAX), "device" and "version".
-      clock: by which turns are timed, in seconds.
+      clock: Clock by which rounds are timed, in seconds.
     """
 
-    turn: Callable[[], Any]
+    run_round: Callable[[], Any]
     steps: int
     peak_bytes: Callable[[], int]
     about: dict[str, str]
@@ -43,12 +43,12 @@ class Measurement(NamedTuple):
 
 
 class Worker:
-    """A side in a process of its own, which runs a turn when it is asked to."""
+    """A candidate in a process of its own, which runs a round when it is asked to."""
 
-    def __init__(self, side: Callable[..., Side], *arguments: Any) -> None:
+    def __init__(self, candidate: Callable[..., Candidate], *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, other_end = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other_end, side, *arguments), daemon=True)
+        self._process = context.Process(target=_serve, args=(other_end, candidate, *arguments), daemon=True)
         self._process.start()
         other_end.close()  # so that the end of the process ends a wait for its answer
         self.about: dict[str, str] = self._receive()
@@ -60,9 +60,9 @@ class Worker:
         self._pipe.close()
         self._process.join()
 
-    def turn(self) -> tuple[float, int]:
-        """Runs a turn; returns seconds per step and the peak memory so far."""
-        return self._receive("turn")
+    def run_round(self) -> tuple[float, int]:
+        """Runs a round; returns seconds per step and the peak memory so far."""
+        return self._receive("round")
 
     def _receive(self, request: str | None = None) -> Any:
         try:
@@ -75,49 +75,49 @@ class Worker:
             raise SystemExit(f"error: a measured process ended early ({reason}); its message is above.") from None
 
 
-def _serve(pipe: Connection, side: Callable[..., Side], *arguments: Any) -> None:
+def _serve(pipe: Connection, candidate: Callable[..., Candidate], *arguments: Any) -> None:
     try:
-        turn, steps, peak_bytes, about, clock = side(*arguments)
+        run_round, steps, peak_bytes, about, clock = candidate(*arguments)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"error: {error}") from error
-    turn()  # compiles
-    turn()  # settles allocators and caches
+    run_round()  # compiles
+    run_round()  # settles allocators and caches
     pipe.send(about)
     try:
         while pipe.recv():
             started = clock()
-            turn()
+            run_round()
             pipe.send(((clock() - started) / steps, peak_bytes()))
     except EOFError:
-        return  # the parent wants no more turns
+        return  # the parent wants no more rounds
 
 
-def take_turns(
-    sides: Mapping[str, tuple[Any, ...]],
+def interleave(
+    candidates: Mapping[str, tuple[Any, ...]],
     rounds: int,
     title: str,
-    rivals: Callable[[str], Mapping[str, tuple[Any, ...]]] = lambda platform: {},
+    others: Callable[[str], Mapping[str, tuple[Any, ...]]] = lambda platform: {},
 ) -> tuple[dict[str, Measurement], dict[str, dict[str, str]]]:
-    """Runs sides in processes of their own, one turn of each after the other.
+    """Runs candidates in processes of their own, one round of each after the other.
 
     Args:
-      sides: by name, a function that returns a `Side`, and its arguments.
-      rounds: turns of each.
+      candidates: By name, a function that returns a `Candidate`, and its arguments.
+      rounds: Rounds of each.
       title: Title of the progress bar.
-      rivals: more sides, where they depend on the platform of the first.
+      others: More candidates, where they depend on the platform of the first.
 
     Returns:
       Per name: the measurement, and what the process says of itself.
     """
     with ExitStack() as stack:
-        workers = {name: stack.enter_context(Worker(*side)) for name, side in sides.items()}
+        workers = {name: stack.enter_context(Worker(*candidate)) for name, candidate in candidates.items()}
         platform = next(iter(workers.values())).about["platform"]
-        workers |= {name: stack.enter_context(Worker(*side)) for name, side in rivals(platform).items()}
-        turns: dict[str, list[tuple[float, int]]] = {name: [] for name in workers}
+        workers |= {name: stack.enter_context(Worker(*candidate)) for name, candidate in others(platform).items()}
+        rounds_of: dict[str, list[tuple[float, int]]] = {name: [] for name in workers}
         for _ in tqdm(range(rounds), desc=title, unit="round"):
             for name, worker in workers.items():
-                turns[name].append(worker.turn())
-        measured = {name: Measurement([s for s, _ in taken], taken[-1][1]) for name, taken in turns.items()}
+                rounds_of[name].append(worker.run_round())
+        measured = {name: Measurement([s for s, _ in taken], taken[-1][1]) for name, taken in rounds_of.items()}
         return measured, {name: worker.about for name, worker in workers.items()}
 
 

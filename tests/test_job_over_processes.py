@@ -30,8 +30,6 @@ def run_processes(data_dir, workdir, stop):
                 **os.environ,
                 "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
                 "JAX_PLATFORMS": "cpu",
-                "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "xla"),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -40,7 +38,7 @@ def run_processes(data_dir, workdir, stop):
         for i in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=600)[0] for process in processes]
+        outputs = [process.communicate(timeout=3600)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

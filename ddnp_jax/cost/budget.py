@@ -208,7 +208,7 @@ def floors_of(topology: Topology, floors: Any) -> tuple[int, ...]:
 
 
 def _check_fields(topology: Topology, p: Any, multiple: Any) -> None:
-    if not isinstance(p, Real) or not 0.0 < p <= 1.0:
+    if not isinstance(p, Real) or not 0.0 < float(p) <= 1.0:
         raise ValueError(f"p={p!r} must be in (0, 1]: the fraction of the cost that remains.")
     if not isinstance(multiple, Integral) or multiple < 1:
         raise ValueError(f"multiple={multiple!r} must be a whole number of at least 1.")

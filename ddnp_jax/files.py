@@ -1,9 +1,13 @@
 """Files that are written whole or not at all, and JSON."""
 
+import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+_SEAL = "checksum"  # field of a file that `write_sealed` wrote
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -55,3 +59,26 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); put a good copy back, or delete it.") from error
+
+
+def checksum(value: Any) -> str:
+    """SHA-256 of a JSON value, whatever the order of its fields."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_sealed(path: str | Path, fields: Mapping[str, Any]) -> None:
+    """Writes fields of JSON values with their checksum, as `write_bytes` does."""
+    write_json(path, {**fields, _SEAL: checksum(fields)})
+
+
+def read_sealed(path: str | Path) -> dict[str, Any]:
+    """Reads the fields that `write_sealed` wrote.
+
+    Raises:
+      ValueError: The file is damaged; the message names it.
+      OSError: The file cannot be read.
+    """
+    fields = read_json(path)
+    if not isinstance(fields, dict) or fields.pop(_SEAL, None) != checksum(fields):
+        raise ValueError(f"{path} is damaged: its checksum is wrong; put a good copy back, or delete it.")
+    return fields

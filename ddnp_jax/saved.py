@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,13 +15,18 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from ddnp_jax import files
+from ddnp_jax.compact import check_finite
 from ddnp_jax.networks import LeafPath, Network, Sizes, as_network, flatten, replace_leaves
 
 DESCRIPTION = "model.json"
 _SEPARATOR = "\x1f"  # of the names in a path; Haiku's names hold slashes
 OWN_PACKAGE = __name__.partition(".")[0]
 _DEFAULTS: dict[str, Any] = {"kind": "linen", "sizes": []}  # of folders that were written before there were other kinds
-_FIELDS = ("kind", "class", "attributes", "missing", "sizes", "weights", "sha256")
+_FIELDS: dict[str, type] = {
+    **dict.fromkeys(("kind", "class", "weights", "sha256"), str),
+    **dict.fromkeys(("missing", "sizes"), list),
+    "attributes": dict,
+}
 
 
 def save_pruned(path: str | Path, model: Any, variables: Any = None) -> None:
@@ -37,8 +41,12 @@ def save_pruned(path: str | Path, model: Any, variables: Any = None) -> None:
       model: The network. Attributes of a linen module that are neither JSON values, data types nor defaults of their
         class are listed as missing, and `load_pruned` then needs the module.
       variables: Variables of the network; None of an nnx module.
+
+    Raises:
+      ValueError: A variable is NaN or infinite.
     """
     network = as_network(model)
+    check_finite(network.variables(variables), network.name)
     leaves = {
         _SEPARATOR.join(path): np.asarray(leaf)
         for path, leaf in flatten(network.variables(variables)).items()
@@ -61,7 +69,7 @@ def save_pruned(path: str | Path, model: Any, variables: Any = None) -> None:
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     files.write_bytes(folder / name, weights)
-    files.write_json(folder / DESCRIPTION, description)
+    files.write_sealed(folder / DESCRIPTION, description)
     for old in folder.glob("weights-*.msgpack"):
         if old.name != name:
             old.unlink()
@@ -100,7 +108,9 @@ def load_pruned(path: str | Path, model: Any = None, variables: Any = None) -> t
     if network.kind == "linen":
         _check_attributes(getattr(network, "module", model), description, file)
     network = as_network(network.with_sizes(sizes))
-    return network.bind(_variables(network, variables, leaves, file))
+    loaded = _variables(network, variables, leaves, file)
+    check_finite(loaded, str(file.parent))
+    return network.bind(loaded)
 
 
 def _is_saved(leaf: Any) -> bool:
@@ -125,19 +135,26 @@ def _description(file: Path) -> dict[str, Any]:
     if not file.exists():
         raise ValueError(f"{file} does not exist; load_pruned reads a folder that save_pruned wrote.")
     try:
-        description = json.loads(file.read_text())
-        if not isinstance(description, dict):
-            raise TypeError("it holds no fields")
-        found = {name: (_DEFAULTS | description)[name] for name in _FIELDS}
-        kinds = dict(zip(_FIELDS, (str, str, dict, list, list, str, str), strict=True))
-        if wrong := [name for name, kind in kinds.items() if not isinstance(found[name], kind)]:
-            raise TypeError(f"{wrong[0]} is no {kinds[wrong[0]].__name__}")
+        found = _DEFAULTS | files.read_sealed(file)
+        for name, kind in _FIELDS.items():
+            if not isinstance(found[name], kind):
+                raise TypeError(f"{name} is no {kind.__name__}")
         for path, own in found["sizes"]:
             if not (isinstance(path, list) and all(isinstance(name, str) for name in path) and isinstance(own, dict)):
                 raise TypeError("sizes are no pairs of a path and sizes")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error!r}); write the network again with save_pruned.") from error
+            if not all(_is_size(value) for value in own.values()):
+                raise TypeError("a size is no positive number")
+    except KeyError as error:
+        raise ValueError(f"{file} is damaged: it has no {error}; write the network again with save_pruned.") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error}); write the network again with save_pruned.") from error
     return found
+
+
+def _is_size(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_size, value))
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _weights(file: Path, description: Mapping[str, Any]) -> dict[LeafPath, jax.Array]:
@@ -148,9 +165,13 @@ def _weights(file: Path, description: Mapping[str, Any]) -> dict[LeafPath, jax.A
     try:
         leaves = flatten(flax.serialization.msgpack_restore(content))
         paths = {path: tuple(path[0].split(_SEPARATOR)) if len(path) == 1 else path for path in leaves}
-        return {paths[path]: jnp.asarray(leaf) for path, leaf in leaves.items()}
+        found = {paths[path]: jnp.asarray(leaf) for path, leaf in leaves.items()}
+        unflatten_dict(found)  # raises where a leaf lies within another
     except Exception as error:  # a hostile file can raise anything
         raise ValueError(f"{weights_file} holds no weights ({error!r}); write the network again.") from error
+    if not found or not all(path and all(isinstance(name, str) for name in path) for path in found):
+        raise ValueError(f"{weights_file} holds no weights by name; write the network again.")
+    return found
 
 
 def _attributes(module: nn.Module) -> tuple[dict[str, Any], list[str]]:

@@ -86,7 +86,10 @@ def prune(config: ConfigDict, workdir: str) -> str:
     from ddnp_jax import pipeline
 
     report = pipeline.run(config, workdir)
-    return f"{report['pruned_top1']:.2f} % (base {report['base_top1']:.2f} %); report: {workdir}/report.md"
+    others = f"base {report['base_top1']:.2f} %"
+    if report["control_top1"] is not None:
+        others += f", fine-tuned in the same way {report['control_top1']:.2f} %"
+    return f"{report['pruned_top1']:.2f} % ({others}); report: {workdir}/report.md"
 
 
 def run(

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, config_flags
 CHECKOUT = Path(__file__).parents[1]
 _CONFIG_FLAGS = ("--config", "-config")
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command goes on from what it holds.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command resumes from what it holds.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Whether several processes share the run.")
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, unless JAX finds it.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run, unless JAX finds it.")
@@ -29,8 +29,8 @@ def cpu_flags(config: ConfigDict, processes: int = 1) -> str:
     fusions would refuse to start, so only versions that were measured get it.
 
     Args:
-      config: with the batch sizes and `parallel.cpu_fusions`.
-      processes: that share each batch, with as many devices each.
+      config: Configuration, with the batch sizes and `parallel.cpu_fusions`.
+      processes: Number of processes that share each batch, with as many devices each.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     sections = (config.base, config.search, config.finetune)
@@ -100,9 +100,9 @@ def run(
     """Runs a job with --config (by default `default_config`) in --workdir, and prints what it returns.
 
     Args:
-      default_config: path[:argument] of the configuration.
+      default_config: The configuration's path[:argument].
       job: (configuration, workdir) -> text.
-      required: flags without which the job cannot run.
+      required: Flags without which the job cannot run.
     """
     with _known_fields():
         config = config_flags.DEFINE_config_file(

@@ -118,7 +118,7 @@ class Report:
     widths_before: tuple[int, ...]  # channels of each gate
     widths: tuple[int, ...]
     seconds: PerStage  # over all runs of the stage; 0 where it was not run
-    epochs: PerStage
+    epochs: PerStage  # as configured, also where the stage was not run
     training: Mapping[str, Training] = dataclasses.field(default_factory=dict)  # of stages that took steps
     batch_norm: str  # where batch statistics are taken: "synced" or "per device"
     precision: str

@@ -65,7 +65,7 @@ def _latency(report: Report) -> str:
 def _not_faster(report: Report) -> list[str]:
     """Says so where the pruned network is not faster, why, and what helps."""
     latency = report.latency_ms
-    if latency.after < _FASTER * latency.before:
+    if latency.after < _FASTER * latency.before or report.flops_total_after == report.flops_total_before:
         return []
     in_latency = "With `budget.kind=latency` the budget counts the measured time of each layer. "
     return [

@@ -20,5 +20,5 @@ def get_config(argument: str = "") -> ConfigDict:
     config.base.update(epochs=20, batch_size=64, schedule="cosine", warmup_epochs=1.0, chunk_steps=15)
     config.search.update(epochs=100, batch_size=128, save_every=4)
     config.finetune.update(epochs=10, batch_size=64, schedule="cosine", warmup_epochs=0.0, learning_rate=0.02)
-    config.finetune.chunk_steps = 15
+    config.finetune.update(chunk_steps=15, control=True)
     return default.choose(config, argument, {"ddnp": 0.5}, {})

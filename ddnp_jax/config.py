@@ -22,8 +22,8 @@ from ddnp_jax.training.steps import SCHEDULES
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-Stage = Literal["base", "search", "finetune"]
-STAGES: tuple[Stage, ...] = ("base", "search", "finetune")
+Stage = Literal["base", "search", "finetune", "control"]
+STAGES: tuple[Stage, ...] = ("base", "search", "finetune", "control")
 PRECISIONS: Mapping[str, Any] = {"float32": np.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -107,6 +107,7 @@ class FinetuneConfig(TrainerConfig):
     """Fine-tuning of the cut network."""
 
     epochs: int = number(200, least=0)  # 0: the cut network is the result
+    control: bool = False  # then fine-tunes the unpruned network in the same way, for a fair comparison
     warmup_epochs: float = number(5.0, least=0.0)  # linear warm-up from 0
     distillation_weight: float = number(0.0, least=0.0, most=1.0)  # share of the unpruned network's outputs in the loss
     distillation_temperature: float = number(4.0, least=1e-3)  # of those outputs
@@ -200,8 +201,8 @@ class Config:
         return PRECISIONS[self.precision]
 
     def stage(self, name: Stage) -> BaseConfig | SearchConfig | FinetuneConfig:
-        """The section of a stage."""
-        return getattr(self, name)
+        """The section of a stage; the control is fine-tuned as the pruned network is."""
+        return getattr(self, "finetune" if name == "control" else name)
 
 
 def shared_search_fields() -> dict[str, Any]:

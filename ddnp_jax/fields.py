@@ -8,11 +8,13 @@
     trainer = filled(Trainer(), {"epochs": 20}, "base.")
     check_limits(trainer, "base.")
 
-`filled` refuses unknown names and wrong types, `check_limits` what is beyond the limits.
+`filled` refuses unknown names and wrong types, `check_limits` what is beyond the limits. `built` makes a dataclass from
+the values of a file.
 """
 
 import dataclasses
 import math
+import types
 import typing
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
@@ -182,6 +184,44 @@ def _taken(kind: Any, value: Any, default: Any, name: str) -> Any:
         raise ValueError(f"{name}={value!r} must be {_described(kind)}.") from None
 
 
+def built(kind: type[T], values: Any, prefix: str = "") -> T:
+    """A dataclass from the values of a JSON file, and the dataclasses that it holds from the mappings there.
+
+    Args:
+      kind: The dataclass.
+      values: Values by the names of its fields, without default all of them; other names are not read.
+      prefix: As in `check_limits`.
+
+    Raises:
+      ValueError: A value is missing, or not of its field's type.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{prefix.removesuffix('.') or 'the whole'} must be values by name")
+    taken = {}
+    for field in dataclasses.fields(typing.cast(Any, kind)):
+        if field.name in values:
+            taken[field.name] = _built_value(_kinds(kind)[field.name], values[field.name], prefix + field.name)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{prefix}{field.name} is missing")
+    return kind(**taken)
+
+
+def _built_value(kind: Any, value: Any, name: str) -> Any:
+    if isinstance(kind, types.UnionType):  # of a type and None
+        return None if value is None else _built_value(typing.get_args(kind)[0], value, name)
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        return built(typing.cast(type, kind), value, f"{name}.")
+    try:
+        converted = _converted(kind, value)
+    except TypeError:
+        raise ValueError(f"{name}={value!r} must be {_described(kind)}") from None
+    if isinstance(converted, dict):
+        return {key: _built_value(typing.get_args(kind)[1], each, f"{name}.{key}") for key, each in converted.items()}
+    return converted
+
+
 def _converted(kind: Any, value: Any) -> Any:
     """The value as a type of plain Python; raises TypeError where it is of another."""
     if typing.get_origin(kind) is tuple and isinstance(value, list | tuple | np.ndarray):
@@ -202,7 +242,7 @@ def _converted(kind: Any, value: Any) -> Any:
 
 def _described(kind: Any) -> str:
     if typing.get_origin(kind) is tuple:
-        return "numbers" if typing.get_args(kind)[0] is float else "texts"
+        return "texts" if typing.get_args(kind)[0] is str else "numbers"
     if typing.get_origin(kind) is Mapping:
         return "values by name"
     return {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}[kind]

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, config_flags
 CHECKOUT = Path(__file__).parents[1]
 _CONFIG_FLAGS = ("--config", "-config")
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command goes on from what it holds.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command resumes from what it holds.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Whether several processes share the run.")
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, unless JAX finds it.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run, unless JAX finds it.")
@@ -29,8 +29,8 @@ def cpu_flags(config: ConfigDict, processes: int = 1) -> str:
     fusions would refuse to start, so only versions that were measured get it.
 
     Args:
-      config: With the batch sizes and `parallel.cpu_fusions`.
-      processes: That share each batch, with as many devices each.
+      config: Configuration, with the batch sizes and `parallel.cpu_fusions`.
+      processes: Number of processes that share each batch, with as many devices each.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     sections = (config.base, config.search, config.finetune)
@@ -86,7 +86,10 @@ def prune(config: ConfigDict, workdir: str) -> str:
     from ddnp_jax import pipeline
 
     report = pipeline.run(config, workdir)
-    return f"{report['pruned_top1']:.2f} % (base {report['base_top1']:.2f} %); report: {workdir}/report.md"
+    others = f"base {report['base_top1']:.2f} %"
+    if report["control_top1"] is not None:
+        others += f", fine-tuned in the same way {report['control_top1']:.2f} %"
+    return f"{report['pruned_top1']:.2f} % ({others}); report: {workdir}/report.md"
 
 
 def run(
@@ -97,7 +100,7 @@ def run(
     """Runs a job with --config (by default `default_config`) in --workdir, and prints what it returns.
 
     Args:
-      default_config: Path[:argument] of the configuration.
+      default_config: The configuration's path[:argument].
       job: (configuration, workdir) -> text.
       required: Flags without which the job cannot run.
     """

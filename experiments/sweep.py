@@ -1,4 +1,4 @@
-"""Searches of several settings and seeds from one base, their curves as CSV, and the curves as a picture.
+"""Searches of several settings and seeds from one base, their curves as CSV, and the curves as plots.
 
 The seeds of a setting are one vmapped search, or several one after another, and each such search is a run of its own in
 the workdir, made by the pipeline: the same command resumes where it was stopped. The base is trained (or read) once.
@@ -9,7 +9,6 @@ accuracy is that of a cut which the search has not yet come to, and a search tha
 import csv
 import io
 import itertools
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +24,7 @@ from ddnp_jax import data, files, methods, parallel, pipeline
 from ddnp_jax.config import typed
 from ddnp_jax.pipeline import report
 from ddnp_jax.saved import DESCRIPTION, save_pruned
+from ddnp_jax.training.log import MetricsLog
 
 SEEDS = flags.DEFINE_integer("seeds", 3, "Searches per setting.", lower_bound=1)
 AT_ONCE = flags.DEFINE_integer(
@@ -39,13 +39,13 @@ Curves = Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]  # lines of the s
 
 
 class Panel(NamedTuple):
-    """One picture of a figure.
+    """One plot of a figure.
 
     Attributes:
-      title: Above the picture.
-      metric: Metric of the log that the vertical axis shows.
+      title: Title above the plot.
+      metric: Name of what the vertical axis shows, as in the log.
       label: Label of the vertical axis.
-      settings: Which ones are drawn.
+      settings: Names of the settings that are drawn.
       scale: Factor of the metric.
     """
 
@@ -60,27 +60,27 @@ TEST_TOP1 = ("test_top1", "test top-1, cut to p (%)")  # metric and label of a p
 
 
 def draw(config: ConfigDict, workdir: str | Path, title: str, settings: Settings, panels: Sequence[Panel]) -> str:
-    """Runs the searches that the command line asks for and draws every picture whose settings are among them.
+    """Runs the searches that the command line asks for and draws every plot whose settings are among them.
 
     Args:
       config: Configuration of all searches.
       workdir: Folder of all of them.
       title: Title of the figure; network and data set are added.
       settings: Settings of the whole figure.
-      panels: Panels of the whole figure.
+      panels: Plots of the whole figure.
 
     Returns:
       The line that the command ends with.
 
     Raises:
-      ValueError: A setting is unknown or does not fit the configuration, or no picture is left.
+      ValueError: A setting is unknown or does not fit the configuration, or no plot is left.
     """
     chosen = list(dict.fromkeys(CHOSEN.value)) or list(settings)
     if unknown := [name for name in chosen if name not in settings]:
         raise ValueError(f"--setting={unknown[0]!r} is unknown; use one of {', '.join(map(repr, settings))}.")
     drawn = [panel for panel in panels if set(panel.settings) <= set(chosen)]
     if not drawn:
-        raise ValueError("no picture of the figure shows only the settings of --setting; name all of a picture's.")
+        raise ValueError("no plot of the figure shows only the settings of --setting; name all of a plot's.")
     curves = run(config, workdir, {name: settings[name] for name in chosen}, SEEDS.value, AT_ONCE.value)
     return publish(Path(workdir), f"{title}, {config.model.name}, {data.label(typed(config).data)}", drawn, curves)
 
@@ -91,12 +91,12 @@ def run(config: ConfigDict, workdir: str | Path, settings: Settings, seeds: int,
     Args:
       config: Configuration of all searches.
       workdir: Folder of all of them.
-      settings: What differs.
+      settings: Fields that differ, by setting.
       seeds: Searches per setting.
-      at_once: How many of these are one vmapped search, on the same batches.
+      at_once: Number of these that are one vmapped search, on the same batches.
 
     Raises:
-      ValueError: A setting does not fit the configuration.
+      ValueError: A setting does not fit the configuration, or the log of a search is damaged.
     """
     workdir = Path(workdir).absolute()
     groups = [range(first, min(first + at_once, seeds)) for first in range(0, seeds, at_once)]
@@ -109,19 +109,17 @@ def run(config: ConfigDict, workdir: str | Path, settings: Settings, seeds: int,
         own.base.weights = str(weights)
         job = pipeline.prepare(own, workdir / re.sub(r"\W+", "-", name) / "-".join(map(str, group)))
         pipeline.search_curves(job, job.weights, group)
-        curves |= {(name, seed): _curve(job.workdir / "metrics.jsonl", seed) for seed in group}
+        curves |= {(name, seed): _curve(job.log, seed) for seed in group}
     parallel.on_first_process(lambda: _write_csv(workdir / "curves.csv", curves))
     return curves
 
 
-def _curve(log: Path, seed: int) -> list[dict[str, Any]]:
+def _curve(log: MetricsLog, seed: int) -> list[dict[str, Any]]:
     """The lines of one seed's search."""
     prefix = methods.seed_metric(seed, "")
-    lines = map(json.loads, log.read_text().splitlines())
     return [
         {"step": line["step"]} | {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
-        for line in lines
-        if line["stage"] == "search"
+        for line in log.lines("search")
     ]
 
 
@@ -188,7 +186,7 @@ def publish(workdir: Path, title: str, panels: Sequence[Panel], curves: Curves) 
 
 
 def figure(title: str, panels: Sequence[Panel], curves: Curves) -> Figure:
-    """A picture per panel: the mean of every setting as a line, its standard deviation as a shade."""
+    """A plot per panel: the mean of every setting as a line, its standard deviation as a shade."""
     columns = math.ceil(math.sqrt(len(panels)))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5.0 * columns, 3.8 * rows), layout="constrained")

@@ -1,4 +1,4 @@
-"""The main job on scanned digits: its report, going on after every kind of end, and its refusals."""
+"""The main job on scanned digits: its report, resuming after every kind of end, and its refusals."""
 
 import importlib
 import json
@@ -25,6 +25,7 @@ from ddnp_jax.training import loop
 from experiments import launch
 
 P = 0.5
+TUNED = ("finetune", "control")
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,7 @@ def tiny(data_dir, argument=""):
     config.base.update(epochs=1, warmup_epochs=0.5, batch_size=128, chunk_steps=1, save_every=2)
     config.search.update(epochs=1, batch_size=256, chunk_steps=1, save_every=2)
     config.finetune.update(epochs=1, batch_size=256, chunk_steps=2, save_every=1, distillation_weight=0.5)
+    config.finetune.control = False
     config.budget.p = P
     return config
 
@@ -117,26 +119,22 @@ def test_report_says_what_the_pruned_network_does(finished, config):
     assert usual in (workdir / "report.md").read_text()
 
 
-@pytest.mark.parametrize(("section", "step"), [("base", 3), ("search", 1), ("search", 3), ("finetune", 4)])
-def test_killed_run_goes_on_bit_for_bit(finished, config, tmp_path, monkeypatch, section, step):
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, section, step, kill)
-        with pytest.raises(Killed):
+def test_a_run_that_is_stopped_in_every_stage_resumes_bit_for_bit(finished, config, tmp_path, monkeypatch):
+    def stop(section, step, action, error, message=""):
+        with monkeypatch.context() as patch, pytest.raises(error, match=message):
+            interrupt_at(patch, section, step, action)
             pipeline.run(config, tmp_path)
+
+    for section, step in (("base", 3), ("search", 1), ("search", 3)):
+        stop(section, step, kill, Killed)
+    saved = "stage 'search' is saved at step 3; the same command resumes it"
+    stop("search", 2, lambda: os.kill(os.getpid(), signal.SIGTERM), loop.Preempted, saved)
+    assert (tmp_path / "search" / "3").is_dir()
+    stop("finetune", 4, kill, Killed)
     report = pipeline.run(config, tmp_path)
     assert_same_network(tmp_path, finished[0])
     assert report["pruned_top1"] == finished[1]["pruned_top1"]
     assert log_of(tmp_path) == log_of(finished[0])
-
-
-def test_sigterm_saves_and_the_run_goes_on(finished, config, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, "search", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(loop.Preempted, match="stage 'search' is saved at step 3; the same command resumes it"):
-            pipeline.run(config, tmp_path)
-    assert (tmp_path / "search" / "3").is_dir()
-    pipeline.run(config, tmp_path)
-    assert_same_network(tmp_path, finished[0])
 
 
 def test_finished_stages_are_not_run_again(finished, config, monkeypatch):
@@ -202,11 +200,15 @@ class OwnNnx(nnx.Module):
 
 def test_an_nnx_module_is_pruned_and_a_killed_run_resumes_bit_for_bit(config, tmp_path, monkeypatch):
     config.search.method = "magnitude"
+    config.finetune.control = True
     report = pipeline.run(config, tmp_path / "whole", model=OwnNnx(nnx.Rngs(3)))
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        interrupt_at(patch, "finetune", 2, kill)
-        pipeline.run(config, tmp_path / "killed", model=OwnNnx(nnx.Rngs(3)))
-    assert pipeline.run(config, tmp_path / "killed", model=OwnNnx(nnx.Rngs(3)))["widths"] == report["widths"]
+    for stage in ("finetune", "control"):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            interrupt_at(patch, stage, 2, kill)
+            pipeline.run(config, tmp_path / "killed", model=OwnNnx(nnx.Rngs(3)))
+    resumed = pipeline.run(config, tmp_path / "killed", model=OwnNnx(nnx.Rngs(3)))
+    for key in ("widths", "pruned_top1", "control_top1"):
+        assert resumed[key] == report[key]
     assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")
     models = [load_pruned(tmp_path / name / "pruned", OwnNnx(nnx.Rngs(4)))[0] for name in ("whole", "killed")]
     assert [models[0].first.out_features, models[0].second.out_features] == report["widths"]
@@ -226,7 +228,7 @@ def test_scores_of_images_are_searches_of_the_job(config, tmp_path):
     assert [line["step"] for line in log_of(tmp_path) if line["stage"] == "search" and "loss" in line] == [1, 2, 3, 4]
 
 
-def test_budget_in_measured_latency_is_the_same_numbers_when_the_run_goes_on(config, tmp_path):
+def test_budget_in_measured_latency_is_the_same_numbers_when_the_run_resumes(config, tmp_path):
     config.search.method = "magnitude"
     config.budget.update(kind="latency", p=1.0, latency_points=2)
     with pytest.MonkeyPatch.context() as patch:
@@ -236,6 +238,7 @@ def test_budget_in_measured_latency_is_the_same_numbers_when_the_run_goes_on(con
             pipeline.run(config, tmp_path, model=Own((20, 12)), rebuild=Own)
     file = tmp_path / "latency.json"
     table = file.read_bytes()
+    config.finetune.control = True  # asked for when the pruned network was there already
     report = pipeline.run(config, tmp_path, model=Own((20, 12)), rebuild=Own)
     assert file.read_bytes() == table
     content = json.loads(table)
@@ -246,6 +249,12 @@ def test_budget_in_measured_latency_is_the_same_numbers_when_the_run_goes_on(con
     assert report["widths"] == [20, 12]
     assert report["budget"]["unit"] == f"ms (batch {config.eval_batch_size // jax.device_count()}, cpu)"
     assert "the whole network was measured at" in (tmp_path / "report.md").read_text()
+    # Nothing was cut, so the control, trained in the same way, is the same to the last bit
+    tuned, control = ([line | {"stage": ""} for line in log_of(tmp_path) if line["stage"] == s] for s in TUNED)
+    assert len(tuned) > 4 and tuned == control
+    assert (report["control_top1"], report["delta_control_top1"]) == (report["pruned_top1"], 0)
+    images = {stage: facts["images"] for stage, facts in report["training"].items()}
+    assert images == {"base": 433, "finetune": 1298, "control": 1298}
 
 
 def test_searches_from_several_seeds_go_on_and_leave_their_curves_in_the_log(config, tmp_path, monkeypatch):
@@ -417,7 +426,10 @@ def test_cut_without_fine_tuning(config, tmp_path):
     report = pipeline.run(config, tmp_path / "run", model=model, rebuild=Own)
     assert report["pruned_top1"] == report["unfinetuned_top1"]
     assert report["best_pruned_validation_top1"] is None
-    assert "| fine-tuning   |      - | not run |" in (tmp_path / "run" / "report.md").read_text()
+    assert (
+        "| fine-tuning   |      - |      - |     - |             - | not run |"
+        in (tmp_path / "run" / "report.md").read_text()
+    )
     assert load_pruned(tmp_path / "run" / "pruned")[0] == Own(tuple(report["widths"]))
 
 

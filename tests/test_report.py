@@ -1,45 +1,66 @@
+import dataclasses
 import itertools
 import json
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
 
 from ddnp_jax.cost import flops
 from ddnp_jax.pipeline import report
+from ddnp_jax.pipeline.report import figures, text
 
-RESULTS = {
-    "method": "ddnp",
-    "model": "resnet20",
-    "dataset": "CIFAR-10 (JPEG)",
-    "seed": 3,
-    "p": 0.5,
-    "flops_convention": "macs",
-    "budget": {"kind": "flops", "unit": "prunable FLOPs (macs)", "before": 38_000_000, "after": 19_000_000},
-    "base_top1": 92.0,
-    "base_top5": 99.75,
-    "unfinetuned_top1": 61.25,
-    "unfinetuned_top5": 95.5,
-    "pruned_top1": 91.5,
-    "pruned_top5": 99.875,
-    "test_images": 8000,
-    "flops_total_before": 40_000_000,
-    "flops_total_after": 21_000_000,
-    "flops_prunable_before": 38_000_000,
-    "flops_prunable_after": 19_000_000,
-    "params_before": 272_000,
-    "params_after": 136_000,
-    "gate_names": ["layer1_0/conv1", "layer2_0/conv1"],
-    "widths_before": [16, 32],
-    "widths": [10, 12],
-    "seconds": {"base": 0.0, "search": 1234.6, "finetune": 60.2},
-    "epochs": {"base": 200, "search": 200, "finetune": 5},
-    "batch_norm": "per device",
-    "precision": "float32",
-    "devices": "1 x cpu",
-    "latency_ms": {"batch": 128, "before": 80.0, "after": 60.0},
-    "verification": {"max_difference": 3.25e-6, "argmax_agreement": 1.0},
-    "notes": ["fine-tuning shortened: 5 epochs"],
+ROOT = Path(__file__).parents[1]
+
+REPORT = report.Report(
+    method="ddnp",
+    model="resnet20",
+    dataset="CIFAR-10 (JPEG)",
+    seed=3,
+    p=0.5,
+    budget=report.Cost(kind="flops", unit="prunable FLOPs (macs)", before=38_000_000, after=19_000_000),
+    flops_convention="macs",
+    base_top1=92.0,
+    base_top5=99.75,
+    unfinetuned_top1=61.25,
+    unfinetuned_top5=95.5,
+    pruned_top1=91.5,
+    pruned_top5=99.875,
+    test_images=8000,
+    flops_total_before=40_000_000,
+    flops_total_after=21_000_000,
+    flops_prunable_before=38_000_000,
+    flops_prunable_after=19_000_000,
+    params_before=272_000,
+    params_after=136_000,
+    gate_names=("layer1_0/conv1", "layer2_0/conv1"),
+    widths_before=(16, 32),
+    widths=(10, 12),
+    seconds=report.PerStage(base=0.0, search=1234.6, finetune=60.2),
+    epochs=report.PerStage(base=200, search=200, finetune=5),
+    training={
+        "search": report.Training(
+            images=2500,
+            steps=2000,
+            batch_size=256,
+            learning_rates={"importance_optimizer": 1e-3, "width_optimizer": 5e-2},
+        ),
+        "finetune": report.Training(images=49_000, steps=1910, batch_size=128, learning_rates={"sgd": 0.05}),
+    },
+    batch_norm="per device",
+    precision="float32",
+    devices="1 x cpu",
+    latency_ms=report.Latency(batch=128, before=80.0, after=60.0),
+    verification=report.Verification(max_difference=3.25e-6, argmax_agreement=1.0),
+    notes=("fine-tuning shortened: 5 epochs",),
+)
+CONTROL = {
+    "control_top1": 92.25,
+    "control_top5": 99.5,
+    "seconds": dataclasses.replace(REPORT.seconds, control=90.0),
+    "epochs": dataclasses.replace(REPORT.epochs, control=5),
+    "training": REPORT.training | {"control": REPORT.training["finetune"]},
 }
 SEARCH = [
     {"stage": "base", "step": 5, "epoch": 1.0, "loss": 2.0, "top1": 20.0},
@@ -56,29 +77,44 @@ def workdir(tmp_path):
     return tmp_path
 
 
-def text(workdir, **changes):
-    report.write(workdir, RESULTS | changes)
-    return (workdir / "report.md").read_text()
+def changed(**changes):
+    return dataclasses.replace(REPORT, **changes)
 
 
-def test_json_is_results_and_what_follows_from_them(workdir):
-    returned = report.write(workdir, RESULTS)
+def markdown(**changes):
+    return text.markdown(changed(**changes), has_curve=True)
+
+
+def test_json_is_the_report_and_what_follows_from_it(workdir):
+    returned = report.write(workdir, changed(**CONTROL))
     written = json.loads((workdir / "report.json").read_text())
     assert written == returned
-    derived = {key: value for key, value in written.items() if key not in RESULTS}
+    assert written["latency_ms"] == {"batch": 128, "before": 80.0, "after": 60.0}
+    assert written["seconds"] == {"base": 0.0, "search": 1234.6, "finetune": 60.2, "control": 90.0}
+    assert written["widths"] == [10, 12]
+    derived = {key: value for key, value in written.items() if key not in {*report.Report.__dataclass_fields__}}
     assert derived == {
         "delta_top1": -0.5,
         "delta_top5": 0.125,
+        "delta_control_top1": -0.75,
+        "delta_control_top5": 0.375,
         "flops_reduction": pytest.approx(47.5),
         "params_reduction": 50.0,
         "p_reached": 0.5,
     }
-    assert {key: written[key] for key in RESULTS} == RESULTS
+    assert report.read(workdir / "report.json") == changed(**CONTROL)
+    for name in ("widths.png", "search.png"):
+        assert (workdir / name).read_bytes().startswith(b"\x89PNG\r\n")
+        assert f"]({name})" in (workdir / "report.md").read_text()
 
 
-def test_markdown_states_the_result(workdir):
-    written = text(workdir)
-    assert written.startswith("# ddnp, resnet20 on CIFAR-10 (JPEG), p = 0.5\n")
+def test_markdown_states_the_result():
+    written = markdown()
+    assert written.startswith(
+        "# ddnp, resnet20 on CIFAR-10 (JPEG), p = 0.5\n\n"
+        "ddnp pruned resnet20 on CIFAR-10 (JPEG) (seed 3): 47.50 % of the FLOPs and 50.00 % of the parameters removed, "
+        "top-1 accuracy 92.00 % before and 91.50 % after (-0.50 points).\n"
+    )
     assert (
         "| network                    | top-1 (%) | top-5 (%) |    FLOPs | parameters | latency (ms) |\n"
         "| -------------------------- | --------: | --------: | -------: | ---------: | -----------: |\n"
@@ -93,21 +129,54 @@ def test_markdown_states_the_result(workdir):
     assert "differ by at most 3.2e-06; 100.00 % of the predictions agree" in written
     assert "Batch-norm statistics in training: per device. Precision: float32." in written
     assert "## Notes\n\n- fine-tuning shortened: 5 epochs\n" in written
+    assert "a part of the change may come from more training" in written
+    assert "not faster" not in written
 
 
-def test_latency_is_that_of_one_device(workdir):
-    assert "Latency: forward pass of a batch of 128 on one of 8 x H100." in text(workdir, devices="8 x H100")
-
-
-def test_markdown_tables_of_time_and_widths(workdir):
-    written = text(workdir)
+def test_with_a_control_the_change_is_that_of_two_networks_fine_tuned_in_the_same_way():
+    written = markdown(**CONTROL)
     assert (
-        "| stage         | epochs | seconds |\n"
-        "| ------------- | -----: | ------: |\n"
-        "| base training |      - | not run |\n"
-        "| search        |    200 |   1,235 |\n"
-        "| fine-tuning   |      5 |      60 |\n"
-        "| all           |        |   1,295 |\n"
+        "removed, top-1 accuracy 91.50 %, against 92.25 % of the unpruned network fine-tuned in the same way (-0.75 "
+        "points) and 92.00 % of that network before it.\n"
+    ) in written
+    assert (
+        "| base, fine-tuned in the same way |     92.25 |     99.50 | 40.000 M |    0.272 M |        80.00 |\n"
+        in written
+    )
+    assert "| change, both fine-tuned          |     -0.75 |     +0.38 | -47.50 % |" in written
+    assert (
+        "| fine-tuning             | 49,000 |      5 |   128 |                             0.05 |      60 |\n"
+        "| fine-tuning of the base | 49,000 |      5 |   128 |                             0.05 |      90 |\n"
+        "| all                     |        |        |       |                                  |   1,385 |\n"
+    ) in written
+    assert "a part of the change may come" not in written
+
+
+def test_latency_is_that_of_one_device():
+    assert "Latency: forward pass of a batch of 128 on one of 8 x H100." in markdown(devices="8 x H100")
+
+
+def test_a_network_that_is_not_faster_is_called_so():
+    slow = report.Latency(batch=128, before=80.0, after=78.4)
+    written = markdown(latency_ms=slow)
+    assert "**The pruned network is not faster here**: 80.00 ms before, 78.40 ms after. The FLOPs fell and" in written
+    assert "on its width. With `budget.kind=latency` the budget counts the measured time" in written
+    assert "With `budget.multiple=8` widths are ones that devices like.\n" in written
+    assert "not faster" not in markdown(latency_ms=dataclasses.replace(slow, after=78.3))
+    assert "not faster" not in markdown(latency_ms=slow, flops_total_after=40_000_000)  # nothing was cut
+    in_latency = dataclasses.replace(REPORT.budget, kind="latency")
+    assert "on its width. With `budget.multiple=8` widths are" in markdown(latency_ms=slow, budget=in_latency)
+
+
+def test_markdown_tables_of_stages_and_widths():
+    written = markdown()
+    assert (
+        "| stage         | images | epochs | batch |                    learning rate | seconds |\n"
+        "| ------------- | -----: | -----: | ----: | -------------------------------: | ------: |\n"
+        "| base training |      - |      - |     - |                                - | not run |\n"
+        "| search        |  2,500 |    200 |   256 | 0.001 (importance), 0.05 (width) |   1,235 |\n"
+        "| fine-tuning   | 49,000 |      5 |   128 |                             0.05 |      60 |\n"
+        "| all           |        |        |       |                                  |   1,295 |\n"
     ) in written
     assert (
         "| gate             | before | after | kept (%) |\n"
@@ -127,67 +196,78 @@ def test_markdown_tables_of_time_and_widths(workdir):
         (19_500_000, "Reached: p = 0.5132, 19.500 M. **The budget is exceeded by 0.500 M.**"),
     ],
 )
-def test_budget_wanted_and_reached(workdir, after, sentence):
-    written = text(workdir, budget=RESULTS["budget"] | {"after": after})
+def test_budget_wanted_and_reached(after, sentence):
+    written = markdown(budget=dataclasses.replace(REPORT.budget, after=after))
     assert "Wanted: at most p = 0.5000 of 38.000 M prunable FLOPs (macs), 19.000 M." in written
     assert sentence in written
 
 
-def test_budget_in_parameters(workdir):
-    budget = {"kind": "params", "unit": "parameters", "before": 272_000, "after": 136_000}
-    written = text(workdir, budget=budget)
+def test_budget_in_parameters():
+    written = markdown(budget=report.Cost(kind="params", unit="parameters", before=272_000, after=136_000))
     assert written.startswith("# ddnp, resnet20 on CIFAR-10 (JPEG), p = 0.5 (params)\n")
     assert "p = 0.5000 of 0.272 M parameters, 0.136 M. Reached: p = 0.5000, 0.136 M. The difference" in written
     assert "47.50 % of the FLOPs and 50.00 % of the parameters removed" in written
 
 
-def test_budget_in_latency_says_what_was_predicted_and_measured(workdir):
-    budget = {"kind": "latency", "unit": "ms (batch 128, cpu)", "before": 50.0, "after": 24.9}
-    written = text(workdir, budget=budget)
+def test_budget_in_latency_says_what_was_predicted_and_measured():
+    written = markdown(budget=report.Cost(kind="latency", unit="ms (batch 128, cpu)", before=50.0, after=24.9))
     assert "p = 0.5000 of 50.000 ms (batch 128, cpu), 25.000. Reached: p = 0.4980, 24.900. " in written
     assert (
         "each measured by itself (-50.20 %); the whole network was measured at 80.000 ms before and 60.000 ms after "
         "(-25.00 %, batch 128)."
     ) in written
-    assert "(-50.20 %); the whole network was not measured." in text(workdir, budget=budget, latency_ms=None)
     assert "-47.50 % |   -50.00 % |     -25.00 % |" in written  # FLOPs, parameters and latency, whatever the budget
 
 
-def test_what_was_not_measured_or_is_optional(workdir):
-    written = text(workdir, latency_ms=None, notes=[], variant="authors", best_pruned_validation_top1=93.456)
-    assert "Latency was not measured." in written
-    assert "| base                       |     92.00 |     99.75 | 40.000 M |    0.272 M |            - |\n" in written
+def test_what_is_optional():
+    written = markdown(notes=(), variant="authors", best_pruned_validation_top1=93.456)
     assert "## Notes" not in written
     assert written.startswith("# ddnp (authors), resnet20")
     assert "held-out training images (it reached 93.46 % there in fine-tuning)" in written
 
 
-def test_no_negative_zero(workdir):
-    assert "(+0.00 points)" in text(workdir, pruned_top1=91.999)
+def test_no_negative_zero():
+    assert "(+0.00 points)" in markdown(pruned_top1=91.999)
 
 
 def test_every_convention_is_explained():
     assert set(report.CONVENTIONS) == set(flops.CONVENTIONS)
 
 
-def test_pictures(workdir):
-    written = text(workdir)
-    for name in ("widths.png", "search.png"):
-        assert (workdir / name).read_bytes().startswith(b"\x89PNG\r\n")
-        assert f"]({name})" in written
-
-
-def test_one_shot_methods_have_no_search_picture(workdir):
+def test_one_shot_methods_have_no_plot_of_a_search(workdir):
     (workdir / "metrics.jsonl").write_text(json.dumps(SEARCH[0]) + "\n")
-    written = text(workdir, method="magnitude", variant="magnitude")
+    training = {"finetune": REPORT.training["finetune"]}
+    report.write(workdir, changed(method="magnitude", variant="magnitude", training=training))
+    written = (workdir / "report.md").read_text()
     assert written.startswith("# magnitude, resnet20")
     assert not (workdir / "search.png").exists()
     assert "search.png" not in written
     assert "This method has no search; it selects in one shot." in written
 
 
-def test_search_picture_shows_the_search_alone():
-    figure = report._search_figure(RESULTS, [line for line in SEARCH if line["stage"] == "search"])
+def test_a_lost_log_is_called_lost(tmp_path):
+    report.write(tmp_path, REPORT)
+    written = (tmp_path / "report.md").read_text()
+    assert (
+        "## Search\n\nThe log of the search is lost: metrics.jsonl has no line of it, so there is no plot.\n" in written
+    )
+    assert "held-out training images (what it reached is lost: metrics.jsonl has no line of it) and is" in written
+
+
+@pytest.mark.parametrize(
+    ("line", "damage"),
+    [(b'{"stage": "sea', "is not JSON"), (b"\xff\n", "is not JSON"), (b"{}\n", "has no stage and step")],
+)
+def test_a_damaged_log_is_named_with_its_line(workdir, line, damage):
+    with (workdir / "metrics.jsonl").open("ab") as file:
+        file.write(line)
+    with pytest.raises(ValueError, match=rf"metrics\.jsonl, line 6, {damage}.*; repair or delete the line\.$"):
+        report.write(workdir, REPORT)
+    assert not (workdir / "report.json").exists()
+
+
+def test_the_plot_of_the_search_shows_the_search_alone():
+    figure = figures.search_figure(REPORT, [line for line in SEARCH if line["stage"] == "search"])
     accuracy, remaining = figure.axes
     assert [list(map(list, curve.get_data())) for curve in accuracy.lines] == [[[10, 20], [90.0, 85.0]], [[20], [70.0]]]
     curve, budget = remaining.lines
@@ -199,15 +279,15 @@ def test_search_picture_shows_the_search_alone():
 
 
 @pytest.mark.parametrize("blocks", [3, 18])
-def test_widths_picture_has_every_gate_inside_the_picture(blocks):
-    names = [f"layer{stage}_{block}/conv1" for stage in (1, 2, 3) for block in range(blocks)]
-    before = [channels for channels in (16, 32, 64) for _ in range(blocks)]
-    after = [channels // 2 for channels in before]
-    figure = report._widths_figure(RESULTS | {"gate_names": names, "widths_before": before, "widths": after})
+def test_the_plot_of_the_widths_has_every_gate_inside(blocks):
+    names = tuple(f"layer{stage}_{block}/conv1" for stage in (1, 2, 3) for block in range(blocks))
+    before = tuple(channels for channels in (16, 32, 64) for _ in range(blocks))
+    after = tuple(channels // 2 for channels in before)
+    figure = figures.widths_figure(changed(gate_names=names, widths_before=before, widths=after))
     figure.draw_without_rendering()
     (axes,) = figure.axes
-    assert [label.get_text() for label in axes.get_xticklabels()] == names
-    assert [bar.get_height() for bar in axes.patches] == before + after
+    assert tuple(label.get_text() for label in axes.get_xticklabels()) == names
+    assert tuple(bar.get_height() for bar in axes.patches) == before + after
     boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
     assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))  # legible: none overlap
     assert all(box.y0 > 0 for box in boxes)
@@ -215,71 +295,41 @@ def test_widths_picture_has_every_gate_inside_the_picture(blocks):
     assert title.x0 > 0 and title.x1 < figure.bbox.width
 
 
-@pytest.mark.parametrize("key", ["p", "widths", "pruned_top5"])
-def test_a_missing_key_is_named(workdir, key):
-    results = {name: value for name, value in RESULTS.items() if name != key}
-    with pytest.raises(ValueError, match=f"^results has no '{key}'; every report needs it.$"):
-        report.write(workdir, results)
-    assert not (workdir / "report.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"seconds": {"base": 1.0, "search": 1.0}}, "results has no 'seconds.finetune'"),
-        ({"latency_ms": {"batch": 1, "before": 2.0}}, "results has no 'latency_ms.after'"),
-        ({"flops_convention": "flops"}, "flops_convention='flops' is unknown to the report; use 'macs' or 'authors'"),
-        ({"widths": [10]}, "gate_names has 2, widths_before has 2, widths has 1 entries"),
-    ],
-)
-def test_results_that_contradict_themselves(workdir, changes, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        report.write(workdir, RESULTS | changes)
-
-
-def test_a_damaged_log_is_named_with_its_line(workdir):
-    with (workdir / "metrics.jsonl").open("a") as file:
-        file.write('{"stage": "sea')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 6, is not JSON"):
-        report.write(workdir, RESULTS)
-
-
-def reported(**changes):
-    results = RESULTS | changes
-    return results | report._derived(results)
+def compared(*reports):
+    """The cells of every line, by column."""
+    header, rule, *lines = report.compare(reports).split("\n\n")[0].splitlines()
+    assert {len(line) for line in (rule, *lines)} == {len(header)}
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (header, *lines)]
+    return {name: values for name, *values in zip(*cells, strict=True)}
 
 
 def test_compare_takes_mean_and_deviation_over_seeds():
     seeds = [
-        reported(seed=0, pruned_top1=91.0),
-        reported(seed=1, pruned_top1=91.5, flops_total_after=20_000_000),
-        reported(seed=2, pruned_top1=92.5, flops_total_after=22_000_000),
+        changed(**CONTROL | {"seed": 0, "pruned_top1": 91.0}),
+        changed(**CONTROL | {"seed": 1, "pruned_top1": 91.5, "flops_total_after": 20_000_000}),
+        changed(**CONTROL | {"seed": 2, "pruned_top1": 92.5, "flops_total_after": 22_000_000}),
     ]
-    one = reported(method="magnitude", variant="magnitude", pruned_top1=90.0)
-    header, rule, ddnp, magnitude, *rest = report.compare([seeds[0], one, *seeds[1:]]).splitlines()
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (header, ddnp, magnitude)]
-    columns = {name: (a, b) for name, a, b in zip(*cells, strict=True)}
-    assert columns == {
-        "method": ("ddnp", "magnitude"),
-        "model": ("resnet20", "resnet20"),
-        "data set": ("CIFAR-10 (JPEG)", "CIFAR-10 (JPEG)"),
-        "p": ("0.5", "0.5"),
-        "FLOPs as": ("macs", "macs"),
-        "fine-tuning epochs": ("5", "5"),
-        "seeds": ("3", "1"),
-        "FLOPs removed (%)": ("47.50 ± 2.50", "47.50"),
-        "parameters removed (%)": ("50.00 ± 0.00", "50.00"),
-        "base top-1 (%)": ("92.00 ± 0.00", "92.00"),
-        "before fine-tuning": ("61.25 ± 0.00", "61.25"),
-        "after fine-tuning": ("91.67 ± 0.76", "90.00"),
-        "change": ("-0.33 ± 0.76", "-2.00"),
-        "seconds": ("1295 ± 0", "1295"),
+    one = changed(method="magnitude", variant="magnitude", pruned_top1=90.0)
+    assert compared(seeds[0], one, *seeds[1:]) == {
+        "method": ["ddnp", "magnitude"],
+        "model": ["resnet20", "resnet20"],
+        "data set": ["CIFAR-10 (JPEG)", "CIFAR-10 (JPEG)"],
+        "p": ["0.5", "0.5"],
+        "FLOPs as": ["macs", "macs"],
+        "fine-tuning epochs": ["5", "5"],
+        "seeds": ["3", "1"],
+        "FLOPs removed (%)": ["47.50 ± 2.50", "47.50"],
+        "parameters removed (%)": ["50.00 ± 0.00", "50.00"],
+        "base top-1 (%)": ["92.00 ± 0.00", "92.00"],
+        "before fine-tuning": ["61.25 ± 0.00", "61.25"],
+        "after fine-tuning": ["91.67 ± 0.76", "90.00"],
+        "change": ["-0.33 ± 0.76", "-2.00"],
+        "base, fine-tuned in the same way": ["92.25 ± 0.00", "-"],
+        "change to that": ["-0.58 ± 0.76", "-"],
+        "seconds": ["1295 ± 0", "1295"],
     }
-    assert len({len(line) for line in (header, rule, ddnp, magnitude)}) == 1
-    assert rest == [
-        "",
-        "Several seeds: mean ± sample standard deviation. Accuracies: test set, last epoch. Seconds: all stages.",
-    ]
+    assert compared(seeds[0], changed(seed=1))["change to that"] == ["-"]  # not every seed has it
+    assert "|\n\nSeveral seeds: mean ± sample standard deviation. Accuracies: test set, last" in report.compare([one])
 
 
 @pytest.mark.parametrize(
@@ -289,32 +339,76 @@ def test_compare_takes_mean_and_deviation_over_seeds():
         {"variant": "scalar"},
         {"dataset": "CIFAR-10"},
         {"flops_convention": "authors"},
-        {"budget": RESULTS["budget"] | {"kind": "params"}},
-        {"epochs": {"base": 200, "search": 200, "finetune": 50}},
+        {"budget": dataclasses.replace(REPORT.budget, kind="params")},
+        {"epochs": dataclasses.replace(REPORT.epochs, finetune=50)},
     ],
 )
 def test_compare_averages_only_what_differs_in_the_seed_alone(other):
-    lines = report.compare([reported(seed=0), reported(seed=1, **other)]).splitlines()
-    assert [line.split("|")[7].strip() for line in lines[2:4]] == ["1", "1"]
+    assert compared(changed(seed=0), changed(seed=1, **other))["seeds"] == ["1", "1"]
 
 
 def test_compare_refuses_the_same_seed_twice():
     with pytest.raises(
         ValueError, match=r"Two reports of ddnp on resnet20 with p=0\.5 have seed 3; give each run once"
     ):
-        report.compare([reported(), reported()])
+        report.compare([REPORT, REPORT])
 
 
-def test_compare_names_the_report_and_key_that_is_missing():
-    incomplete = {name: value for name, value in reported(seed=4).items() if name != "delta_top1"}
-    with pytest.raises(ValueError, match="report 2 has no 'delta_top1'; every report"):
-        report.compare([reported(), incomplete])
+def test_reports_of_older_versions_are_read():
+    paths = sorted((ROOT / "results").rglob("report.json"))
+    reports = {path.parent.name: report.read(path) for path in paths}
+    assert len(reports) == len(paths) == 11
+    old = reports["digits_r20"]  # written before there was a choice of budgets
+    assert (old.budget.kind, old.budget.before, old.p_name, old.control, old.training) == (
+        "flops",
+        10027008,
+        "0.5",
+        None,
+        {},
+    )
+    assert reports["magnitude"].was_run("finetune") and not reports["magnitude"].was_run("search")
+    columns = compared(*reports.values())
+    assert columns["seeds"] == ["1", "1", "1", "1", "2", "2", "2", "1"]
+    assert columns["fine-tuning epochs"] == ["2", "2", "2", "2", "1", "1", "1", "10"]
+    assert columns["after fine-tuning"][-1] == "99.72"
 
 
-def test_a_report_that_cannot_be_compared_is_named(tmp_path, monkeypatch):
-    damaged = tmp_path / "report.json"
-    damaged.write_text("{")
-    for path, message in ((damaged, f"error: {damaged} is not JSON"), (tmp_path / "none.json", "none.json")):
-        monkeypatch.setattr(sys, "argv", ["compare", str(path)])
-        with pytest.raises(SystemExit, match=message):
-            runpy.run_module("experiments.compare", run_name="__main__")
+def compare_file(monkeypatch, path):
+    """What the command says of a file that it cannot read."""
+    monkeypatch.setattr(sys, "argv", ["compare", str(path)])
+    with pytest.raises(SystemExit) as error:
+        runpy.run_module("experiments.compare", run_name="__main__")
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"pruned_top1": ...}, "pruned_top1 is missing"),
+        ({"seconds": {"base": 1.0, "search": 1.0}}, "seconds.finetune is missing"),
+        ({"latency_ms": {"batch": 1, "before": 2.0}}, "latency_ms.after is missing"),
+        ({"latency_ms": None}, "latency_ms must be values by name"),
+        ({"training": {"base": {"images": 3}}}, "training.base.steps is missing"),
+        ({"widths": [10, "a"]}, "widths=[10, 'a'] must be numbers"),
+        ({"gate_names": [1]}, "gate_names=[1] must be texts"),
+        ({"best_pruned_validation_top1": "high"}, "best_pruned_validation_top1='high' must be a number"),
+    ],
+)
+def test_compare_names_the_file_and_the_key_that_is_missing_or_damaged(workdir, monkeypatch, changes, what):
+    path = workdir / "report.json"
+    values = {key: value for key, value in (REPORT.to_json() | changes).items() if value is not ...}
+    path.write_text(json.dumps(values))
+    advice = "give the command of that run again, which writes its report anew."
+    assert compare_file(monkeypatch, path) == f"error: {path}: {what}; {advice}"
+
+
+def test_compare_names_a_file_that_is_no_report(tmp_path, monkeypatch):
+    path = tmp_path / "report.json"
+    assert str(path) in compare_file(monkeypatch, path)
+    for content, message in (
+        (b"{", f"error: {path} is not JSON"),
+        (b"\xff", "is not JSON"),
+        (b"[]", "the whole must be"),
+    ):
+        path.write_bytes(content)
+        assert message in compare_file(monkeypatch, path)

@@ -10,6 +10,7 @@ from test_pipeline import Own, tiny
 from configs import digits_r20
 from ddnp_jax import models
 from ddnp_jax.training import loop
+from ddnp_jax.training.log import MetricsLog
 from experiments import ddnp_figures, nppm_figures, sweep
 
 CURVES = {
@@ -32,7 +33,7 @@ def test_summary_gives_the_last_values():
     assert [cell.strip() for cell in lines[3].strip("|").split("|")] == ["DG", "7.000 ± 0.000", "-"]
 
 
-def test_publish_writes_a_picture_with_a_line_per_setting(tmp_path):
+def test_publish_writes_a_plot_with_a_line_per_setting(tmp_path):
     panels = (sweep.Panel("a", "loss", "loss", ("PN", "DG"), scale=2.0), sweep.Panel("b", "test_top1", "%", ("PN",)))
     sweep.publish(tmp_path, "title", panels, CURVES)
     assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
@@ -119,10 +120,10 @@ def test_a_part_of_a_figure_goes_on_and_keeps_its_base(tmp_path, monkeypatch):
     ("settings", "message"),
     [
         (["PM"], r"--setting='PM' is unknown; use one of 'PN', 'DG'"),
-        (["DG", "LR"], r"no picture of the figure shows only the settings of --setting"),
+        (["DG", "LR"], r"no plot of the figure shows only the settings of --setting"),
     ],
 )
-def test_settings_that_make_no_picture_are_refused(settings, message, tmp_path, monkeypatch):
+def test_settings_that_make_no_plot_are_refused(settings, message, tmp_path, monkeypatch):
     command_line(monkeypatch, 1, *settings)
     with pytest.raises(ValueError, match=message):
         nppm_figures.draw(digits_r20.get_config("nppm"), tmp_path)
@@ -134,6 +135,7 @@ def test_the_searches_share_a_base(tmp_path, monkeypatch):
     class Job:
         def __init__(self, config, workdir):
             self.config, self.workdir, self.weights = config, workdir, config.base.weights
+            self.log = MetricsLog(workdir / "metrics.jsonl")
             self.network = SimpleNamespace(bind=lambda variables: (None, variables))
 
     def search(job, variables, seeds):

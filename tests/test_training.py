@@ -491,3 +491,7 @@ def test_rewinding_the_log_drops_later_lines_of_the_stage_alone(tmp_path):
         {"stage": "base", "step": 50, "loss": 1.0},
         {"stage": "search", "step": 3, "loss": 1.0},
     ]
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "metrics.jsonl").write_bytes(whole.replace(b'"step": 50', b'"step": '))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1, is not JSON .*; repair or delete the line\.$"):
+        lines.rewind("search", 3)

@@ -5,6 +5,6 @@ from ddnp_jax import extras
 with extras.needed_by("ddnp_jax.pipeline"):
     from ddnp_jax.pipeline.job import Run, prepare, run
     from ddnp_jax.pipeline.results import summarize
-    from ddnp_jax.pipeline.stages import base, cut, finetune, search, search_curves
+    from ddnp_jax.pipeline.stages import base, control, cut, finetune, search, search_curves
 
-__all__ = ["Run", "base", "cut", "finetune", "prepare", "run", "search", "search_curves", "summarize"]
+__all__ = ["Run", "base", "control", "cut", "finetune", "prepare", "run", "search", "search_curves", "summarize"]

@@ -23,7 +23,8 @@ from ddnp_jax.saved import load_pruned, save_pruned
 from ddnp_jax.topology import Topology, trace
 from ddnp_jax.training.log import MetricsLog
 
-_MAY_DIFFER = ("data.threads",)  # fields of the configuration that may change when a run resumes
+# Fields of the configuration that may change when a run resumes: neither changes the pruned network.
+_MAY_DIFFER = ("data.threads", "finetune.control")
 _WRITTEN = ("results.json", "metrics.jsonl", *STAGES)  # in a workdir that has been used
 
 
@@ -59,18 +60,22 @@ class Run:
     results: Results
     outputs: Outputs = None
 
-    def stage_steps(self, section: Stage) -> tuple[int, int]:
-        """(steps in all, steps per epoch) of a section of the configuration; an update may take several."""
-        config = self.config.stage(section)
-        updates = data.steps_per_epoch(len(_indices(self.dataset, section)), config.batch_size)
+    def stage_images(self, stage: Stage) -> np.ndarray:
+        """Indices of the training images that a stage learns from."""
+        return _indices(self.dataset, stage)
+
+    def stage_steps(self, stage: Stage) -> tuple[int, int]:
+        """(steps in all, steps per epoch) of a stage; an update may take several."""
+        config = self.config.stage(stage)
+        updates = data.steps_per_epoch(len(self.stage_images(stage)), config.batch_size)
         per_epoch = updates * config.micro_batches
         return config.epochs * per_epoch, per_epoch
 
-    def host_batches(self, section: Stage, augment: bool, first: int, last: int) -> Any:
+    def host_batches(self, stage: Stage, augment: bool, first: int, last: int) -> Any:
         """What the host reads for the steps `first` to `last` - 1 of a stage, this process's part, chunk by chunk."""
-        config, images = self.config.stage(section), self.dataset.train
+        config, images = self.config.stage(stage), self.dataset.train
         batches = data.batches(
-            _indices(self.dataset, section), config.step_batch, self.config.seed, process=parallel.process()
+            self.stage_images(stage), config.step_batch, self.config.seed, process=parallel.process()
         )
         read = functools.partial(images.read, seed=self.config.seed if augment else None)
         return data.read_ahead(batches[first:last], read, images.threads, config.chunk_steps)
@@ -89,12 +94,12 @@ def _local_batch(config: Config) -> int:
     return config.eval_batch_size // jax.device_count()
 
 
-def _indices(dataset: data.Dataset, section: Stage) -> np.ndarray:
+def _indices(dataset: data.Dataset, stage: Stage) -> np.ndarray:
     """Training images of a stage: base training leaves the search's images out, fine-tuning adds them."""
     splits = dataset.splits
-    if section == "search":
+    if stage == "search":
         return splits["search"]
-    return splits["train"] if section == "base" else np.sort(np.concatenate([splits["train"], splits["search"]]))
+    return splits["train"] if stage == "base" else np.sort(np.concatenate([splits["train"], splits["search"]]))
 
 
 def prepare(
@@ -259,6 +264,8 @@ def run(
     small, small_variables = stages.cut(job, variables, selection)
     tuned = stages.finetune(job, variables, small, small_variables)
     parallel.on_first_process(lambda: _save(job, small, tuned))
+    if job.config.finetune.control:
+        stages.control(job, variables)
     return report.write(job.workdir, summarize(job, selection))
 
 

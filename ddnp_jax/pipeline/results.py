@@ -8,8 +8,10 @@ import jax
 import numpy as np
 
 from ddnp_jax import files, parallel
-from ddnp_jax.config import STAGES, Stage
+from ddnp_jax.config import STAGES, Config, Stage, TrainerConfig
 from ddnp_jax.cost import flops
+from ddnp_jax.methods import AdamW
+from ddnp_jax.pipeline.report import Cost, Latency, PerStage, Report, Training, Verification
 from ddnp_jax.topology import Selection
 from ddnp_jax.training import loop
 
@@ -19,8 +21,9 @@ if TYPE_CHECKING:
 # What `results.json` holds of a stage and of what is made of it before the next.
 _OF_STAGE = {
     "base": ("base",),
-    "search": ("proposed_p", "search_notes", "verification", "unfinetuned"),
+    "search": ("proposed_p", "search_notes", "search_steps", "verification", "unfinetuned"),
     "finetune": ("pruned", "latency_ms"),
+    "control": ("control",),
 }
 
 
@@ -49,46 +52,86 @@ class Results:
         parallel.on_first_process(lambda: files.write_json(self._path, kept))
 
 
-def summarize(job: "Run", selection: Selection) -> dict[str, Any]:
-    """Everything that the report says, as one flat dictionary."""
+def summarize(job: "Run", selection: Selection) -> Report:
+    """What the run has shown."""
     config, topology, results = job.config, job.topology, job.results.read()
-    convention, budget = config.budget.convention, job.budget
+    convention, widths = config.budget.convention, selection.widths
+    control = results["control"] if config.finetune.control else {}
+    training = _training(job, results["search_steps"])
+    return Report(
+        method=config.search.method,
+        variant=config.variant,
+        model=job.name,
+        dataset=job.dataset.name,
+        preprocessing=job.dataset.serving(),
+        seed=config.seed,
+        p=job.budget.p,
+        budget=_cost(job, selection),
+        flops_convention=convention,
+        base_top1=results["base"]["top1"],
+        base_top5=results["base"]["top5"],
+        control_top1=control.get("top1"),
+        control_top5=control.get("top5"),
+        unfinetuned_top1=results["unfinetuned"]["top1"],
+        unfinetuned_top5=results["unfinetuned"]["top5"],
+        pruned_top1=results["pruned"]["top1"],
+        pruned_top5=results["pruned"]["top5"],
+        best_pruned_validation_top1=job.log.best("finetune"),
+        test_images=len(job.dataset.test),
+        flops_total_before=flops.total(topology, None, convention),
+        flops_total_after=flops.total(topology, widths, convention),
+        flops_prunable_before=flops.prunable(topology, None, convention),
+        flops_prunable_after=flops.prunable(topology, widths, convention),
+        params_before=flops.parameters(topology),
+        params_after=flops.parameters(topology, widths),
+        gate_names=tuple(gate.name for gate in topology.gates),
+        widths_before=topology.widths,
+        widths=widths,
+        seconds=PerStage(**{stage: loop.seconds(job.workdir / stage) for stage in STAGES}),
+        epochs=PerStage(**{stage: config.stage(stage).epochs for stage in STAGES}),
+        training=training,
+        batch_norm="synced" if config.parallel.sync_batch_norm else "per device",
+        precision=np.dtype(getattr(job.network.model, "dtype", None) or np.float32).name,
+        devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        latency_ms=Latency(**results["latency_ms"]),
+        verification=Verification(**results["verification"]),
+        notes=(*config.notes, *job.dataset.notes, *results["search_notes"], *_fitted(job, results["proposed_p"])),
+    )
+
+
+def _cost(job: "Run", selection: Selection) -> Cost:
+    budget = job.budget
+    after = budget.cost(selection.widths)
+    return Cost(kind=job.config.budget.kind, unit=budget.counted.unit, before=budget.total, after=after)
+
+
+def _training(job: "Run", search_steps: int) -> dict[str, Training]:
+    """What every stage that takes steps learns from."""
+    config = job.config
+    steps = {stage: job.stage_steps(stage)[0] for stage in STAGES}
+    steps["search"] = search_steps
+    if job.weights is not None:
+        steps["base"] = 0
+    if not config.finetune.control:
+        steps["control"] = 0
     return {
-        "method": config.search.method,
-        "variant": config.variant,
-        "model": job.name,
-        "dataset": job.dataset.name,
-        "preprocessing": job.dataset.serving(),
-        "seed": config.seed,
-        "p": budget.p,
-        "budget": {
-            "kind": config.budget.kind,
-            "unit": budget.counted.unit,
-            "before": budget.total,
-            "after": budget.cost(selection.widths),
-        },
-        "flops_convention": convention,
-        **{f"{stage}_{k}": results[stage][k] for stage in ("base", "unfinetuned", "pruned") for k in ("top1", "top5")},
-        "best_pruned_validation_top1": job.log.best("finetune"),
-        "test_images": len(job.dataset.test),
-        "flops_total_before": flops.total(topology, None, convention),
-        "flops_total_after": flops.total(topology, selection.widths, convention),
-        "flops_prunable_before": flops.prunable(topology, None, convention),
-        "flops_prunable_after": flops.prunable(topology, selection.widths, convention),
-        "params_before": flops.parameters(topology),
-        "params_after": flops.parameters(topology, selection.widths),
-        "gate_names": [gate.name for gate in topology.gates],
-        "widths_before": list(topology.widths),
-        "widths": list(selection.widths),
-        "seconds": {stage: loop.seconds(job.workdir / stage) for stage in STAGES},
-        "epochs": {stage: config.stage(stage).epochs for stage in STAGES},
-        "batch_norm": "synced" if config.parallel.sync_batch_norm else "per device",
-        "precision": np.dtype(getattr(job.network.model, "dtype", None) or np.float32).name,
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "latency_ms": results["latency_ms"],
-        "verification": results["verification"],
-        "notes": [*config.notes, *job.dataset.notes, *results["search_notes"], *_fitted(job, results["proposed_p"])],
+        stage: Training(
+            images=len(job.stage_images(stage)),
+            steps=steps[stage],
+            batch_size=config.stage(stage).batch_size,
+            learning_rates=_learning_rates(config, stage),
+        )
+        for stage in STAGES
+        if steps[stage]
     }
+
+
+def _learning_rates(config: Config, stage: Stage) -> dict[str, float]:
+    section = config.stage(stage)
+    if isinstance(section, TrainerConfig):
+        return {"sgd": section.learning_rate}
+    fields = vars(section.method_fields())
+    return {name: value.learning_rate for name, value in fields.items() if isinstance(value, AdamW)}
 
 
 def _fitted(job: "Run", proposed: float | None) -> list[str]:

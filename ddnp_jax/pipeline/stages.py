@@ -1,4 +1,4 @@
-"""The stages of the main job: base training, search, cut and fine-tuning. Each resumes from the workdir."""
+"""The stages of the main job: base training, search, cut, fine-tuning and control. Each resumes from the workdir."""
 
 import functools
 import time
@@ -41,6 +41,7 @@ def search(job: "Run", variables: Any) -> Selection:
         state = _run_stage(job, "search", method.step, state, variables, evaluate)
     job.results.measured("proposed_p", lambda: _proposed_p(job, method, state))
     job.results.measured("search_notes", lambda: method.notes)
+    job.results.measured("search_steps", lambda: method.steps)
     selection = methods.select(method, state, job.budget)
     parallel.on_first_process(lambda: selection.save(job.workdir / "selection.json"))
     return selection
@@ -116,15 +117,27 @@ def cut(job: "Run", variables: Any, selection: Selection) -> tuple[Network, Any]
 
 def finetune(job: "Run", variables: Any, small: Network, small_variables: Any) -> Any:
     """Trains the smaller network with the base trainer."""
+    tuned = _tuned(job, "finetune", variables, small, small_variables)
+    job.results.measured("pruned", lambda: _test(job, small, tuned))
+    job.results.measured("latency_ms", lambda: _latency(job, [(job.network, variables), (small, tuned)]))
+    return tuned
+
+
+def control(job: "Run", variables: Any) -> Any:
+    """Fine-tunes the unpruned network, from its base weights, in every respect as the smaller one was."""
+    tuned = _tuned(job, "control", variables, job.network, variables)
+    job.results.measured("control", lambda: _test(job, job.network, tuned))
+    return tuned
+
+
+def _tuned(job: "Run", stage: Literal["finetune", "control"], variables: Any, network: Network, start: Any) -> Any:
+    """A network after fine-tuning from `start`; `variables` are those of the unpruned one, which may teach it."""
     config = job.config.finetune
     teacher, constants = None, None
     if config.distillation_weight:
         teacher = training.Distillation(job.network, config.distillation_weight, config.distillation_temperature)
         constants = variables
-    tuned = _train(job, "finetune", small, small_variables, teacher, constants)
-    job.results.measured("pruned", lambda: _test(job, small, tuned))
-    job.results.measured("latency_ms", lambda: _latency(job, [(job.network, variables), (small, tuned)]))
-    return tuned
+    return _train(job, stage, network, start, teacher, constants)
 
 
 def initial_variables(network: Network, image_shape: Sequence[int], seed: int) -> Any:
@@ -153,23 +166,23 @@ def optimizer(config: TrainerConfig, steps_per_epoch: int) -> optax.GradientTran
 
 def _train(
     job: "Run",
-    section: Literal["base", "finetune"],
+    stage: Literal["base", "finetune", "control"],
     network: Network,
     variables: Any,
     distillation: training.Distillation | None = None,
     constants: Any = None,
 ) -> Any:
     """One run of the trainer; returns the variables after the last step."""
-    config = job.config.base if section == "base" else job.config.finetune
+    config = job.config.base if stage == "base" else job.config.finetune
     test = _evaluator(job, network, job.dataset.train)
-    sgd = optimizer(config, job.stage_steps(section)[1])
+    sgd = optimizer(config, job.stage_steps(stage)[1])
     step = training.train_step(
         network, sgd, label_smoothing=config.label_smoothing, outputs=job.outputs, distillation=distillation
     )
     held_out = job.dataset.splits["validation"]
     state = _run_stage(
         job,
-        section,
+        stage,
         step,
         training.init_state(network, variables, sgd),
         constants,
@@ -180,21 +193,21 @@ def _train(
 
 def _run_stage(
     job: "Run",
-    section: Stage,
+    name: Stage,
     step: training.Step,
     state: Any,
     constants: Any,
     evaluate: Callable[[Any], dict[str, float]],
 ) -> Any:
-    config = job.config.stage(section)
-    steps, per_epoch = job.stage_steps(section)
-    folder = job.workdir / section
-    stage = loop.Stage(section, folder, steps, per_epoch, config.step_batch, config.chunk_steps, config.save_every)
+    config = job.config.stage(name)
+    steps, per_epoch = job.stage_steps(name)
+    folder = job.workdir / name
+    stage = loop.Stage(name, folder, steps, per_epoch, config.step_batch, config.chunk_steps, config.save_every)
     chunk = _over_devices(job, step, config.augment)
 
     def host_batches(first: int) -> Any:  # called only where there are steps to take
-        job.results.forget(section)
-        return job.host_batches(section, config.augment, first, steps)
+        job.results.forget(name)
+        return job.host_batches(name, config.augment, first, steps)
 
     return loop.fit_stage(stage, chunk, state, job.constants(constants), host_batches, evaluate, job.log)
 

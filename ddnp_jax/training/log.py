@@ -1,12 +1,13 @@
 """`metrics.jsonl`: what a run has measured over time."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from ddnp_jax import files
+from ddnp_jax import files, parallel
 
 
 class MetricsLog:
@@ -16,24 +17,54 @@ class MetricsLog:
         self._path = path
 
     def rewind(self, stage: str, step: int) -> None:
-        """Drops the lines of `stage` after `step`: they will be written again."""
-        if jax.process_index() == 0 and self._path.exists():
-            lines = self._path.read_text().splitlines(keepends=True)
-            entries = ((line, json.loads(line)) for line in lines if line.endswith("\n"))
-            kept = [line for line, entry in entries if entry["stage"] != stage or entry["step"] <= step]
-            files.write_text(self._path, "".join(kept))
+        """Drops the lines of `stage` after `step`, which will be written again, and a last line that was cut off.
+
+        Every process must call.
+
+        Raises:
+          ValueError: A line is damaged; its number is named.
+        """
+        parallel.on_first_process(lambda: self._rewind(stage, step))
+
+    def _rewind(self, stage: str, step: int) -> None:
+        lines = [line for line in self._content().splitlines(keepends=True) if line.endswith(b"\n")]
+        entries = zip(lines, self._entries(lines), strict=True)
+        kept = [line for line, entry in entries if entry["stage"] != stage or entry["step"] <= step]
+        files.write_bytes(self._path, b"".join(kept))
+
+    def lines(self, stage: str) -> list[dict[str, Any]]:
+        """What was logged of a stage, in order; nothing where it took no steps, or where its log is lost.
+
+        Raises:
+          ValueError: A line is damaged; its number is named.
+        """
+        return [entry for entry in self._entries(self._content().splitlines()) if entry["stage"] == stage]
 
     def best(self, stage: str) -> float | None:
-        """Highest top-1 accuracy of a stage on held-out training images, in percent; None of no steps."""
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        entries = [json.loads(line) for line in lines]
-        found = [
-            entry["validation_top1"] for entry in entries if entry["stage"] == stage and "validation_top1" in entry
-        ]
-        return max(found, default=None)
+        """Highest top-1 accuracy of a stage on held-out training images, in percent; None where none was logged."""
+        lines = self.lines(stage)
+        return max((line["validation_top1"] for line in lines if "validation_top1" in line), default=None)
 
     def write(self, stage: str, step: int, **values: Any) -> None:
         """Appends one line."""
         if jax.process_index() == 0:
             with self._path.open("a") as file:
                 file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
+
+    def _content(self) -> bytes:
+        return self._path.read_bytes() if self._path.exists() else b""
+
+    def _entries(self, lines: Sequence[bytes]) -> list[dict[str, Any]]:
+        return [self._entry(line, number) for number, line in enumerate(lines, start=1)]
+
+    def _entry(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise self._damaged(number, f"is not JSON ({error})") from error
+        if not (isinstance(entry, dict) and {"stage", "step"} <= entry.keys()):
+            raise self._damaged(number, "has no stage and step")
+        return entry
+
+    def _damaged(self, number: int, what: str) -> ValueError:
+        return ValueError(f"{self._path}, line {number}, {what}; repair or delete the line.")

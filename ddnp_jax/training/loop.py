@@ -1,4 +1,4 @@
-"""The loop of a stage of the job, base training, search or fine-tuning: it logs, evaluates, saves and resumes."""
+"""The loop of a stage of the job, a training or the search: it logs, evaluates, saves and resumes."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ class Stage:
     """A stage of the run, one folder of the workdir.
 
     Attributes:
-      name: "base", "search" or "finetune".
+      name: "base", "search", "finetune" or "control".
       folder: Folder of its checkpoints.
       steps: Number of steps in all.
       steps_per_epoch: Steps per epoch, for the log.

@@ -1,0 +1,28 @@
+"""What a run has shown: `report.json`, `report.md` and two plots; and one table over several runs.
+
+Figures are rounded once, where they are printed; `report.json` keeps all digits.
+"""
+
+from ddnp_jax.pipeline.report.compare import compare
+from ddnp_jax.pipeline.report.figures import COLORS, plain_axes, write_figure
+from ddnp_jax.pipeline.report.schema import Cost, Latency, PerStage, Report, Training, Verification
+from ddnp_jax.pipeline.report.storage import read, write
+from ddnp_jax.pipeline.report.tables import table
+from ddnp_jax.pipeline.report.text import CONVENTIONS
+
+__all__ = [
+    "COLORS",
+    "CONVENTIONS",
+    "Cost",
+    "Latency",
+    "PerStage",
+    "Report",
+    "Training",
+    "Verification",
+    "compare",
+    "plain_axes",
+    "read",
+    "table",
+    "write",
+    "write_figure",
+]

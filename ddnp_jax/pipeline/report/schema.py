@@ -1,0 +1,193 @@
+"""What a run has shown, as one typed record: what `report.json` holds."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ddnp_jax.config import Stage
+
+# What `report.json` holds besides the fields of `Report`: figures that follow from these.
+_DERIVED = (
+    *("delta_top1", "delta_top5", "delta_control_top1", "delta_control_top5"),
+    *("flops_reduction", "params_reduction", "p_reached"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """The cost that the budget counts.
+
+    Attributes:
+      kind: Kind of the budget: "flops", "params" or "latency".
+      unit: Unit of both costs.
+      before: Cost of the unpruned network.
+      after: Cost of the pruned one.
+    """
+
+    kind: str
+    unit: str
+    before: float
+    after: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Measured time of a forward pass on one device.
+
+    Attributes:
+      batch: Number of images.
+      before: Milliseconds of the unpruned network.
+      after: Milliseconds of the pruned one.
+    """
+
+    batch: int
+    before: float
+    after: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verification:
+    """How near the cut network is to the masked one; see `compact.Verification`."""
+
+    max_difference: float
+    argmax_agreement: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PerStage:
+    """One number per stage."""
+
+    base: float
+    search: float
+    finetune: float
+    control: float = 0
+
+    def of(self, stage: Stage) -> float:
+        """The number of a stage."""
+        return getattr(self, stage)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """What a stage learned from.
+
+    Attributes:
+      images: Number of its training images.
+      steps: Number of steps that it took.
+      batch_size: Images per update, over all devices.
+      learning_rates: Highest learning rate of each optimizer, by the optimizer's name.
+    """
+
+    images: int
+    steps: int
+    batch_size: int
+    learning_rates: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """The result of a run; percent for accuracies (of the test set) and reductions."""
+
+    method: str
+    variant: str = "default"  # name of the method's form
+    model: str
+    dataset: str
+    preprocessing: Mapping[str, Any] | None = None  # what is done to an image first, `Dataset.serving`
+    seed: int
+    p: float  # part of the budgeted cost that may remain
+    budget: Cost
+    flops_convention: str  # "macs" or "authors"
+    base_top1: float  # with the weights that the search starts from
+    base_top5: float
+    control_top1: float | None = None  # the base, fine-tuned as the pruned network was; None where not asked for
+    control_top5: float | None = None
+    unfinetuned_top1: float  # the pruned network before fine-tuning
+    unfinetuned_top5: float
+    pruned_top1: float
+    pruned_top5: float
+    best_pruned_validation_top1: float | None = None  # in fine-tuning, on held-out images; None where none was logged
+    test_images: int
+    flops_total_before: float  # the whole network
+    flops_total_after: float
+    flops_prunable_before: float  # the layers that pruning can touch
+    flops_prunable_after: float
+    params_before: int
+    params_after: int
+    gate_names: tuple[str, ...]
+    widths_before: tuple[int, ...]  # channels of each gate
+    widths: tuple[int, ...]
+    seconds: PerStage  # over all runs of the stage; 0 where it was not run
+    epochs: PerStage  # as configured, also where the stage was not run
+    training: Mapping[str, Training] = dataclasses.field(default_factory=dict)  # of stages that took steps
+    batch_norm: str  # where batch statistics are taken: "synced" or "per device"
+    precision: str
+    devices: str
+    latency_ms: Latency
+    verification: Verification
+    notes: tuple[str, ...]
+
+    @property
+    def method_name(self) -> str:
+        """The method, and its form where that has a name of its own."""
+        return self.method if self.variant in ("default", self.method) else f"{self.method} ({self.variant})"
+
+    @property
+    def p_name(self) -> str:
+        """p, and what it is a part of where that is not the FLOPs."""
+        return f"{self.p:g}" if self.budget.kind == "flops" else f"{self.p:g} ({self.budget.kind})"
+
+    @property
+    def title(self) -> str:
+        """One line that names the run."""
+        return f"{self.method_name}, {self.model} on {self.dataset}, p = {self.p_name}"
+
+    @property
+    def delta_top1(self) -> float:
+        """Points of accuracy by which the pruned network is above the base."""
+        return self.pruned_top1 - self.base_top1
+
+    @property
+    def delta_top5(self) -> float:
+        """The same of top-5 accuracy."""
+        return self.pruned_top5 - self.base_top5
+
+    @property
+    def control(self) -> tuple[float, float] | None:
+        """Top-1 and top-5 accuracy of the base, fine-tuned in the same way; None where that was not asked for."""
+        top1, top5 = self.control_top1, self.control_top5
+        return None if top1 is None or top5 is None else (top1, top5)
+
+    @property
+    def delta_control_top1(self) -> float | None:
+        """Points of accuracy by which the pruned network is above that base."""
+        return self.pruned_top1 - self.control[0] if self.control else None
+
+    @property
+    def delta_control_top5(self) -> float | None:
+        """The same of top-5 accuracy."""
+        return self.pruned_top5 - self.control[1] if self.control else None
+
+    @property
+    def flops_reduction(self) -> float:
+        """Part of the whole network's FLOPs that is removed."""
+        return 100 * (1 - self.flops_total_after / self.flops_total_before)
+
+    @property
+    def params_reduction(self) -> float:
+        """Part of the parameters that is removed."""
+        return 100 * (1 - self.params_after / self.params_before)
+
+    @property
+    def p_reached(self) -> float:
+        """Part of the budgeted cost that remains."""
+        return self.budget.after / self.budget.before
+
+    def was_run(self, stage: Stage) -> bool:
+        """Whether a stage took steps; reports of older versions say it by their seconds alone."""
+        return stage in self.training if self.training else self.seconds.of(stage) > 0
+
+    def to_json(self) -> dict[str, Any]:
+        """What `report.json` holds, in values of JSON."""
+        values = dataclasses.asdict(self) | {name: getattr(self, name) for name in _DERIVED}
+        return json.loads(json.dumps(values))

@@ -1,0 +1,67 @@
+"""The files of a report: written into the workdir, and read again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ddnp_jax import fields, files, parallel
+from ddnp_jax.pipeline.report import figures, text
+from ddnp_jax.pipeline.report.schema import Report
+from ddnp_jax.training.log import MetricsLog
+
+_ADVICE = "give the command of that run again, which writes its report anew"
+
+
+def write(workdir: str | Path, report: Report) -> dict[str, Any]:
+    """Writes `report.md`, `widths.png`, `search.png` and, when these are complete, `report.json` into the workdir.
+
+    `search.png` needs the lines of the search in `metrics.jsonl`. In a run of several processes all may call; the first
+    one writes.
+
+    Args:
+      workdir: Folder of the run, with its `metrics.jsonl`.
+      report: Result of the run.
+
+    Returns:
+      What `report.json` holds.
+
+    Raises:
+      ValueError: `metrics.jsonl` is damaged.
+    """
+    parallel.on_first_process(lambda: _write_files(Path(workdir), report))
+    return report.to_json()
+
+
+def _write_files(workdir: Path, report: Report) -> None:
+    search = MetricsLog(workdir / "metrics.jsonl").lines("search")
+    figures.write_figure(workdir / "widths.png", figures.widths_figure(report))
+    if search:
+        figures.write_figure(workdir / "search.png", figures.search_figure(report, search))
+    files.write_text(workdir / "report.md", text.markdown(report, has_curve=bool(search)))
+    files.write_json(workdir / "report.json", report.to_json())
+
+
+def read(path: str | Path) -> Report:
+    """Reads a `report.json`, of this version or an older one.
+
+    Raises:
+      ValueError: The file is damaged or lacks a key; the message names both.
+      OSError: The file cannot be read.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); {_ADVICE}.") from error
+    try:
+        return fields.built(Report, _with_budget(values))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {_ADVICE}.") from error
+
+
+def _with_budget(values: Any) -> Any:
+    """The values of a file; before there was a choice, every budget was of FLOPs, and the file does not say so."""
+    keys = ("flops_prunable_before", "flops_prunable_after")
+    if not isinstance(values, dict) or "budget" in values or not values.keys() >= {*keys}:
+        return values
+    before, after = (values[key] for key in keys)
+    return {**values, "budget": {"kind": "flops", "unit": "prunable FLOPs", "before": before, "after": after}}

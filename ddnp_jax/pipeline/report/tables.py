@@ -1,0 +1,105 @@
+"""The tables of a report, in Markdown."""
+
+from collections.abc import Sequence
+
+from ddnp_jax.config import STAGES, Stage
+from ddnp_jax.pipeline.report.schema import Report, Training
+
+CONTROL = "base, fine-tuned in the same way"  # how a report calls the control
+_STAGES: dict[Stage, str] = {
+    "base": "base training",
+    "search": "search",
+    "finetune": "fine-tuning",
+    "control": "fine-tuning of the base",
+}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
+    """A Markdown table whose source is aligned too; the columns after the first `text_columns` are figures."""
+    lengths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    sides = ["<"] * text_columns + [">"] * (len(header) - text_columns)
+    rule = ["-" * n if side == "<" else "-" * (n - 1) + ":" for n, side in zip(lengths, sides, strict=True)]
+    lines = [
+        " | ".join(f"{cell:{side}{n}}" for cell, side, n in zip(line, sides, lengths, strict=True))
+        for line in (header, rule, *rows)
+    ]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def change(before: float, after: float) -> str:
+    """A relative change in percent."""
+    return f"{100 * (after / before - 1):+z.2f} %"
+
+
+def result_table(report: Report) -> str:
+    """Accuracy and size of every network, and what pruning has changed."""
+    base, pruned = (report.base_top1, report.base_top5), (report.pruned_top1, report.pruned_top5)
+    latency = report.latency_ms
+    before = _size(report.flops_total_before, report.params_before, latency.before)
+    after = _size(report.flops_total_after, report.params_after, latency.after)
+    control = [[CONTROL, *_accuracy(report.control), *before]] if report.control else []
+    deltas = (ours - theirs for ours, theirs in zip(pruned, report.control or base, strict=True))
+    rows = [
+        ["base", *_accuracy(base), *before],
+        *control,
+        ["pruned, before fine-tuning", *_accuracy((report.unfinetuned_top1, report.unfinetuned_top5)), *after],
+        ["pruned, after fine-tuning", *_accuracy(pruned), *after],
+        [
+            "change, both fine-tuned" if control else "change, base to fine-tuned",
+            *(f"{delta:+z.2f}" for delta in deltas),
+            change(report.flops_total_before, report.flops_total_after),
+            change(report.params_before, report.params_after),
+            change(latency.before, latency.after),
+        ],
+    ]
+    return table(["network", "top-1 (%)", "top-5 (%)", "FLOPs", "parameters", "latency (ms)"], rows)
+
+
+def _accuracy(top1_top5: tuple[float, float]) -> list[str]:
+    return [f"{accuracy:.2f}" for accuracy in top1_top5]
+
+
+def _size(flops: float, params: int, milliseconds: float) -> list[str]:
+    return [f"{flops / 1e6:,.3f} M", f"{params / 1e6:,.3f} M", f"{milliseconds:.2f}"]
+
+
+def stage_table(report: Report) -> str:
+    """What every stage learned from, and how long it took."""
+    stages = [stage for stage in STAGES if stage != "control" or report.was_run("control")]
+    rows = [[_STAGES[stage], *_stage_figures(report, stage)] for stage in stages]
+    total = sum(report.seconds.of(stage) for stage in stages)
+    rows.append(["all", "", "", "", "", f"{total:,.0f}"])
+    return table(["stage", "images", "epochs", "batch", "learning rate", "seconds"], rows)
+
+
+def _stage_figures(report: Report, stage: Stage) -> list[str]:
+    if stage not in report.training:
+        return ["-", "-", "-", "-", "not run"]
+    training = report.training[stage]
+    return [
+        f"{training.images:,}",
+        f"{report.epochs.of(stage):g}",
+        str(training.batch_size),
+        _learning_rates(training),
+        f"{report.seconds.of(stage):,.0f}",
+    ]
+
+
+def _learning_rates(training: Training) -> str:
+    """The learning rate, or that of each optimizer by its short name; "-" where nothing is learned by gradients."""
+    rates = {name.removesuffix("_optimizer"): f"{rate:g}" for name, rate in training.learning_rates.items()}
+    if len(rates) < 2:
+        return "".join(rates.values()) or "-"
+    return ", ".join(f"{rate} ({name})" for name, rate in rates.items())
+
+
+def width_table(report: Report) -> str:
+    """The channels of every gate."""
+    gates = zip(report.gate_names, report.widths_before, report.widths, strict=True)
+    rows = [_width_row(f"`{name}`", before, after) for name, before, after in gates]
+    rows.append(_width_row("all", sum(report.widths_before), sum(report.widths)))
+    return table(["gate", "before", "after", "kept (%)"], rows)
+
+
+def _width_row(name: str, before: int, after: int) -> list[str]:
+    return [name, str(before), str(after), f"{100 * after / before:.1f}"]

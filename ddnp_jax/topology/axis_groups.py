@@ -156,8 +156,9 @@ class AxisGroups:
 
     def mark(self, axis: Axis, meanings: Iterable[str]) -> None:
         """Notes what the axis' groups are: `PIXELS`, `CHANNELS` or `FEATURES`."""
+        noted = frozenset(meanings)
         for part, _ in self.places(axis):
-            self._meanings.setdefault(part.group, set()).update(meanings)
+            self._meanings.setdefault(part.group, set()).update(noted)
 
     def meanings(self, axis: Axis) -> frozenset[str]:
         """Everything that was noted of the axis' groups."""

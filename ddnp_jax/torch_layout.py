@@ -215,7 +215,13 @@ def fitting_layout(network: Network, layout: Layout, shapes: Mapping[str, tuple[
         other = next(filter(None, (_weights_at(network, (n, n, channels)) for n in SIDES if n != side)), {})
         changing = {n: m for n, m in misfits.items() if other.get(n) != math.prod(layout.tensors[n].shape)}
         if changing:
-            layout = layout_at(network, (*_sides(network, channels, changing, source), channels))
+            fitting, name = _side(network, channels, changing), next(iter(changing))
+            if fitting is None:
+                raise ValueError(
+                    f"{source} does not fit the model with any square image: {name!r} has shape {shapes[name]}; give "
+                    "input_shape=(H, W, C), the shape of one image."
+                )
+            layout = layout_at(network, (fitting, fitting, channels))
     _check_known(layout, source)
     return layout
 
@@ -240,8 +246,8 @@ def _reads_pixels(tensor: Tensor) -> bool:
     return len(tensor.shape) == 2 and any(each.axis == 0 for each in tensor.flattened)
 
 
-def _sides(network: Network, channels: int, wanted: Mapping[str, int], source: str) -> tuple[int, int]:
-    """Sides of square images with which the tensors have as many numbers as wanted.
+def _side(network: Network, channels: int, wanted: Mapping[str, int]) -> int | None:
+    """Side of square images with which the tensors have as many numbers as wanted; None if there are no such images.
 
     Where pixels lie with channels on one axis, their number alone says in what order: H and W do not matter.
     """
@@ -255,13 +261,7 @@ def _sides(network: Network, channels: int, wanted: Mapping[str, int], source: s
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if excess(middle) >= 0 else (middle + 1, high)
-    fitting = next((side for side in (low, *SIDES) if _weights_at_are(network, (side, side, channels), wanted)), None)
-    if fitting is None:
-        raise ValueError(
-            f"{source} does not fit the model with any square image: its {next(iter(wanted))!r} has "
-            f"{next(iter(wanted.values())):,} numbers; give input_shape=(H, W, C), the shape of one image."
-        )
-    return fitting, fitting
+    return next((side for side in (low, *SIDES) if _weights_at_are(network, (side, side, channels), wanted)), None)
 
 
 def _weights_at_are(network: Network, input_shape: Sequence[int], wanted: Mapping[str, int]) -> bool:

@@ -130,7 +130,7 @@ def test_square_images_need_no_input_shape_and_others_that_have_as_many_pixels_a
         assert_same_network(reference, Vgg(), noise(3, *shape))
         return
     with pytest.raises(
-        ValueError, match=r"^the state dict does not fit .* 'flat.weight' has 720 .*give input_shape=\("
+        ValueError, match=r"^the state dict does not fit .* 'flat.weight' has shape \(720,\); give input_shape=\("
     ):
         torch_weights.load(reference.state_dict(), Vgg())
 
@@ -180,6 +180,19 @@ class TorchLeNet(tnn.Module):
 
 def test_lenet_whose_flatten_is_a_number():
     assert_same_network(seeded(TorchLeNet()), LeNet(), noise(3, 28, 28, 1))
+
+
+def test_a_flatten_by_a_number_that_divides_other_images_too():
+    """Of 224 x 224 pixels it makes 64 times as many images."""
+
+    class Divided(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(4, (3, 3), strides=4, padding=1, name="0")(x))
+            return nn.Dense(5, name="3")(x.reshape(-1, 7 * 7 * 4))
+
+    layers = [tnn.Conv2d(3, 4, 3, stride=4, padding=1), tnn.ReLU(), tnn.Flatten(), tnn.Linear(196, 5)]
+    assert_same_network(seeded(tnn.Sequential(*layers)), Divided(), noise(3, 28, 28, 3))
 
 
 def test_a_flatten_of_channels_first_stays():
@@ -237,8 +250,10 @@ def test_an_image_that_is_flattened_itself():
 
     reference = seeded(tnn.Sequential(tnn.Flatten(), tnn.Linear(4 * 6 * 3, 9), tnn.ReLU(), tnn.Linear(9, 5)))
     assert_same_network(reference, Mlp(), noise(3, 4, 6, 3), (4, 6, 3))
-    with pytest.raises(ValueError, match=r"give input_shape=\(H, W, C\), the shape of one image"):
-        torch_weights.load(reference.state_dict(), Mlp())
+    for rows in (72, 48):  # the latter could be 4 x 4 x 3 or 2 x 2 x 12
+        reference[1] = tnn.Linear(rows, 9)
+        with pytest.raises(ValueError, match=r"give input_shape=\(H, W, C\), the shape of one image"):
+            torch_weights.load(reference.state_dict(), Mlp())
 
 
 def test_rows_that_cannot_be_followed_are_refused():

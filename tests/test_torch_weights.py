@@ -156,6 +156,14 @@ def test_load_undoes_export(widths, seed):
     assert_same_variables(torch_weights.load(torch_weights.export(model, variables), model), variables)
 
 
+def test_a_network_for_grey_images_goes_there_and_back_without_their_shape(tmp_path):
+    """As the demonstration's: 8 x 8 pixels in one channel."""
+    variables = tiny().init(jax.random.key(0), np.zeros((1, 8, 8, 1)))
+    torch_weights.save(tmp_path, tiny(), variables)
+    assert load_file(tmp_path / "weights.safetensors")["conv1.weight"].shape == (16, 1, 3, 3)
+    assert_same_variables(torch_weights.load(tmp_path / "weights.safetensors", tiny()), variables)
+
+
 # The published checkpoints
 
 

@@ -64,7 +64,8 @@ def pytorch_forward(config: "Config", checkpoint: str, num_classes: int, channel
     from experiments import pytorch_models
 
     module = pytorch_models.create(config.model.name, num_classes, channels=channels, **config.model.attributes)
-    state = torch_weights.rename_aliases(torch_weights.read(checkpoint), module.state_dict())
+    wanted = module.state_dict()
+    state = torch_weights.rename_aliases(torch_weights.read(checkpoint, wanted), wanted)
     module.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in state.items()})
     device = torch.device("cuda" if on_gpu else "cpu")
     module = module.to(device, memory_format=torch.channels_last).eval()

@@ -570,3 +570,20 @@ def test_joining_divides_the_group_that_was_flattened():
     groups.join(other, flat)  # (6, 4) against (4, 6): 4 and 6 do not divide each other
     assert all(groups.reasons(f.group) for f in groups.factors(flat) + groups.factors(other))
     assert groups.join((Constant(5),), left := groups.new(5)) == left
+
+
+def flattened(model, shape=SHAPE):
+    """The flattened images on the axes of the variables, by path."""
+    variables = trace(model, shape).variables
+    return {
+        "/".join(v.path[1:]): [(each.axis, each.start, each.parts) for each in v.flattened]
+        for v in variables
+        if v.flattened
+    }
+
+
+def test_rows_behind_a_flatten_are_known_as_pixels_and_channels():
+    assert flattened(zoo.VGG()) == {"hidden/kernel": [(0, 0, ((16, True), (10, False)))]}
+    assert flattened(zoo.Multiplier(), (4, 6, 3))["classifier/kernel"][0][2][0][1] is False  # channels first
+    for model in (zoo.MobileNet(), zoo.PreActResNet(), models.create("shufflenet_v2_plus_small", 10)):
+        assert flattened(model, (32, 32, 3)) == {}

@@ -156,6 +156,14 @@ def test_load_undoes_export(widths, seed):
     assert_same_variables(torch_weights.load(torch_weights.export(model, variables), model), variables)
 
 
+def test_a_network_for_grey_images_goes_there_and_back_without_their_shape(tmp_path):
+    """As the demonstration's: 8 x 8 pixels in one channel."""
+    variables = tiny().init(jax.random.key(0), np.zeros((1, 8, 8, 1)))
+    torch_weights.save(tmp_path, tiny(), variables)
+    assert load_file(tmp_path / "weights.safetensors")["conv1.weight"].shape == (16, 1, 3, 3)
+    assert_same_variables(torch_weights.load(tmp_path / "weights.safetensors", tiny()), variables)
+
+
 # The published checkpoints
 
 
@@ -353,7 +361,7 @@ def test_a_file_with_code_is_refused_unopened(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1, 2], r"weights\.pth holds a list; give a state dict, as it is or under one of the keys state_dict, net\."),
+        ([1, 2], r"weights\.pth holds a list; give a state dict, as it is or under one of the keys state_dict, "),
         ({"epoch": 3, "weights": {}}, r"weights\.pth holds 'epoch', which is no tensor; give a state dict"),
         ({0: torch.zeros(3)}, r"weights\.pth holds 0, which is no tensor; give a state dict"),
     ],

@@ -147,6 +147,20 @@ class Network(abc.ABC):
                 f"{layout_note(images.shape)}"
             ) from error
 
+    def transposed(self, variables: Any, images: Any) -> Mapping[LeafPath, bool]:
+        """Kernels of the transposed convolutions that modules name as such; the others look like convolutions.
+
+        Args:
+          variables: Variables of the network, or their shapes.
+          images: One batch (N, H, W, C), or its shape.
+
+        Returns:
+          Per path, whether the kernel is (*spatial, out, in), that of the convolution that is transposed
+          (`transpose_kernel`), and not (*spatial, in, out).
+        """
+        del variables, images
+        return {}
+
     def bind(self, variables: Any) -> tuple[Any, Any]:
         """(model, variables) as their user holds them: the variables of an nnx module are inside of it."""
         return self.model, variables

@@ -160,6 +160,14 @@ class LinenNetwork(Network):
                 found[path] = {**found.get(path, {}), **new}
         return tuple(sorted((path, tuple(sorted(new.items()))) for path, new in found.items()))
 
+    def transposed(self, variables: Any, images: Any) -> Mapping[LeafPath, bool]:
+        """Kernels of every `ConvTranspose` that is called."""
+        return {
+            (PARAMETERS, *path, "kernel"): call.attributes["transpose_kernel"]
+            for path, call in self._calls(variables, images).items()
+            if issubclass(call.kind, nn.ConvTranspose)
+        }
+
     def with_sizes(self, sizes: Sizes) -> nn.Module:
         """The module in a wrapper that holds the sizes."""
         return Resized.of(self.module, sizes) if sizes else self.module

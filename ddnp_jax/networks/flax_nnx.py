@@ -103,6 +103,15 @@ class NnxNetwork(Network):
         found = ((path, tuple(_sizes_of(module).items())) for path, module in _modules(self.model).items())
         return tuple(sorted((path, own) for path, own in found if own))
 
+    def transposed(self, variables: Any, images: Any) -> Mapping[LeafPath, bool]:
+        """Kernels of every `ConvTranspose` inside."""
+        del variables, images
+        return {
+            (*path, "kernel"): module.transpose_kernel
+            for path, module in _modules(self.model).items()
+            if isinstance(module, nnx.ConvTranspose)
+        }
+
     def bind(self, variables: Any) -> tuple[Any, Any]:
         """(a module with the variables inside, None)."""
         return self._module(variables), None

@@ -225,7 +225,8 @@ def _given_weights(path: str, network: Network, topology: Topology) -> Any:
     if not file.exists():
         raise ValueError(f"base.weights={path!r} does not exist; give a PyTorch checkpoint, or '' to train.")
     if not file.is_dir():
-        return torch_weights.load(file, network.model, topology.input_shape)
+        loaded = torch_weights.load(file, network.model, topology.input_shape)
+        return as_network(loaded).variables(None) if network.kind == "nnx" else loaded
     loaded, variables = load_pruned(file, network.model)
     variables = as_network(loaded).variables(variables)
     try:

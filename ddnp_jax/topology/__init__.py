@@ -2,10 +2,11 @@
 
 from ddnp_jax.topology.axis_groups import Span
 from ddnp_jax.topology.trace import trace, variable_shapes
-from ddnp_jax.topology.types import Extent, Gate, Layer, Reader, Selection, Slice, Topology, Variable
+from ddnp_jax.topology.types import Extent, Flattened, Gate, Layer, Reader, Selection, Slice, Topology, Variable
 
 __all__ = [
     "Extent",
+    "Flattened",
     "Gate",
     "Layer",
     "Reader",

@@ -7,7 +7,7 @@ behind the other. Both may be nested.
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -74,6 +74,10 @@ class Span(NamedTuple):
 
 WHOLE_AXIS = Span()  # the channels and nothing else
 
+# What is known about the meaning of a group. Channels that a reshape divides may become pixels (pixel shuffling): they
+# become features, whose meaning is what is found out about them later, and else channels.
+PIXELS, CHANNELS, FEATURES = "pixels", "channels", "features"
+
 
 def free(size: int) -> Axis:
     """An axis along which the value is the same, so that it goes with any group."""
@@ -93,14 +97,16 @@ class AxisGroups:
         self._factors: dict[int, Axis] = {}
         self._segments: dict[int, tuple[Axis, ...]] = {}
         self._reasons: dict[int, dict[str, str]] = {}  # group -> kind of reason -> where it was first met
+        self._meanings: dict[int, set[str]] = {}
 
-    def new(self, size: int, kind: str | None = None, where: str = "") -> Axis:
-        """An axis in a group of its own, which stays whole when a `kind` of reason is given."""
+    def new(self, size: int, kind: str | None = None, where: str = "", like: Axis = ()) -> Axis:
+        """An axis in a group of its own with the meaning of `like`; it stays whole when a `kind` of reason is given."""
         if size == 1:
             return ()
         axis = (self._new_group(size),)
         if kind is not None:
             self.keep_whole(axis, kind, where)
+        self.mark(axis, self.meanings(like))
         return axis
 
     def factors(self, axis: Axis) -> Axis:
@@ -148,6 +154,41 @@ class AxisGroups:
         """Why a group stays whole (kind -> where); empty if nothing speaks against pruning it."""
         return self._reasons.get(self._root(group), {})
 
+    def mark(self, axis: Axis, meanings: Iterable[str]) -> None:
+        """Notes what the axis' groups are: `PIXELS`, `CHANNELS` or `FEATURES`."""
+        noted = frozenset(meanings)
+        for part, _ in self.places(axis):
+            self._meanings.setdefault(part.group, set()).update(noted)
+
+    def meanings(self, axis: Axis) -> frozenset[str]:
+        """Everything that was noted of the axis' groups."""
+        return frozenset().union(*(self._meanings.get(part.group, ()) for part, _ in self.places(axis)))
+
+    def flattened(self, axis: Axis) -> Iterator[tuple[int, tuple[tuple[int, bool | None], ...]]]:
+        """Where an axis has both pixels and channels: (start, parts in row-major order).
+
+        A part is (length, whether it is pixels; None if that is not known); neighbours of one kind are one part.
+        """
+        factors = self.factors(axis)
+        only = factors[0] if len(factors) == 1 else None
+        if isinstance(only, Factor):
+            start = 0
+            for segment in self._segments.get(only.group, ()):
+                for inner, parts in self.flattened(segment):
+                    yield start + inner, parts
+                start += length(segment)
+            return
+        kinds = itertools.groupby(factors, lambda factor: self._is_pixels((factor,)))
+        parts = tuple((length(tuple(group)), kind) for kind, group in kinds)
+        if len(parts) > 1:
+            yield 0, parts
+
+    def _is_pixels(self, axis: Axis) -> bool | None:
+        meanings = self.meanings(axis)
+        if PIXELS in meanings:
+            return None if CHANNELS in meanings else True
+        return False if meanings else None
+
     def concatenate(self, axes: Sequence[Axis]) -> Axis:
         """An axis of the given ones, one behind the other."""
         if all(isinstance(part, Constant) for axis in axes for part in self.factors(axis)):
@@ -168,7 +209,7 @@ class AxisGroups:
             if a.size % size or b.size % size:
                 rest = (*joined, a, b, *lefts, *rights)
                 self.keep_whole(rest, "its channels are divided in two ways")
-                return self.new(length(left), "its channels are divided in two ways")
+                return self.new(length(left), "its channels are divided in two ways", like=rest)
             (a, *a_rest), (b, *b_rest) = self._divide(a, size), self._divide(b, size)
             lefts += a_rest
             rights += b_rest
@@ -186,15 +227,20 @@ class AxisGroups:
                 factor = self._pop(rest)
                 part = min(missing, factor.size)
                 if missing % part or factor.size % part:
-                    for old in axes:
-                        self.keep_whole(old, "a reshape mixes its channels with another axis")
-                    return tuple(self.new(n, "a reshape mixes its channels with another axis") for n in shape)
+                    return self._mixed(axes, shape)
                 head, *tail = self._divide(factor, part)
                 rest += tail
                 axis.append(head)
                 missing //= part
             reshaped.append(tuple(axis))
         return tuple(reshaped)
+
+    def _mixed(self, axes: tuple[Axis, ...], shape: tuple[int, ...]) -> tuple[Axis, ...]:
+        """Axes of a reshape that no factors can describe."""
+        kind = "a reshape mixes its channels with another axis"
+        for old in axes:
+            self.keep_whole(old, kind)
+        return tuple(self.new(n, kind, like=sum(axes, ())) for n in shape)
 
     def _new_group(self, size: int) -> Factor:
         self._parent.append(len(self._parent))
@@ -223,6 +269,8 @@ class AxisGroups:
             parts = self.new(size) + self.new(rest)
             for kind, where in self.reasons(factor.group).items():
                 self.keep_whole(parts, kind, where)
+            weaker = {CHANNELS: FEATURES}
+            self.mark(parts, (weaker.get(each, each) for each in self.meanings((factor,))))
         self._factors[factor.group] = parts
         return parts
 
@@ -232,13 +280,14 @@ class AxisGroups:
             kind = "a reshape divides it otherwise than its concatenation"
             for segment in segments:
                 self.keep_whole(segment, kind)
-            return self.new(size, kind) + self.new(rest, kind)
+            mixed = sum(segments, ())
+            return self.new(size, kind, like=mixed) + self.new(rest, kind, like=mixed)
         divided = [self.reshape((segment,), (length(segment) // rest, rest)) for segment in segments]
         heads, tails = zip(*divided, strict=True)
         tail = functools.reduce(self.join, tails)
         if len(tail) > 1:  # a factor has one group
             self.keep_whole(tail, "a reshape divides it twice")
-            tail = self.new(rest, "a reshape divides it twice")
+            tail = self.new(rest, "a reshape divides it twice", like=tail)
         return self.concatenate(heads) + tail
 
     def _merge(self, a: Part, b: Part) -> Part:
@@ -255,6 +304,7 @@ class AxisGroups:
         else:
             for kind, where in self._reasons.pop(b.group, {}).items():
                 self.keep_whole((a,), kind, where)
+            self.mark((a,), self._meanings.pop(b.group, ()))
         self._parent[b.group] = a.group
         return a
 

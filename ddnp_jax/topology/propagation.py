@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend import core
 
 from ddnp_jax.topology import jaxprs
-from ddnp_jax.topology.axis_groups import Axis, AxisGroups, free, length
+from ddnp_jax.topology.axis_groups import CHANNELS, FEATURES, PIXELS, Axis, AxisGroups, free, length
 
 PRODUCTS = ("mul", "div")
 ELEMENTWISE = """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp cos cosh div eq erf erf_inv
@@ -219,7 +219,7 @@ class Propagation:
         resized = list(axes)
         for i in changed:
             self.groups.keep_whole(axes[i], kind, where)
-            resized[i] = self.groups.new(shape[i], kind, where)
+            resized[i] = self.groups.new(shape[i], kind, where, like=axes[i])
         return tuple(resized)
 
     # Convolutions and matrix products with parameters, or with constants.
@@ -231,7 +231,9 @@ class Propagation:
         result = rule(eqn, side, x, kernel, where)
         if not kernel.learned:  # a fixed filter, or a resizing of the image, is no layer
             self.groups.keep_whole(result.inputs, "a product with a constant mixes its channels", where)
+            self.groups.mark(result.outputs, self.groups.meanings(result.inputs))
             return Value(result.axes, x.sources, x.learned)
+        self.groups.mark(result.outputs, (FEATURES,))
         read = () if result.read_axis is None else x.axes[result.read_axis]
         shape = jaxprs.shape_of(eqn.invars[side])
         self.layers.append(
@@ -273,11 +275,16 @@ class Propagation:
         outputs, inputs, *window = (kernel.axes[i] for i in numbers.rhs_spec)
         for axis in (*space, *window):
             self.groups.keep_whole(axis, "it is a spatial axis of a convolution", where)
+            self.groups.mark(axis, (PIXELS,))
         if groups == 1:
             inputs = self.groups.join(inputs, features)
         else:
             inputs, outputs = self._grouped(features, inputs, outputs, groups, where)
         axes = [self.groups.new(n, "it is a spatial axis", where) for n in jaxprs.shape_of(eqn.outvars[0])]
+        for axis in axes:
+            self.groups.mark(axis, (PIXELS,))
+        for axis in (features, outputs):
+            self.groups.mark(axis, (CHANNELS,))
         axes[numbers.out_spec[0]], axes[numbers.out_spec[1]] = batch, outputs
         return _Contracted(tuple(axes), inputs, outputs, groups, numbers.lhs_spec[1])
 
@@ -398,8 +405,15 @@ class Propagation:
             self.groups.keep_whole(axis, kind, where)
         sources = self._new_source() if _sources(values) else frozenset()
         learned = _learned(values)
-        shapes = [jaxprs.shape_of(out) for out in eqn.outvars]
-        return [Value(tuple(self.groups.new(n, kind, where) for n in shape), sources, learned) for shape in shapes]
+        return [Value(self._unknown_axes(eqn, values, out, kind, where), sources, learned) for out in eqn.outvars]
+
+    def _unknown_axes(self, eqn: core.JaxprEqn, values: list[Value], out: Any, kind: str, where: str) -> Axes:
+        """New axes, which mean what those of the operands of the same shape do: a sort or a sum along one axis."""
+        shape = jaxprs.shape_of(out)
+        alike = [value.axes for value, atom in zip(values, eqn.invars, strict=True) if jaxprs.shape_of(atom) == shape]
+        return tuple(
+            self.groups.new(n, kind, where, like=sum((axes[i] for axes in alike), ())) for i, n in enumerate(shape)
+        )
 
     def _new_source(self) -> frozenset[int]:
         self._sources += 1

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from ddnp_jax.models.layers import Backbone
 from ddnp_jax.networks import LeafPath, Network, as_network, flatten, layout_note, replace_leaves
-from ddnp_jax.topology.axis_groups import Axis, AxisGroups, Constant, Factor, Part, length
+from ddnp_jax.topology.axis_groups import CHANNELS, PIXELS, Axis, AxisGroups, Constant, Factor, Part, length
 from ddnp_jax.topology.propagation import BY_PLATFORM, Contraction, Propagation, Value
-from ddnp_jax.topology.types import Extent, Gate, Layer, Reader, Slice, Topology, Variable
+from ddnp_jax.topology.types import Extent, Flattened, Gate, Layer, Reader, Slice, Topology, Variable
 
 BATCH = 2  # images of the traced call; nothing depends on it
 
@@ -72,8 +72,10 @@ def trace(
         Value(tuple(groups.new(n) for n in leaf.shape), learned=True, leaf=i) for i, leaf in enumerate(leaves.values())
     ]
     x = Value(tuple(groups.new(n, "it is the network's input") for n in images.shape), frozenset((0,)))
+    _mark_image(groups, x.axes)
     constants = map(propagation.constant, closed.consts)
     for value in propagation.run(closed.jaxpr, constants, [*values, x]):
+        _mark_shuffled(groups, value.axes)
         for axis in value.axes:
             groups.keep_whole(axis, "it is the network's output")
     leaf_axes = {path: value.axes for path, value in zip(leaves, values, strict=True)}
@@ -85,8 +87,30 @@ def trace(
         gates,
         layers,
         whole,
-        tuple(Variable(path, tuple(leaf.shape), network.is_parameter(path)) for path, leaf in leaves.items()),
+        tuple(
+            Variable(path, tuple(leaf.shape), network.is_parameter(path), _flattened(groups, leaf_axes[path]))
+            for path, leaf in leaves.items()
+        ),
     )
+
+
+def _mark_image(groups: AxisGroups, axes: tuple[Axis, ...]) -> None:
+    """Notes which axes of the input are pixels and channels; of fewer than four only its layers know."""
+    if len(axes) > 3:
+        for axis in axes[1:-1]:
+            groups.mark(axis, (PIXELS,))
+        groups.mark(axes[-1], (CHANNELS,))
+
+
+def _mark_shuffled(groups: AxisGroups, axes: tuple[Axis, ...]) -> None:
+    """Notes as pixels what a network's output has on one axis with them, as pixel shuffling puts it there."""
+    for axis in axes[1:-1] if len(axes) > 3 else ():
+        if PIXELS in groups.meanings(axis):
+            groups.mark(axis, (PIXELS,))
+
+
+def _flattened(groups: AxisGroups, axes: tuple[Axis, ...]) -> tuple[Flattened, ...]:
+    return tuple(Flattened(i, start, parts) for i, axis in enumerate(axes) for start, parts in groups.flattened(axis))
 
 
 def _check_fit(

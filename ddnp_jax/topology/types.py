@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,27 @@ class Layer:
 
 
 @dataclasses.dataclass(frozen=True)
+class Flattened:
+    """Pixels and channels of an image that lie together on an axis of a variable, because a reshape put them there.
+
+    Attributes:
+      axis: Axis of the variable.
+      start: Position of the first one.
+      parts: (length, whether it is pixels) in row-major order, for example ((49, True), (512, False)) of an image of
+        7 x 7 pixels and 512 channels; None in place of the latter where it is not known.
+    """
+
+    axis: int
+    start: int
+    parts: tuple[tuple[int, bool | None], ...]
+
+    @property
+    def length(self) -> int:
+        """How many positions of the axis it takes."""
+        return math.prod(length for length, _ in self.parts)
+
+
+@dataclasses.dataclass(frozen=True)
 class Variable:
     """A leaf of the variables.
 
@@ -130,11 +152,13 @@ class Variable:
       path: Its path.
       shape: Its shape.
       parameter: Whether it counts as a parameter; batch statistics do not.
+      flattened: Where its axes hold both pixels and channels: the rows of a dense layer behind a flatten, for example.
     """
 
     path: LeafPath
     shape: tuple[int, ...]
     parameter: bool
+    flattened: tuple[Flattened, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

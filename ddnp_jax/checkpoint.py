@@ -1,4 +1,4 @@
-"""What survives a run being stopped: checkpoints (orbax), the workdir's identity, and a clean stop on SIGTERM.
+"""What survives a run being stopped: the checkpoints of its stages, written by orbax.
 
 Orbax saves atomically, but restores flipped bits in array data silently, and raises almost anything on a missing
 or truncated file. So each checkpoint carries a record with a SHA-256 per leaf, and one that does not match its record
@@ -10,10 +10,9 @@ import hashlib
 import itertools
 import json
 import math
-import signal
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -23,7 +22,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers as policies
 
-from ddnp_jax import files, parallel
+from ddnp_jax import parallel
 
 
 class _DamagedError(Exception):
@@ -37,14 +36,17 @@ class Checkpoints:
     call, on a directory that all of them see.
     """
 
-    def __init__(self, directory: str | Path, keep: int = 2) -> None:
+    def __init__(self, directory: str | Path, keep: int = 2, made_from: str = "") -> None:
         """Opens the directory, or makes it.
 
         Args:
           directory: Directory of this stage alone.
           keep: Number of latest checkpoints that stay; 2 leaves one to fall back to.
+          made_from: Names all that the states are made from; checkpoints that were made from something else are not
+            restored. "" restores any.
         """
         self.directory = Path(directory).absolute()
+        self._made_from = made_from
         self._metrics: dict[int, float | None] = {}
         policy = policies.AnyPreservationPolicy([policies.LatestN(keep), _KeepBest(self._metrics)])
         # Orbax's own metrics have no checksum, and a damaged file of them makes opening fail: ours are in the record.
@@ -80,6 +82,7 @@ class Checkpoints:
         leaves = {name: _key_data(x) for name, x in _named(parallel.fetch(state)).items()}
         record: dict[str, Any] = {
             "metric": metric,
+            "made_from": self._made_from,
             "leaves": {name: _describe(x) | {"sha256": _sha256(x)} for name, x in leaves.items()},
         }
         if step in self._manager.all_steps():
@@ -109,8 +112,8 @@ class Checkpoints:
           The step, and the state as numpy arrays with the bits that were saved; None if there is no checkpoint.
 
         Raises:
-          ValueError: The checkpoint does not fit the template (the message names the first leaf that differs), or
-            there are checkpoints and all are damaged.
+          ValueError: The checkpoint was made from something else, does not fit the template (the message names the
+            first leaf that differs), or there are checkpoints and all are damaged.
         """
         return self._first_undamaged(sorted(self._manager.all_steps(), reverse=True), template)
 
@@ -158,6 +161,11 @@ class Checkpoints:
     def _read(self, step: int, template: Any) -> Any:
         """Reads and verifies one checkpoint, or raises `_DamagedError`."""
         record = self._record(step)
+        if self._made_from and record.get("made_from", self._made_from) != self._made_from:
+            raise ValueError(
+                f"Checkpoint {step} in {self.directory} was made from other weights, data or settings than those that "
+                "the run has now; put those back, or delete this folder to repeat its stage."
+            )
         named = _named(template)
         wanted = {name: _key_data(x) for name, x in named.items()}
         self._check_fit(step, record["leaves"], wanted)
@@ -260,96 +268,3 @@ def _seal(record: Mapping[str, Any]) -> str:
 
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-
-
-def claim_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequence[str] = ()) -> None:
-    """Makes a workdir this run's own, or checks that it is: its `config.json` must hold the same config.
-
-    Args:
-      workdir: Folder of the run; made if absent.
-      config: Nested mappings of JSON values.
-      ignore: Fields, or prefixes of fields ('parallel' for all 'parallel.*'), that may differ when a run resumes.
-
-    Raises:
-      ValueError: The workdir belongs to a run with another config (the message lists the fields that differ), or
-        is not shared by all processes.
-    """
-    path = _identity(workdir)
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    def claim() -> None:
-        if not path.exists():
-            files.write_json(path, config)
-
-    parallel.on_first_process(claim)
-    if not path.exists():
-        raise ValueError(f"{workdir} is not the same folder in every process; put it where all of them see it.")
-    check_workdir(workdir, config, ignore)
-
-
-def check_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequence[str] = ()) -> None:
-    """Like `claim_workdir`, but writes nothing: a workdir that no run has claimed is free."""
-    path = _identity(workdir)
-    if not path.exists():
-        return
-    theirs = _fields(files.read_json(path))
-    ours = _fields(json.loads(json.dumps(config)))  # tuples become lists, as in the file
-    differing = [
-        f"  {name}: workdir has {_shown(theirs, name)}, this run has {_shown(ours, name)}"
-        for name in dict.fromkeys([*theirs, *ours])
-        if _shown(theirs, name) != _shown(ours, name) and not any(f"{name}.".startswith(f"{p}.") for p in ignore)
-    ]
-    if differing:
-        lines = "\n".join([f"{workdir} belongs to a run with another config:", *differing])
-        raise ValueError(f"{lines}\nGive this run another workdir, or the workdir's values.")
-
-
-def _identity(workdir: str | Path) -> Path:
-    return Path(workdir) / "config.json"
-
-
-def _fields(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens nested mappings to 'a.b.c' fields."""
-    fields: dict[str, Any] = {}
-    for name, value in config.items():
-        nested = isinstance(value, Mapping) and value
-        fields |= _fields(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
-    return fields
-
-
-def _shown(fields: Mapping[str, Any], name: str) -> str:
-    return repr(fields[name]) if name in fields else "no such field"
-
-
-class PreemptionGuard:
-    """While entered, SIGTERM and Ctrl-C only ask the loop to stop, so that it can save and leave between two chunks.
-
-    A second Ctrl-C interrupts at once. Repeated SIGTERMs change nothing: schedulers send several. Must be entered in
-    the main thread; in a run of several processes, by all of them.
-    """
-
-    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self._requested = False
-        self._old: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Self:
-        """Puts the handlers in place."""
-        self._old = {number: signal.signal(number, self._request) for number in self._SIGNALS}
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Puts the old handlers back."""
-        for number, handler in self._old.items():
-            # None: it was not set from Python (jax.distributed sets one of its own), and cannot be put back from here.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-    def stop_requested(self) -> bool:
-        """Whether any process of the run was asked to stop; all processes ask at the same point, and agree."""
-        return parallel.any_process(self._requested)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        if self._requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._requested = True

@@ -103,14 +103,16 @@ def run(config: ConfigDict, workdir: str | Path, settings: Settings, seeds: int,
     runs = {
         (name, group): setting_config(config, fields, group[0]) for name, fields in settings.items() for group in groups
     }
-    weights = _base(config, workdir / "base")
-    curves = {}
-    for (name, group), own in runs.items():
-        own.base.weights = str(weights)
-        job = pipeline.prepare(own, workdir / re.sub(r"\W+", "-", name) / "-".join(map(str, group)))
-        pipeline.search_curves(job, job.weights, group)
-        curves |= {(name, seed): _curve(job.log, seed) for seed in group}
-    parallel.on_first_process(lambda: _write_csv(workdir / "curves.csv", curves))
+    with pipeline.locked(workdir):
+        weights = _base(config, workdir / "base")
+        curves = {}
+        for (name, group), own in runs.items():
+            own.base.weights = str(weights)
+            job = pipeline.prepare(own, workdir / re.sub(r"\W+", "-", name) / "-".join(map(str, group)))
+            with job.guard:
+                pipeline.search_curves(job, job.weights, group)
+            curves |= {(name, seed): _curve(job.log, seed) for seed in group}
+        parallel.on_first_process(lambda: _write_csv(workdir / "curves.csv", curves))
     return curves
 
 
@@ -145,7 +147,8 @@ def _base(config: ConfigDict, workdir: Path) -> Path:
     folder = workdir / "network"
     job = pipeline.prepare(config, workdir)
     if parallel.any_process(not (folder / DESCRIPTION).exists()):
-        variables = pipeline.base(job)
+        with job.guard:
+            variables = pipeline.base(job)
         parallel.on_first_process(lambda: save_pruned(folder, *job.network.bind(variables)))
     return folder
 

@@ -1,6 +1,4 @@
-import json
 import logging
-import os
 import shutil
 import signal
 import subprocess
@@ -15,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from ddnp_jax import parallel
-from ddnp_jax.checkpoint import Checkpoints, PreemptionGuard, claim_workdir
+from ddnp_jax.checkpoint import Checkpoints
 
 # After a failed read, a thread of orbax may still call into the event loop that orbax has closed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -304,45 +302,3 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_one_before(tmp_path):
         with Checkpoints(tmp_path / event) as checkpoints:
             checkpoints.save(2, make_state(2))
         assert steps_in(tmp_path / event) == ["2", "3"]
-
-
-def test_a_run_goes_on_in_its_own_workdir_only(tmp_path):
-    workdir = tmp_path / "new" / "run"
-    config = {"seed": 0, "train": {"batch_size": 128, "widths": (1, 2)}, "parallel": {"mode": "pmap"}, "none": {}}
-    claim_workdir(workdir, config)
-    claim_workdir(workdir, config)
-    assert json.loads((workdir / "config.json").read_text())["train"] == {"batch_size": 128, "widths": [1, 2]}
-    other = {"seed": 0, "train": {"batch_size": 256, "lr": 0.1}, "parallel": {"mode": "shard_map"}, "none": {}}
-    with pytest.raises(ValueError) as error:
-        claim_workdir(workdir, other, ignore=("parallel", "see"))  # a prefix of fields, not of letters
-    assert str(error.value) == (
-        f"{workdir} belongs to a run with another config:\n"
-        "  train.batch_size: workdir has 128, this run has 256\n"
-        "  train.widths: workdir has [1, 2], this run has no such field\n"
-        "  train.lr: workdir has no such field, this run has 0.1\n"
-        "Give this run another workdir, or the workdir's values."
-    )
-    with pytest.raises(ValueError, match="seed: workdir has 0, this run has 1"):
-        claim_workdir(workdir, config | {"seed": 1}, ignore=("see", "seed.x", "train"))
-    claim_workdir(workdir, config | {"parallel": {"mode": "shard_map"}}, ignore=("parallel.mode",))
-    (workdir / "config.json").write_text('{"seed": ')
-    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
-        claim_workdir(workdir, config)
-
-
-def test_sigterm_and_ctrl_c_ask_the_loop_to_stop():
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        with PreemptionGuard() as guard:
-            done = 0
-            for _ in range(10):
-                if guard.stop_requested():
-                    break
-                done += 1
-                if done == 3:
-                    os.kill(os.getpid(), number)
-                    os.kill(os.getpid(), signal.SIGTERM)  # a repeated one does not interrupt the saving
-            assert done == 3
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before

@@ -15,7 +15,7 @@ import torch
 from flax import nnx
 
 from configs import cifar10_r56, default, digits_r20
-from ddnp_jax import data, pipeline
+from ddnp_jax import data, pipeline, preemption
 from ddnp_jax.checkpoint import Checkpoints
 from ddnp_jax.config import typed
 from ddnp_jax.cost import latency
@@ -128,7 +128,7 @@ def test_a_run_that_is_stopped_in_every_stage_resumes_bit_for_bit(finished, conf
     for section, step in (("base", 3), ("search", 1), ("search", 3)):
         stop(section, step, kill, Killed)
     saved = "stage 'search' is saved at step 3; the same command resumes it"
-    stop("search", 2, lambda: os.kill(os.getpid(), signal.SIGTERM), loop.Preempted, saved)
+    stop("search", 2, lambda: os.kill(os.getpid(), signal.SIGTERM), preemption.Preempted, saved)
     assert (tmp_path / "search" / "3").is_dir()
     stop("finetune", 4, kill, Killed)
     report = pipeline.run(config, tmp_path)
@@ -393,27 +393,50 @@ def test_an_own_model_that_cannot_be_cut_is_refused_before_it_is_trained(config,
     assert not (tmp_path / "run").exists()
 
 
-def test_results_of_a_stage_that_is_run_again_are_measured_again(config, tmp_path):
+class Twin(Own):
+    """Another network with the same variables."""
+
+
+def test_what_was_made_of_another_base_is_refused(config, tmp_path, monkeypatch):
     config.search.method = "magnitude"
-    report = pipeline.run(config, tmp_path, model=Own((20, 12)), rebuild=Own)
-    results = json.loads((tmp_path / "results.json").read_text())
-    (tmp_path / "results.json").write_text(json.dumps(results | {"pruned": {"top1": -1.0, "top5": -1.0}}))
-    assert pipeline.run(config, tmp_path, model=Own((20, 12)), rebuild=Own)["pruned_top1"] == -1.0
+
+    def run():
+        return pipeline.run(config, tmp_path, model=Own((20, 12)), rebuild=Own)
+
+    report = run()
+    results = (tmp_path / "results.json").read_text()
+    (tmp_path / "results.json").write_text(results.replace(f'"top1": {report["pruned_top1"]}', '"top1": 99.0'))
+    with pytest.raises(ValueError, match=r"results\.json is damaged: its checksum is wrong; put a good copy back"):
+        run()
+    (tmp_path / "results.json").write_text(results)
+    with pytest.raises(ValueError, match=r"given\.model\.class: workdir has '.*:Own', this run has '.*:Twin'"):
+        pipeline.prepare(config, tmp_path, model=Twin((20, 12)), rebuild=Twin)
+
+    initial = stages.initial_variables
+    monkeypatch.setattr(
+        stages, "initial_variables", lambda *args, **kw: jax.tree.map(lambda x: 0.9 * x, initial(*args, **kw))
+    )
+    shutil.rmtree(tmp_path / "base")  # and trained again to other weights
+    with pytest.raises(ValueError, match=r"Checkpoint 6 in .*finetune was made from other weights, data or settings"):
+        run()
     shutil.rmtree(tmp_path / "finetune")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "_test", unless_base(stages._test))
-        again = pipeline.run(config, tmp_path, model=Own((20, 12)), rebuild=Own)
-    assert again["pruned_top1"] == report["pruned_top1"]
+    run()
+    now, before = (json.loads(text) for text in ((tmp_path / "results.json").read_text(), results))
+    assert all(now[name]["made_from"] != before[name]["made_from"] for name in ("base", "unfinetuned", "pruned"))
 
 
-def unless_base(test):
-    """Measures pruned networks alone: what was measured of the base is kept."""
-
-    def measure(job, network, variables):
-        assert network.model.channels != (20, 12)
-        return test(job, network, variables)
-
-    return measure
+def test_given_weights_are_known_by_their_content(config, tmp_path):
+    model = Own((20, 12))
+    variables = model.init(jax.random.key(0), np.zeros((1, 8, 8, 1)), train=False)
+    save_pruned(tmp_path / "base", model, variables)
+    config.base.weights = str(tmp_path / "base")
+    pipeline.prepare(config, tmp_path / "run", model=model, rebuild=Own)
+    shutil.move(tmp_path / "base", tmp_path / "moved")
+    config.base.weights = str(tmp_path / "moved")
+    pipeline.prepare(config, tmp_path / "run", model=model, rebuild=Own)
+    save_pruned(tmp_path / "moved", model, jax.tree.map(lambda leaf: 2 * leaf, variables))
+    with pytest.raises(ValueError, match=r"given\.weights: workdir has '[0-9a-f]{64}', this run has '[0-9a-f]{64}'"):
+        pipeline.prepare(config, tmp_path / "run", model=model, rebuild=Own)
 
 
 def test_cut_without_fine_tuning(config, tmp_path):

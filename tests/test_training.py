@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from torch.nn import functional
 
-from ddnp_jax import data, parallel, training
+from ddnp_jax import data, parallel, preemption, training
 from ddnp_jax.checkpoint import Checkpoints
 from ddnp_jax.config import TrainerConfig
 from ddnp_jax.networks import as_network
@@ -361,6 +361,12 @@ def test_top5_of_fewer_than_five_classes_is_everything():
 def run_stage(folder, chunk=None, evaluate=None):
     """Ten steps in chunks of three, with a checkpoint every second chunk."""
     stage = loop.Stage("search", folder / "search", 10, 3, batch_size=16, chunk_steps=3, save_every=2)
+    guard = preemption.PreemptionGuard()
+    with guard:
+        return _fitted(stage, folder, chunk, evaluate, guard)
+
+
+def _fitted(stage, folder, chunk, evaluate, guard):
     batches = data.batches(np.arange(40), 16, seed=0)
     return loop.fit_stage(
         stage,
@@ -370,12 +376,13 @@ def run_stage(folder, chunk=None, evaluate=None):
         lambda step: data.read_ahead(batches[step:10], lambda draws: DATA.read(draws, None), 0, 3),
         evaluate or (lambda state: {"validation_top1": float(state.step)}),
         log.MetricsLog(folder / "metrics.jsonl"),
+        guard,
     )
 
 
 def log_lines(folder):
-    """The log without the speed."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """The log without its first line and the speed."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][1:]
     return [{name: value for name, value in line.items() if name != "images_per_s"} for line in lines]
 
 
@@ -423,7 +430,7 @@ def test_a_stage_that_died_goes_on_to_the_same_end(at, tmp_path):
 def test_sigterm_saves_and_the_stage_goes_on_to_the_same_end(tmp_path):
     whole = run_stage(tmp_path / "whole")
     terminate = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
-    with pytest.raises(loop.Preempted, match="stage 'search' is saved at step 3"):
+    with pytest.raises(preemption.Preempted, match="stage 'search' is saved at step 3"):
         run_stage(tmp_path / "cut", interrupted(1, terminate))
     first = []
     chunk = recording_chunk()
@@ -493,5 +500,5 @@ def test_rewinding_the_log_drops_later_lines_of_the_stage_alone(tmp_path):
     ]
     whole = (tmp_path / "metrics.jsonl").read_bytes()
     (tmp_path / "metrics.jsonl").write_bytes(whole.replace(b'"step": 50', b'"step": '))
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1, is not JSON .*; repair or delete the line\.$"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2, is not JSON .*; repair or delete the line\.$"):
         lines.rewind("search", 3)

@@ -11,7 +11,9 @@ import jax
 import numpy as np
 
 from ddnp_jax import parallel
-from ddnp_jax.checkpoint import Checkpoints, PreemptionGuard, claim_workdir
+from ddnp_jax.checkpoint import Checkpoints
+from ddnp_jax.pipeline.workdir import claim_workdir
+from ddnp_jax.preemption import PreemptionGuard
 from tests.test_parallel import make_problem, sgd
 
 

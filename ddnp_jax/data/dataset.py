@@ -1,7 +1,8 @@
 """A data set: its images, its held-out splits, and what who serves the network must know."""
 
+import dataclasses
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ SMALL_SIDE = 96  # pixels; images of one size up to here are kept in memory and 
 MAX_BYTES = 2**31  # of pixels in memory, and on every device
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Dataset:
     """A data set.
 
@@ -53,6 +54,18 @@ class Dataset:
             if isinstance(images, InMemory):
                 check_labels(images.labels, self.num_classes, part)
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this data set from others, in values of JSON: contents, splits and preprocessing."""
+        preprocessing = dataclasses.asdict(self.preprocessing)
+        del preprocessing["threads"]
+        return {
+            "classes": [self.num_classes, list(self.class_names or ())],
+            "train": self.train.fingerprint(),
+            "test": self.test.fingerprint(),
+            "splits": {name: hashlib.sha256(part.tobytes()).hexdigest() for name, part in self.splits.items()},
+            "preprocessing": preprocessing,
+        }
+
     def serving(self) -> dict[str, Any]:
         """What must be done to an image before the network sees it, in values of JSON.
 
@@ -79,7 +92,7 @@ class Dataset:
         }
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class HeldOut:
     """Which training images are held out, in the fields of a configuration's `data` section.
 

@@ -8,6 +8,7 @@ decoded and augmented on the host, ahead of their use, and their pixels are sent
 import abc
 import contextlib
 import functools
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -84,6 +85,10 @@ class Images(abc.ABC):
         return self.batch(self._resident(), self.read(BatchIndices(index, np.zeros_like(index)), None), None)[0]
 
     @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256 of the images and labels; of many photographs, of their number and of some."""
+
+    @abc.abstractmethod
     def _resident(self) -> Any:
         """`on_devices`, on the host."""
 
@@ -114,6 +119,14 @@ class InMemory(Images):
         """Only the numbers of the images."""
         del seed  # the devices augment
         return indices.image
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all pixels and labels."""
+        found = hashlib.sha256()
+        for array in (self.images, self.labels):
+            found.update(f"{array.dtype} {array.shape}".encode())
+            found.update(np.ascontiguousarray(array).data)
+        return found.hexdigest()
 
     def _resident(self) -> tuple[np.ndarray, np.ndarray]:
         return self.images, self.labels
@@ -167,6 +180,15 @@ class Streamed(Images):
                     rng = np.random.default_rng((seed, epoch, 1 + index))  # (seed, epoch, 0) is (seed, epoch)
                     photos.random_crop(record["image"], rng, self._flip, out=images[i])
         return images, labels
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the number of photographs, and of up to 16 of them and their labels."""
+        count = len(self._records)
+        found = hashlib.sha256(str(count).encode())
+        for index in np.unique(np.linspace(0, count - 1, 16).astype(int)).tolist():
+            record = self._records[index]
+            found.update(f"{index} {record['label']}".encode() + record["image"])
+        return found.hexdigest()
 
     def _resident(self) -> tuple[()]:
         return ()

@@ -10,21 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddnp_jax import checkpoint, data, files, models, parallel, torch_weights
+from ddnp_jax import data, files, models, parallel, torch_weights
 from ddnp_jax.compact import Rebuild, rehearse
 from ddnp_jax.config import STAGES, Config, Stage, as_dict, check, typed
 from ddnp_jax.cost import latency
 from ddnp_jax.cost.budget import Budget, make_budget
 from ddnp_jax.models.layers import Backbone
 from ddnp_jax.networks import Network, Outputs, as_network, picked
-from ddnp_jax.pipeline import report, stages
+from ddnp_jax.pipeline import identity, report, stages
 from ddnp_jax.pipeline.results import Results, summarize
+from ddnp_jax.pipeline.workdir import check_workdir, claim_workdir, locked
+from ddnp_jax.preemption import PreemptionGuard
 from ddnp_jax.saved import load_pruned, save_pruned
 from ddnp_jax.topology import Topology, trace
 from ddnp_jax.training.log import MetricsLog
 
-# Fields of the configuration that may change when a run resumes: neither changes the pruned network.
-_MAY_DIFFER = ("data.threads", "finetune.control")
+# Fields of the configuration that may change when a run resumes: they do not change the pruned network, or are paths,
+# whose contents count.
+_MAY_DIFFER = ("data.threads", "data.data_dir", "base.weights", "finetune.control")
 _WRITTEN = ("results.json", "metrics.jsonl", *STAGES)  # in a workdir that has been used
 
 
@@ -45,6 +48,8 @@ class Run:
       log: `metrics.jsonl`.
       results: `results.json`.
       outputs: Which of the network's outputs are the logits, where there are several.
+      identity: What tells this run from others, as `config.json` has it.
+      guard: Asks the run to stop, while it is entered.
     """
 
     config: Config
@@ -58,7 +63,13 @@ class Run:
     weights: Any
     log: MetricsLog
     results: Results
-    outputs: Outputs = None
+    outputs: Outputs
+    identity: dict[str, Any]
+    guard: PreemptionGuard
+
+    def made_from(self, *inputs: Any) -> str:
+        """Names what a result of the run is made from: the run's identity and pytrees of arrays."""
+        return identity.made_from(identity.stripped(self.identity, _MAY_DIFFER), *inputs)
 
     def stage_images(self, stage: Stage) -> np.ndarray:
         """Indices of the training images that a stage learns from."""
@@ -120,6 +131,7 @@ def prepare(
     config = dataclasses.replace(config, data=data.complete(config.data))
     check(config)
     _check_batches(config)
+    _check_weights_exist(config.base.weights)
     dataset = dataset or data.load(config.data)
     _check_splits(config, dataset)
     network, name = _network(config, model, dataset.num_classes)
@@ -130,14 +142,28 @@ def prepare(
     measured = functools.partial(
         latency.measured_once, workdir / "latency.json", network.model, topology, _local_batch(config)
     )
-    identity = as_dict(config)
-    _check_workdir(workdir, identity)  # a measured budget writes its table there
     weights = _given_weights(config.base.weights, network, topology)
+    own = {**as_dict(config), "given": identity.given(network, dataset, config.base.weights)}
+    _check_workdir(workdir, own)  # a measured budget writes its table there
     budget = make_budget(config.budget, topology, measured)
     _check_cut(network, rebuild, topology, budget)
-    checkpoint.claim_workdir(workdir, identity, _MAY_DIFFER)
-    log, results = MetricsLog(workdir / "metrics.jsonl"), Results(workdir / "results.json")
-    return Run(config, workdir, dataset, name, network, rebuild, topology, budget, weights, log, results, outputs)
+    claim_workdir(workdir, own, _MAY_DIFFER)
+    return Run(
+        config=config,
+        workdir=workdir,
+        dataset=dataset,
+        name=name,
+        network=network,
+        rebuild=rebuild,
+        topology=topology,
+        budget=budget,
+        weights=weights,
+        log=MetricsLog(workdir / "metrics.jsonl", identity.made_from(identity.stripped(own, _MAY_DIFFER))),
+        results=Results(workdir / "results.json"),
+        outputs=outputs,
+        identity=own,
+        guard=PreemptionGuard(),
+    )
 
 
 def _network(config: Config, model: Any, num_classes: int) -> tuple[Network, str]:
@@ -168,8 +194,8 @@ def _check_outputs(network: Network, dataset: data.Dataset, outputs: Outputs) ->
         )
 
 
-def _check_workdir(workdir: Path, identity: dict[str, Any]) -> None:
-    checkpoint.check_workdir(workdir, identity, _MAY_DIFFER)
+def _check_workdir(workdir: Path, own: dict[str, Any]) -> None:
+    check_workdir(workdir, own, _MAY_DIFFER)
     left = [name for name in _WRITTEN if (workdir / name).exists()]
     if left and not (workdir / "config.json").exists():
         raise ValueError(
@@ -187,7 +213,7 @@ def _check_cut(network: Network, rebuild: Rebuild | None, topology: Topology, bu
         is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
         return abs(rng.normal(size=leaf.shape)).astype(leaf.dtype) if is_float else leaf
 
-    drawn = jax.tree.map(draw, stages.initial_variables(network, topology.input_shape, seed=0))
+    drawn = jax.tree.map(draw, stages.initial_variables(network, topology.input_shape, 0))
     rehearse(network.model, drawn, topology, budget.smallest_widths, rebuild)
 
 
@@ -217,13 +243,16 @@ def _check_splits(config: Config, dataset: data.Dataset) -> None:
         )
 
 
+def _check_weights_exist(path: str) -> None:
+    if path and not Path(path).expanduser().exists():
+        raise ValueError(f"base.weights={path!r} does not exist; give a PyTorch checkpoint, or '' to train.")
+
+
 def _given_weights(path: str, network: Network, topology: Topology) -> Any:
     """Weights of a network from a PyTorch checkpoint, or from a folder written by `save_pruned`; None for ''."""
     if not path:
         return None
     file = Path(path).expanduser()
-    if not file.exists():
-        raise ValueError(f"base.weights={path!r} does not exist; give a PyTorch checkpoint, or '' to train.")
     if not file.is_dir():
         loaded = torch_weights.load(file, network.model, topology.input_shape)
         return as_network(loaded).variables(None) if network.kind == "nnx" else loaded
@@ -257,13 +286,19 @@ def run(
     Returns:
       What `report.json` holds.
     """
-    job = prepare(config, workdir, model, rebuild, dataset, outputs)
+    with locked(workdir):
+        job = prepare(config, workdir, model, rebuild, dataset, outputs)
+        with job.guard:
+            return _run(job)
+
+
+def _run(job: Run) -> dict[str, Any]:
     if jax.process_index() == 0:
         print(job.topology.describe())
     variables = stages.base(job)
     selection = stages.search(job, variables)
     small, small_variables = stages.cut(job, variables, selection)
-    tuned = stages.finetune(job, variables, small, small_variables)
+    tuned = stages.finetune(job, variables, selection, small, small_variables)
     parallel.on_first_process(lambda: _save(job, small, tuned))
     if job.config.finetune.control:
         stages.control(job, variables)

@@ -18,43 +18,49 @@ from ddnp_jax.training import loop
 if TYPE_CHECKING:
     from ddnp_jax.pipeline.job import Run
 
-# What `results.json` holds of a stage and of what is made of it before the next.
-_OF_STAGE = {
-    "base": ("base",),
-    "search": ("proposed_p", "search_notes", "search_steps", "verification", "unfinetuned"),
-    "finetune": ("pruned", "latency_ms"),
-    "control": ("control",),
-}
-
 
 class Results:
-    """`results.json`: what was measured after each stage, so that a resumed run does not measure it again."""
+    """`results.json`: what was measured after each stage, so that a resumed run does not measure it again.
+
+    Each result is kept with what it was made from, and taken for that alone.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def read(self) -> dict[str, Any]:
-        """All results so far, by name."""
-        return files.read_json(self._path) if self._path.exists() else {}
+    def values(self) -> dict[str, Any]:
+        """All results so far, by name.
 
-    def measured(self, name: str, measure: Callable[[], Any]) -> Any:
-        """The result of that name; it is measured and kept where there is none yet. Every process must call."""
-        results = self.read()
-        if parallel.any_process(name not in results):  # all processes measure, or none
-            results[name] = measure()
-            parallel.on_first_process(lambda: files.write_json(self._path, results))
-        return results[name]
+        Raises:
+          ValueError: The file is damaged.
+        """
+        return {name: entry["value"] for name, entry in self._read().items()}
 
-    def forget(self, stage: Stage) -> None:
-        """Drops the results of a stage that takes steps, perhaps again, and of those after it."""
-        stale = {name for later in STAGES[STAGES.index(stage) :] for name in _OF_STAGE[later]}
-        kept = {name: value for name, value in self.read().items() if name not in stale}
-        parallel.on_first_process(lambda: files.write_json(self._path, kept))
+    def measured(self, name: str, made_from: str, measure: Callable[[], Any]) -> Any:
+        """A result; it is measured and kept where there is none of what it is made from. Every process must call.
+
+        Args:
+          name: Name of the result.
+          made_from: What it is made from, as `identity.made_from` returns it.
+          measure: Measures it: a JSON value.
+
+        Raises:
+          ValueError: The file is damaged.
+        """
+        results = self._read()
+        is_stale = results.get(name, {}).get("made_from") != made_from
+        if parallel.any_process(is_stale):  # all processes measure, or none
+            results[name] = {"made_from": made_from, "value": measure()}
+            parallel.on_first_process(lambda: files.write_sealed(self._path, results))
+        return results[name]["value"]
+
+    def _read(self) -> dict[str, Any]:
+        return files.read_sealed(self._path) if self._path.exists() else {}
 
 
 def summarize(job: "Run", selection: Selection) -> Report:
     """What the run has shown."""
-    config, topology, results = job.config, job.topology, job.results.read()
+    config, topology, results = job.config, job.topology, job.results.values()
     convention, widths = config.budget.convention, selection.widths
     control = results["control"] if config.finetune.control else {}
     training = _training(job, results["search_steps"])

@@ -27,8 +27,8 @@ def base(job: "Run") -> Any:
     variables = job.weights
     if variables is None:
         start = initial_variables(job.network, job.dataset.image_shape, job.config.seed)
-        variables = _train(job, "base", job.network, start)
-    job.results.measured("base", lambda: _test(job, job.network, variables))
+        variables = _train(job, "base", job.network, start, job.made_from())
+    job.results.measured("base", job.made_from(variables), lambda: _test(job, job.network, variables))
     return variables
 
 
@@ -38,10 +38,11 @@ def search(job: "Run", variables: Any) -> Selection:
     state = method.init(jax.random.key(job.config.seed))
     if method.steps:
         evaluate = _cut_evaluator(job, method, variables)
-        state = _run_stage(job, "search", method.step, state, variables, evaluate)
-    job.results.measured("proposed_p", lambda: _proposed_p(job, method, state))
-    job.results.measured("search_notes", lambda: method.notes)
-    job.results.measured("search_steps", lambda: method.steps)
+        state = _run_stage(job, "search", method.step, state, variables, evaluate, job.made_from(variables))
+    made_from = job.made_from(state)
+    job.results.measured("proposed_p", made_from, lambda: _proposed_p(job, method, state))
+    job.results.measured("search_notes", made_from, lambda: method.notes)
+    job.results.measured("search_steps", made_from, lambda: method.steps)
     selection = methods.select(method, state, job.budget)
     parallel.on_first_process(lambda: selection.save(job.workdir / "selection.json"))
     return selection
@@ -60,7 +61,8 @@ def search_curves(job: "Run", variables: Any, seeds: Sequence[int]) -> None:
     Raises:
       ValueError: The workdir's search has other seeds.
     """
-    begun = job.results.measured("seeds", lambda: list(seeds))
+    made_from = job.made_from(variables)
+    begun = job.results.measured("seeds", made_from, lambda: list(seeds))
     if begun != list(seeds):
         raise ValueError(f"{job.workdir} searches from seeds {begun}, not {list(seeds)}; use another workdir.")
     method = _method(job, variables)
@@ -72,7 +74,7 @@ def search_curves(job: "Run", variables: Any, seeds: Sequence[int]) -> None:
         return named | {"validation_top1": float(np.mean([m["validation_top1"] for m in found.values()]))}
 
     state, step = methods.over_seeds(method, seeds)
-    _run_stage(job, "search", step, state, variables, evaluate)
+    _run_stage(job, "search", step, state, variables, evaluate, made_from)
 
 
 def _method(job: "Run", variables: Any) -> methods.Search:
@@ -106,38 +108,49 @@ def cut(job: "Run", variables: Any, selection: Selection) -> tuple[Network, Any]
     small_model, small_variables = compact(model, variables, selection, job.topology, job.rebuild)
     images = job.dataset.test.first(job.local_batch)
     verification = verify(model, variables, small_model, small_variables, selection, job.topology, images)
-    job.results.measured("verification", verification._asdict)
+    made_from = job.made_from(variables, selection.kept)
+    job.results.measured("verification", made_from, verification._asdict)
     small = as_network(small_model, **dict(job.topology.call_kwargs))
     small_variables = small.variables(small_variables)
     if job.config.finetune.recalibration_steps:
         small_variables = _recalibrate(job, small, small_variables)
-    job.results.measured("unfinetuned", lambda: _test(job, small, small_variables))
+    job.results.measured("unfinetuned", made_from, lambda: _test(job, small, small_variables))
     return small, small_variables
 
 
-def finetune(job: "Run", variables: Any, small: Network, small_variables: Any) -> Any:
+def finetune(job: "Run", variables: Any, selection: Selection, small: Network, small_variables: Any) -> Any:
     """Trains the smaller network with the base trainer."""
-    tuned = _tuned(job, "finetune", variables, small, small_variables)
-    job.results.measured("pruned", lambda: _test(job, small, tuned))
-    job.results.measured("latency_ms", lambda: _latency(job, [(job.network, variables), (small, tuned)]))
+    # Of the selection and not of the smaller variables: batch statistics are re-estimated anew when a run resumes.
+    made_from = job.made_from(variables, selection.kept)
+    tuned = _tuned(job, "finetune", variables, small, small_variables, made_from)
+    made_from = job.made_from(tuned)
+    job.results.measured("pruned", made_from, lambda: _test(job, small, tuned))
+    job.results.measured("latency_ms", made_from, lambda: _latency(job, [(job.network, variables), (small, tuned)]))
     return tuned
 
 
 def control(job: "Run", variables: Any) -> Any:
     """Fine-tunes the unpruned network, from its base weights, in every respect as the smaller one was."""
-    tuned = _tuned(job, "control", variables, job.network, variables)
-    job.results.measured("control", lambda: _test(job, job.network, tuned))
+    tuned = _tuned(job, "control", variables, job.network, variables, job.made_from(variables))
+    job.results.measured("control", job.made_from(tuned), lambda: _test(job, job.network, tuned))
     return tuned
 
 
-def _tuned(job: "Run", stage: Literal["finetune", "control"], variables: Any, network: Network, start: Any) -> Any:
+def _tuned(
+    job: "Run",
+    stage: Literal["finetune", "control"],
+    variables: Any,
+    network: Network,
+    start: Any,
+    made_from: str,
+) -> Any:
     """A network after fine-tuning from `start`; `variables` are those of the unpruned one, which may teach it."""
     config = job.config.finetune
     teacher, constants = None, None
     if config.distillation_weight:
         teacher = training.Distillation(job.network, config.distillation_weight, config.distillation_temperature)
         constants = variables
-    return _train(job, stage, network, start, teacher, constants)
+    return _train(job, stage, network, start, made_from, teacher, constants)
 
 
 def initial_variables(network: Network, image_shape: Sequence[int], seed: int) -> Any:
@@ -169,6 +182,7 @@ def _train(
     stage: Literal["base", "finetune", "control"],
     network: Network,
     variables: Any,
+    made_from: str,
     distillation: training.Distillation | None = None,
     constants: Any = None,
 ) -> Any:
@@ -187,6 +201,7 @@ def _train(
         training.init_state(network, variables, sgd),
         constants,
         lambda state: _named("validation", test(state.variables(network), held_out)),
+        made_from,
     )
     return state.variables(network)
 
@@ -198,18 +213,20 @@ def _run_stage(
     state: Any,
     constants: Any,
     evaluate: Callable[[Any], dict[str, float]],
+    made_from: str,
 ) -> Any:
     config = job.config.stage(name)
     steps, per_epoch = job.stage_steps(name)
     folder = job.workdir / name
-    stage = loop.Stage(name, folder, steps, per_epoch, config.step_batch, config.chunk_steps, config.save_every)
+    stage = loop.Stage(
+        name, folder, steps, per_epoch, config.step_batch, config.chunk_steps, config.save_every, made_from
+    )
     chunk = _over_devices(job, step, config.augment)
 
-    def host_batches(first: int) -> Any:  # called only where there are steps to take
-        job.results.forget(name)
+    def host_batches(first: int) -> Any:
         return job.host_batches(name, config.augment, first, steps)
 
-    return loop.fit_stage(stage, chunk, state, job.constants(constants), host_batches, evaluate, job.log)
+    return loop.fit_stage(stage, chunk, state, job.constants(constants), host_batches, evaluate, job.log, job.guard)
 
 
 def _over_devices(job: "Run", step: training.Step, augment: bool) -> loop.Chunk:
@@ -233,7 +250,7 @@ def _evaluator(job: "Run", network: Network, images: data.Images) -> Callable[..
     def forward(variables: Any, pixels: jax.Array) -> jax.Array:
         return picked(network.evaluate(variables, pixels), job.outputs, network.name)
 
-    return evaluator(forward, images, job.config.eval_batch_size, job.config.parallel.mode)
+    return evaluator(forward, images, job.config.eval_batch_size, job.config.parallel.mode, job.guard)
 
 
 def _masked_evaluator(job: "Run", images: data.Images) -> Callable[..., dict[str, float]]:
@@ -241,7 +258,7 @@ def _masked_evaluator(job: "Run", images: data.Images) -> Callable[..., dict[str
         found = apply_masked(job.network.model, constants["variables"], pixels, constants["masks"], job.topology)
         return picked(found, job.outputs, job.network.name)
 
-    return evaluator(forward, images, job.config.eval_batch_size, job.config.parallel.mode)
+    return evaluator(forward, images, job.config.eval_batch_size, job.config.parallel.mode, job.guard)
 
 
 def _named(images: str, metrics: dict[str, float]) -> dict[str, float]:

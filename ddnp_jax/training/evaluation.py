@@ -9,11 +9,16 @@ import numpy as np
 import optax
 
 from ddnp_jax import data, parallel
+from ddnp_jax.preemption import PreemptionGuard
 from ddnp_jax.training.steps import without_leading_axis
 
 
 def evaluator(
-    forward: Callable[[Any, jax.Array], jax.Array], images: data.Images, batch_size: int, mode: str
+    forward: Callable[[Any, jax.Array], jax.Array],
+    images: data.Images,
+    batch_size: int,
+    mode: str,
+    guard: PreemptionGuard | None = None,
 ) -> Callable[[Any, np.ndarray], dict[str, float]]:
     """Exact evaluation, every image counted once.
 
@@ -22,6 +27,7 @@ def evaluator(
       images: Images to evaluate on.
       batch_size: Images per batch over all devices; the last batch is padded and the padding not counted.
       mode: Mode of `parallel.data_parallel`.
+      guard: Ends an evaluation, between two batches, where the run was asked to stop.
 
     Returns:
       (variables, indices of images) -> {"top1", "top5"} in percent and the mean cross-entropy "loss".
@@ -42,6 +48,8 @@ def evaluator(
         sums = parallel.replicate({"top1": np.float32(0), "top5": np.float32(0), "loss": np.float32(0)})
         with data.read_ahead(batches, lambda b: (images.read(b[0], None), b[1]), images.threads, 1) as chunks:
             for host_batches in chunks:
+                if guard is not None:
+                    guard.check("stopped in an evaluation; the same command resumes from the last checkpoint.")
                 sums, _ = add_batch(sums, constants, parallel.shard_batches(host_batches))
         return {name: float(value) / len(indices) for name, value in parallel.fetch(sums).items()}
 

@@ -1,6 +1,7 @@
 """`metrics.jsonl`: what a run has measured over time."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from ddnp_jax import files, parallel
 class MetricsLog:
     """One line per chunk and per evaluation; a resumed stage writes those after its checkpoint again."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, identity: str = "") -> None:
+        """Takes the file, and what names the run, which the first line keeps; "" takes the log of any run."""
+        self._path, self._identity = path, identity
 
     def rewind(self, stage: str, step: int) -> None:
         """Drops the lines of `stage` after `step`, which will be written again, and a last line that was cut off.
@@ -22,7 +24,7 @@ class MetricsLog:
         Every process must call.
 
         Raises:
-          ValueError: A line is damaged; its number is named.
+          ValueError: A line is damaged, and its number named; or the log is that of another run.
         """
         parallel.on_first_process(lambda: self._rewind(stage, step))
 
@@ -36,7 +38,7 @@ class MetricsLog:
         """What was logged of a stage, in order; nothing where it took no steps, or where its log is lost.
 
         Raises:
-          ValueError: A line is damaged; its number is named.
+          ValueError: A line is damaged, and its number named; or the log is that of another run.
         """
         return [entry for entry in self._entries(self._content().splitlines()) if entry["stage"] == stage]
 
@@ -48,14 +50,26 @@ class MetricsLog:
     def write(self, stage: str, step: int, **values: Any) -> None:
         """Appends one line."""
         if jax.process_index() == 0:
+            header = self._line("run", 0, identity=self._identity) if self._is_empty() else ""
             with self._path.open("a") as file:
-                file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
+                file.write(header + self._line(stage, step, **values))
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _line(self, stage: str, step: int, **values: Any) -> str:
+        return json.dumps({"stage": stage, "step": step, **values}) + "\n"
 
     def _content(self) -> bytes:
         return self._path.read_bytes() if self._path.exists() else b""
 
+    def _is_empty(self) -> bool:
+        return not self._path.exists() or self._path.stat().st_size == 0
+
     def _entries(self, lines: Sequence[bytes]) -> list[dict[str, Any]]:
-        return [self._entry(line, number) for number, line in enumerate(lines, start=1)]
+        entries = [self._entry(line, number) for number, line in enumerate(lines, start=1)]
+        if self._identity and entries and entries[0].get("identity", self._identity) != self._identity:
+            raise ValueError(f"{self._path} is the log of another run; put this run's back, or delete it.")
+        return entries
 
     def _entry(self, line: bytes, number: int) -> dict[str, Any]:
         try:

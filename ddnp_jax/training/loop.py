@@ -12,17 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddnp_jax import extras, files, parallel
-from ddnp_jax.checkpoint import Checkpoints, PreemptionGuard
+from ddnp_jax.checkpoint import Checkpoints
+from ddnp_jax.preemption import PreemptionGuard
 from ddnp_jax.training.log import MetricsLog
 
 with extras.needed_by("ddnp_jax.training.loop"):
     from tqdm import tqdm
 
 Chunk = Callable[[Any, Any, Any], tuple[Any, Any]]
-
-
-class Preempted(SystemExit):
-    """The run was asked to stop, has saved its state and ends; the same command resumes it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +34,7 @@ class Stage:
       batch_size: Images per step over all devices, for the log.
       chunk_steps: Steps per dispatch.
       save_every: Chunks between checkpoints and evaluations.
+      made_from: Names all that the stage starts from.
     """
 
     name: str
@@ -46,6 +44,7 @@ class Stage:
     batch_size: int
     chunk_steps: int
     save_every: int
+    made_from: str = ""
 
     def saves_at(self, step: int) -> bool:
         """Whether the state after `step` steps is evaluated and saved."""
@@ -60,6 +59,7 @@ def fit_stage(
     host_batches: Callable[[int], contextlib.AbstractContextManager[Iterator[Any]]],
     evaluate: Callable[[Any], dict[str, float]],
     log: MetricsLog,
+    guard: PreemptionGuard,
 ) -> Any:
     """Runs a stage to its end, from its newest undamaged checkpoint if there is one.
 
@@ -74,15 +74,17 @@ def fit_stage(
       evaluate: State -> what is logged with a checkpoint; by "validation_top1", of held-out training images, the best
         one is chosen.
       log: Log of the run.
+      guard: Entered by the caller; asks the stage to stop.
 
     Returns:
       The state after the last step, on the host.
 
     Raises:
       FloatingPointError: The loss or the state became NaN or infinite.
-      Preempted: SIGTERM came; the state is saved.
+      Preempted: SIGTERM came; the same command resumes the stage.
+      ValueError: The checkpoints of the stage are damaged, or were made from something else.
     """
-    with Checkpoints(stage.folder) as checkpoints, PreemptionGuard() as guard:
+    with Checkpoints(stage.folder, made_from=stage.made_from) as checkpoints:
         step, state = checkpoints.restore(state) or (0, state)
         if step == stage.steps:
             return state
@@ -104,12 +106,12 @@ def fit_stage(
                 log.write(stage.name, step, epoch=step / stage.steps_per_epoch, images_per_s=round(rate, 1), **means)
                 bar.set_postfix_str(f"loss {means['loss']:.3f}, {rate:.0f} images/s", refresh=False)
                 bar.update(length)
-                stop = guard.stop_requested() and step < stage.steps
+                stop = guard.stop_requested()
                 if stage.saves_at(step) or stop:
                     _save(stage, step, parallel.fetch(state), checkpoints, evaluate, log)
                     clock.save()
                 if stop:
-                    raise Preempted(f"stage {stage.name!r} is saved at step {step}; the same command resumes it.")
+                    guard.check(f"stage {stage.name!r} is saved at step {step}; the same command resumes it.")
         return parallel.fetch(state)
 
 
@@ -207,6 +209,13 @@ class _Clock:
 
 
 def seconds(folder: Path) -> float:
-    """Seconds that the stage in `folder` took, over all its runs."""
+    """Seconds that the stage in `folder` took, over all its runs.
+
+    Raises:
+      ValueError: The file that says so is damaged.
+    """
     path = folder / "seconds.json"
-    return files.read_json(path) if path.exists() else 0.0
+    found = files.read_json(path) if path.exists() else 0.0
+    if not isinstance(found, int | float) or isinstance(found, bool):
+        raise ValueError(f"{path} holds {found!r}, which is no number of seconds; put a good copy back, or delete it.")
+    return found

@@ -1,0 +1,152 @@
+"""The folder of a run: which run it belongs to, and that one process at a time works in it."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from ddnp_jax import files, parallel
+
+CONFIG = "config.json"
+LOCK = "run.lock"
+
+
+@contextlib.contextmanager
+def locked(workdir: str | Path) -> Iterator[None]:
+    """Keeps other runs out of a workdir; made if absent, and removed again where nothing was written into it.
+
+    The lock is the operating system's (flock), so that it ends with the process, however that ends. It holds over
+    machines where their file system passes locks on, as NFS does since version 4; where it knows none, a warning says
+    so. Of a run over several processes the first one holds it.
+
+    Args:
+      workdir: Folder of the run.
+
+    Raises:
+      ValueError: Another run works in it; host and process are named. Or it is no folder.
+      OSError: It cannot be made or written.
+    """
+    held = contextlib.ExitStack()
+    parallel.on_first_process(lambda: held.enter_context(_lock(Path(workdir))))
+    with held:
+        yield
+
+
+@contextlib.contextmanager
+def _lock(workdir: Path) -> Iterator[None]:
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"workdir={workdir} is a file; give a folder, which is made where there is none.")
+    is_new = not workdir.exists()
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / LOCK
+    descriptor = _acquired(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+        if is_new:
+            with contextlib.suppress(OSError):  # something was written into it
+                workdir.rmdir()
+
+
+def _acquired(path: Path) -> int:
+    """A descriptor of the lock file, which this process has locked."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _flock(descriptor, path)
+        except BlockingIOError:
+            holder = _holder(descriptor)
+            os.close(descriptor)
+            raise ValueError(
+                f"another run works in {path.parent}: {holder}. Wait for it, stop it, or give this run another workdir."
+            ) from None
+        if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
+            break
+        os.close(descriptor)  # of a run that ended just now, and removed its file
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, json.dumps({"host": socket.gethostname(), "process": os.getpid()}).encode())
+    return descriptor
+
+
+def _flock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        logging.warning(
+            "%s cannot be locked (%s): take care that no other run works in this folder.", path, error.strerror
+        )
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        found = json.loads(os.read(descriptor, 1000))
+        return f"process {found['process']} on {found['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "a process that has not said its name yet"
+
+
+def claim_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequence[str] = ()) -> None:
+    """Makes a workdir this run's own, or checks that it is: its `config.json` must hold the same config.
+
+    Args:
+      workdir: Folder of the run; made if absent.
+      config: Nested mappings of JSON values.
+      ignore: Fields, or prefixes of fields ('parallel' for all 'parallel.*'), that may differ when a run resumes.
+
+    Raises:
+      ValueError: The workdir belongs to a run with another config (the message lists the fields that differ), or
+        is not shared by all processes.
+    """
+    path = Path(workdir) / CONFIG
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def claim() -> None:
+        if not path.exists():
+            files.write_json(path, config)
+
+    parallel.on_first_process(claim)
+    if not path.exists():
+        raise ValueError(f"{workdir} is not the same folder in every process; put it where all of them see it.")
+    check_workdir(workdir, config, ignore)
+
+
+def check_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequence[str] = ()) -> None:
+    """Like `claim_workdir`, but writes nothing: a workdir that no run has claimed is free."""
+    path = Path(workdir) / CONFIG
+    if not path.exists():
+        return
+    theirs = _fields(files.read_json(path))
+    # Runs of versions that did not note what they were given resume.
+    free = (*ignore, *(() if any(name.startswith("given.") for name in theirs) else ("given",)))
+    ours = _fields(json.loads(json.dumps(config)))  # tuples become lists, as in the file
+    differing = [
+        f"  {name}: workdir has {_shown(theirs, name)}, this run has {_shown(ours, name)}"
+        for name in dict.fromkeys([*theirs, *ours])
+        if _shown(theirs, name) != _shown(ours, name) and not any(f"{name}.".startswith(f"{p}.") for p in free)
+    ]
+    if differing:
+        lines = "\n".join([f"{workdir} belongs to a run with another config:", *differing])
+        raise ValueError(f"{lines}\nGive this run another workdir, or the workdir's values.")
+
+
+def _fields(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flattens nested mappings to 'a.b.c' fields."""
+    fields: dict[str, Any] = {}
+    for name, value in config.items():
+        nested = isinstance(value, Mapping) and value
+        fields |= _fields(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return fields
+
+
+def _shown(fields: Mapping[str, Any], name: str) -> str:
+    return repr(fields[name]) if name in fields else "no such field"

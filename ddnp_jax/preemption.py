@@ -1,0 +1,68 @@
+"""A clean stop on SIGTERM and Ctrl-C: what runs may end at the next good moment, saved and resumable."""
+
+import signal
+import sys
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from ddnp_jax import parallel
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"; a script that requeues jobs can tell it from an error
+
+
+class Preempted(SystemExit):
+    """The run was asked to stop and ends; the same command resumes it. Uncaught, the process exits with `EXIT_CODE`."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(EXIT_CODE)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class PreemptionGuard:
+    """While entered, SIGTERM and Ctrl-C only ask the run to stop, so that it can save and leave between two chunks.
+
+    A second Ctrl-C interrupts at once. Repeated SIGTERMs change nothing: schedulers send several. Must be entered in
+    the main thread; in a run of several processes, by all of them. One that is not entered never asks to stop.
+    """
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self._requested = False
+        self._old: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Puts the handlers in place."""
+        self._old = {number: signal.signal(number, self._request) for number in self._SIGNALS}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Puts the old handlers back."""
+        for number, handler in self._old.items():
+            # None: it was not set from Python (jax.distributed sets one of its own), and cannot be put back from here.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def stop_requested(self) -> bool:
+        """Whether any process of the run was asked to stop; all processes ask at the same point, and agree."""
+        return parallel.any_process(self._requested)
+
+    def check(self, message: str) -> None:
+        """Ends the run if it was asked to stop; all processes call at the same point.
+
+        Args:
+          message: What was saved, for the person who reads it.
+
+        Raises:
+          Preempted: It was asked to stop; the message is on standard error.
+        """
+        if self.stop_requested():
+            print(message, file=sys.stderr, flush=True)
+            raise Preempted(message)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self._requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._requested = True

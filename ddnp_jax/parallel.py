@@ -75,8 +75,14 @@ def initialize(
         raise ValueError(f"{name} is set but distributed is False; set distributed=True or leave {name} out.")
     if 0 < len(missing) < 3:
         raise ValueError(f"{' and '.join(missing)} missing: set all of {', '.join(given)}, or none of them.")
-    if distributed:
+    if not distributed:
+        return
+    try:
         jax.distributed.initialize(**given)
+    except ValueError as error:
+        if not missing:
+            raise
+        raise ValueError(f"no cluster was found here ({error}); give {', '.join(given)}.") from error
 
 
 def mesh() -> Mesh:

@@ -4,7 +4,9 @@ import contextlib
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from logging import LogRecord
 from pathlib import Path
 
 import jaxlib
@@ -13,6 +15,8 @@ from ml_collections import ConfigDict, config_flags
 
 CHECKOUT = Path(__file__).parents[1]
 _CONFIG_FLAGS = ("--config", "-config")
+_FUSIONS = ("individual_convolution", "individual_dot", "dot", "eltwise", "reduce")  # that XLA:CPU knows
+_INTERRUPTED = 130  # exit code, as of a shell whose command was interrupted
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command resumes from what it holds.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Whether several processes share the run.")
@@ -31,14 +35,23 @@ def cpu_flags(config: ConfigDict, processes: int = 1) -> str:
     Args:
       config: Configuration, with the batch sizes and `parallel.cpu_fusions`.
       processes: Number of processes that share each batch, with as many devices each.
+
+    Raises:
+      ValueError: A fusion is unknown.
     """
+    fusions = config.parallel.cpu_fusions
+    if unknown := [name for name in fusions.split(",") if name and name not in _FUSIONS]:
+        raise ValueError(
+            f"parallel.cpu_fusions names {unknown[0]!r}, which is unknown; join some of {', '.join(_FUSIONS)} by "
+            "commas."
+        )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     sections = (config.base, config.search, config.finetune)
     batches = (config.eval_batch_size, *(s.batch_size // max(s.get("micro_batches", 1), 1) for s in sections))
     devices = max((n for n in range(1, cores + 1) if math.gcd(*batches) % (n * processes) == 0), default=1)
     added = [f"--xla_force_host_platform_device_count={devices}"]
-    if config.parallel.cpu_fusions and jaxlib.__version__.startswith("0.10."):
-        added.append(f"--xla_cpu_experimental_ynn_fusion_type={config.parallel.cpu_fusions}")
+    if fusions and jaxlib.__version__.startswith("0.10."):
+        added.append(f"--xla_cpu_experimental_ynn_fusion_type={fusions}")
     given = os.environ.get("XLA_FLAGS", "")
     return " ".join([given, *(flag for flag in added if flag.split("=")[0] not in given)]).strip()
 
@@ -77,8 +90,22 @@ def _with_located_config(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def _parse(arguments: Sequence[str]) -> list[str]:
-    with _known_fields():
-        return app.parse_flags_with_usage(list(_with_located_config(arguments)))
+    try:
+        with _known_fields():
+            found = flags.FLAGS(list(_with_located_config(arguments)))
+    except flags.Error as error:
+        raise SystemExit(f"error: {_sentence(str(error))}") from error
+    if len(found) > 1:
+        raise SystemExit(
+            f"error: {found[1]!r} is no flag; give fields as --config.FIELD=VALUE, --help lists the others."
+        )
+    return found
+
+
+def _sentence(message: str) -> str:
+    """What a flag's error says; a configuration file's own ValueError without its traceback."""
+    own = message.strip().rpartition("\n")[2].strip()
+    return own.removeprefix("ValueError: ") if "Traceback" in message and own.startswith("ValueError: ") else message
 
 
 def prune(config: ConfigDict, workdir: str) -> str:
@@ -103,22 +130,49 @@ def run(
       default_config: The configuration's path[:argument].
       job: (configuration, workdir) -> text.
       required: Flags without which the job cannot run.
+
+    Raises:
+      SystemExit: With 75 where the run was asked to stop and can be resumed (`ddnp_jax.preemption`), 130 where it was
+        interrupted at once, and 1 with a sentence for what cannot be.
     """
-    with _known_fields():
+    with _interruptible(), _known_fields():
         config = config_flags.DEFINE_config_file(
             "config", _located(default_config), "Configuration file, path[:argument], from here or from the checkout."
         )
     flags.mark_flags_as_required(required)
 
     def main(_: list[str]) -> None:
-        os.environ["XLA_FLAGS"] = cpu_flags(config.value, _NUM_PROCESSES.value or 1)  # before JAX starts its devices
-        from ddnp_jax import parallel
-
-        logging.set_verbosity(logging.WARNING)  # orbax writes a page per checkpoint
+        if _WORKDIR.value == "":
+            raise SystemExit("error: --workdir is empty; give the folder of the run.")
         try:
+            os.environ["XLA_FLAGS"] = cpu_flags(
+                config.value, _NUM_PROCESSES.value or 1
+            )  # before JAX starts its devices
+            from ddnp_jax import parallel
+
+            logging.set_verbosity(logging.WARNING)
+            logging.get_absl_logger().addFilter(_is_not_of_orbax)
             parallel.initialize(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
             print(job(config.value, _WORKDIR.value))
-        except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        except OSError as error:
+            raise SystemExit(f"error: {error}; what was saved before stays as it is.") from error
+        except (ValueError, ImportError, FloatingPointError) as error:
             raise SystemExit(f"error: {error}") from error
 
-    app.run(main, flags_parser=_parse)
+    with _interruptible():
+        app.run(main, flags_parser=_parse)
+
+
+def _is_not_of_orbax(record: LogRecord) -> bool:
+    """Orbax logs a page for an error that it raises as well."""
+    return "orbax" not in Path(record.pathname).parts
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ends in a sentence where Ctrl-C was pressed before the run listens for it, or a second time."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes what was saved.", file=sys.stderr, flush=True)
+        os._exit(_INTERRUPTED)  # at once: threads of JAX and orbax may be in the middle of their work

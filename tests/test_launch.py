@@ -35,3 +35,34 @@ def test_configuration_beside_the_user_comes_first(tmp_path):
     (tmp_path / "configs" / "digits_r20.py").write_text("def get_config():\n    raise SystemExit('error: mine')\n")
     error = refusal(tmp_path, "-m", "experiments.digits_r20", "--config=configs/digits_r20.py")
     assert error == "error: mine\n"
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("--config=configs/digits_r20.py:nonsense", "the configuration's argument 'nonsense' is unknown; use ddnp, "),
+        ("--workdir=", "--workdir is empty; give the folder of the run."),
+        ("--workdir=gs://bucket/run", "workdir=gs://bucket/run is an address and no folder; mount what it names"),
+        ("extra", "'extra' is no flag; give fields as --config.FIELD=VALUE"),
+        ("--config.base.epochs=abc", "flag --config.base.epochs=abc: invalid literal for int()"),
+        ("--config.parallel.cpu_fusions=foo", "parallel.cpu_fusions names 'foo', which is unknown; join some of "),
+        ("--config.model.name=resnet18", "model 'resnet18' does not take the attributes shortcut='subsample'"),
+        ("--config.seed=99999999999999999999", "seed=99999999999999999999 must be below 2**63."),
+    ],
+)
+def test_bad_arguments_end_in_one_sentence_before_any_work(tmp_path, argument, sentence):
+    command = [sys.executable, "-m", "experiments.digits_r20", "--workdir=run", argument]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {sentence}")
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_while_everything_is_imported_ends_in_a_sentence(tmp_path):
+    (tmp_path / "mine.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    command = [sys.executable, "-m", "experiments.digits_r20", "--config=mine.py", "--workdir=run"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted; the same command resumes what was saved.\n")

@@ -15,7 +15,7 @@ from flax import nnx
 from ddnp_jax import data, files
 from ddnp_jax.pipeline import identity
 from ddnp_jax.pipeline.results import Results
-from ddnp_jax.pipeline.workdir import claim_workdir, locked
+from ddnp_jax.pipeline.workdir import check_room, claim_workdir, locked
 from ddnp_jax.training.log import MetricsLog
 
 
@@ -105,6 +105,14 @@ def test_a_file_is_no_workdir(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file is a file; give a folder"), locked(tmp_path / "file"):
         pass
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path):
+    check_room(tmp_path / "new" / "run", 1000)
+    with pytest.raises(
+        ValueError, match=r"MiB free, and the checkpoints of a stage need some 1,048,576 MiB; make room"
+    ):
+        check_room(tmp_path / "new", 2**40 * 1.0)
 
 
 # What was given

@@ -26,9 +26,13 @@ def create(name: str, num_classes: int, **attributes: Any) -> nn.Module:
       **attributes: Further attributes of the module, for example `widths` or `shortcut`.
 
     Raises:
-      ValueError: The name is unknown, or the number of `widths` is not that of the network.
+      ValueError: The name or an attribute is unknown, or the number of `widths` is not that of the network.
     """
     constructors = names()
     if name not in constructors:
         raise ValueError(f"model {name!r} is unknown; choose one of {', '.join(constructors)}.")
-    return constructors[name](num_classes=num_classes, **attributes)
+    try:
+        return constructors[name](num_classes=num_classes, **attributes)
+    except TypeError as error:
+        given = ", ".join(f"{attribute}={value!r}" for attribute, value in attributes.items())
+        raise ValueError(f"model {name!r} does not take the attributes {given}: {error}.") from error

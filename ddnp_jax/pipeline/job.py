@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ddnp_jax.models.layers import Backbone
 from ddnp_jax.networks import Network, Outputs, as_network, picked
 from ddnp_jax.pipeline import identity, report, stages
 from ddnp_jax.pipeline.results import Results, summarize
-from ddnp_jax.pipeline.workdir import check_workdir, claim_workdir, locked
+from ddnp_jax.pipeline.workdir import check_room, check_workdir, claim_workdir, locked
 from ddnp_jax.preemption import PreemptionGuard
 from ddnp_jax.saved import load_pruned, save_pruned
 from ddnp_jax.topology import Topology, trace
@@ -28,6 +29,7 @@ from ddnp_jax.training.log import MetricsLog
 # Fields of the configuration that may change when a run resumes: they do not change the pruned network, or are paths,
 # whose contents count.
 _MAY_DIFFER = ("data.threads", "data.data_dir", "base.weights", "finetune.control")
+_KEPT, _BYTES = 4, 4  # checkpoints of a stage, the one that is being written included, of float32; with momentum
 _WRITTEN = ("results.json", "metrics.jsonl", *STAGES)  # in a workdir that has been used
 
 
@@ -147,6 +149,7 @@ def prepare(
     _check_workdir(workdir, own)  # a measured budget writes its table there
     budget = make_budget(config.budget, topology, measured)
     _check_cut(network, rebuild, topology, budget)
+    check_room(workdir, 2 * _KEPT * sum(math.prod(v.shape) * _BYTES for v in topology.variables))
     claim_workdir(workdir, own, _MAY_DIFFER)
     return Run(
         config=config,

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,9 +30,11 @@ def locked(workdir: str | Path) -> Iterator[None]:
       workdir: Folder of the run.
 
     Raises:
-      ValueError: Another run works in it; host and process are named. Or it is no folder.
+      ValueError: Another run works in it, and its host and process are named; or it is no folder.
       OSError: It cannot be made or written.
     """
+    if "://" in str(workdir):
+        raise ValueError(f"workdir={workdir} is an address and no folder; mount what it names, and give that folder.")
     held = contextlib.ExitStack()
     parallel.on_first_process(lambda: held.enter_context(_lock(Path(workdir))))
     with held:
@@ -43,9 +46,12 @@ def _lock(workdir: Path) -> Iterator[None]:
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir={workdir} is a file; give a folder, which is made where there is none.")
     is_new = not workdir.exists()
-    workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / LOCK
-    descriptor = _acquired(path)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        descriptor = _acquired(path)
+    except OSError as error:
+        raise OSError(f"workdir={workdir} cannot be written ({error.strerror}); give a folder that can.") from error
     try:
         yield
     finally:
@@ -93,6 +99,25 @@ def _holder(descriptor: int) -> str:
         return f"process {found['process']} on {found['host']}"
     except (ValueError, KeyError, TypeError):
         return "a process that has not said its name yet"
+
+
+def check_room(workdir: str | Path, needed: float) -> None:
+    """Raises where the disk of a workdir has no room for the checkpoints of a stage.
+
+    Args:
+      workdir: Folder of the run; made later if absent.
+      needed: Bytes.
+
+    Raises:
+      ValueError: The disk has less; both are named.
+    """
+    folder = Path(workdir).absolute()
+    free = shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
+    if free < needed:
+        raise ValueError(
+            f"the disk of workdir={workdir} has {free / 2**20:,.0f} MiB free, and the checkpoints of a stage need some "
+            f"{needed / 2**20:,.0f} MiB; make room, or give a folder of another disk."
+        )
 
 
 def claim_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequence[str] = ()) -> None:

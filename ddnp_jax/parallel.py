@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
 MODES = ("shard_map", "pmap")  # of `data_parallel`
+HEARTBEAT_SECONDS = 30  # after which a process that has not been heard of counts as dead
 _REPLICATED = PartitionSpec()
 _SPLIT = PartitionSpec(None, AXIS)  # (chunk, batch, ...): the batch axis
 
@@ -77,8 +78,10 @@ def initialize(
         raise ValueError(f"{' and '.join(missing)} missing: set all of {', '.join(given)}, or none of them.")
     if not distributed:
         return
+    # Without it the death of a process would abort the others from within, before they could say so.
+    jax.config.update("jax_enable_recoverability", True)
     try:
-        jax.distributed.initialize(**given)
+        jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError as error:
         if not missing:
             raise

@@ -152,6 +152,8 @@ def _description(file: Path) -> dict[str, Any]:
 
 
 def _is_size(value: Any) -> bool:
+    if value is None:  # as GroupNorm has where it is given the other of two sizes
+        return True
     if isinstance(value, list):
         return all(map(_is_size, value))
     return isinstance(value, int) and not isinstance(value, bool) and value > 0

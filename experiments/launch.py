@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from logging import LogRecord
 from pathlib import Path
+from typing import NoReturn
 
 import jaxlib
 from absl import app, flags, logging
@@ -149,6 +150,7 @@ def run(
                 config.value, _NUM_PROCESSES.value or 1
             )  # before JAX starts its devices
             from ddnp_jax import parallel
+            from ddnp_jax.preemption import EXIT_CODE
 
             logging.set_verbosity(logging.WARNING)
             logging.get_absl_logger().addFilter(_is_not_of_orbax)
@@ -158,6 +160,13 @@ def run(
             raise SystemExit(f"error: {error}; what was saved before stays as it is.") from error
         except (ValueError, ImportError, FloatingPointError) as error:
             raise SystemExit(f"error: {error}") from error
+        except RuntimeError as error:
+            if parallel.process()[1] == 1:
+                raise
+            _leave(
+                EXIT_CODE,
+                f"another process of the run ended ({_first_line(error)}); start all of them again to resume.",
+            )
 
     with _interruptible():
         app.run(main, flags_parser=_parse)
@@ -174,5 +183,14 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes what was saved.", file=sys.stderr, flush=True)
-        os._exit(_INTERRUPTED)  # at once: threads of JAX and orbax may be in the middle of their work
+        _leave(_INTERRUPTED, "interrupted; the same command resumes what was saved.")
+
+
+def _leave(code: int, message: str) -> NoReturn:
+    """Ends the process at once: threads of JAX and orbax may be waiting, for other processes for example."""
+    print(message, file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]

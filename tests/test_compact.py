@@ -298,7 +298,7 @@ def test_a_function_is_cut_saved_and_loaded(tmp_path):
     save_pruned(tmp_path, small_function, small)
     _, loaded = load_pruned(tmp_path, model=dense_function, variables=variables)
     jax.tree.map(np.testing.assert_array_equal, loaded, small)
-    with pytest.raises(ValueError, match="lacks the attributes model of"):
+    with pytest.raises(ValueError, match="holds a function network, of which only the variables"):
         load_pruned(tmp_path)
     with pytest.raises(ValueError, match="dense_function is a function, which holds no variables; give variables="):
         trace(dense_function, (5,))

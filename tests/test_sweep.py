@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import json
 from types import SimpleNamespace
@@ -135,7 +136,7 @@ def test_the_searches_share_a_base(tmp_path, monkeypatch):
     class Job:
         def __init__(self, config, workdir):
             self.config, self.workdir, self.weights = config, workdir, config.base.weights
-            self.log = MetricsLog(workdir / "metrics.jsonl")
+            self.log, self.guard = MetricsLog(workdir / "metrics.jsonl"), contextlib.nullcontext()
             self.network = SimpleNamespace(bind=lambda variables: (None, variables))
 
     def search(job, variables, seeds):

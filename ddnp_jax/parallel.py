@@ -78,8 +78,6 @@ def initialize(
         raise ValueError(f"{' and '.join(missing)} missing: set all of {', '.join(given)}, or none of them.")
     if not distributed:
         return
-    # Without it the death of a process would abort the others from within, before they could say so.
-    jax.config.update("jax_enable_recoverability", True)
     try:
         jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError as error:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ddnp_jax.interpreter import Change, Interpreter, evaluate
 from ddnp_jax.networks import as_network
-from ddnp_jax.topology import Reader, Span, Topology
+from ddnp_jax.topology import Consumer, Span, Topology
 
 Mask = jax.Array | np.ndarray
 Observe = Callable[[int, jax.Array], None]
@@ -40,7 +40,7 @@ def apply_masked(
       x: Images (N, *topology.input_shape).
       masks: One mask (C_l,) per gate.
       topology: Topology of `model`, as returned by `trace`.
-      observe: Called while tracing, once per gate, with the gate's number and the unmasked input of its first reader,
+      observe: Called while tracing, once per gate, with the gate's number and the unmasked input of its first consumer,
         (..., C_l): channels are moved to the end where they are elsewhere, as after a flatten.
       interpreter: How the program is evaluated; `FullPrecision` for proofs.
 
@@ -75,32 +75,32 @@ def _check(x: jax.Array, masks: Sequence[Mask], topology: Topology) -> None:
 
 def _changes(topology: Topology, masks: Sequence[Mask], observe: Observe | None) -> dict[int, Change]:
     """What happens to the input of each layer, by the layer's number."""
-    readers: dict[int, list[tuple[int, Reader]]] = {}
+    consumers: dict[int, list[tuple[int, Consumer]]] = {}
     for i, gate in enumerate(topology.gates):
-        for reader in gate.readers:
-            readers.setdefault(reader.layer, []).append((i, reader))
+        for consumer in gate.consumers:
+            consumers.setdefault(consumer.layer, []).append((i, consumer))
     observed: set[int] = set()
 
     def change(number: int) -> Change:
         def masked(x: jax.Array) -> jax.Array:
             if observe is not None:
-                for i, reader in readers[number]:
+                for i, consumer in consumers[number]:
                     if i not in observed:
                         observed.add(i)
-                        observe(i, _channels_last(x, reader, topology.gates[i].channels))
-            return _multiply(x, masks, readers[number])
+                        observe(i, _channels_last(x, consumer, topology.gates[i].channels))
+            return _multiply(x, masks, consumers[number])
 
         return masked
 
-    return {number: change(number) for number in readers}
+    return {number: change(number) for number in consumers}
 
 
-def _multiply(x: jax.Array, masks: Sequence[Mask], readers: Sequence[tuple[int, Reader]]) -> jax.Array:
+def _multiply(x: jax.Array, masks: Sequence[Mask], consumers: Sequence[tuple[int, Consumer]]) -> jax.Array:
     """Multiplies the channels of every gate on one axis; the data type of x stays."""
-    axis = readers[0][1].axis
+    axis = consumers[0][1].axis
     shape = [1] * x.ndim
     shape[axis] = x.shape[axis]
-    along = _along_axis(x.shape[axis], [(masks[i], reader.span) for i, reader in readers])
+    along = _along_axis(x.shape[axis], [(masks[i], consumer.span) for i, consumer in consumers])
     return x * along.reshape(shape).astype(x.dtype)
 
 
@@ -119,11 +119,11 @@ def _along_axis(length: int, masks: Sequence[tuple[Mask, Span]]) -> jax.Array:
     return jnp.concatenate([jnp.ones(1, masks[0][0].dtype), *(mask for mask, _ in masks)])[source]
 
 
-def _channels_last(x: jax.Array, reader: Reader, channels: int) -> jax.Array:
+def _channels_last(x: jax.Array, consumer: Consumer, channels: int) -> jax.Array:
     """The channels of one gate, (..., C_l)."""
-    if reader.axis == x.ndim - 1 and x.shape[reader.axis] == channels:
+    if consumer.axis == x.ndim - 1 and x.shape[consumer.axis] == channels:
         return x
-    positions = reader.span.positions(channels)
-    taken = jnp.take(x, positions.T.reshape(-1), axis=reader.axis)
-    before, after = x.shape[: reader.axis], x.shape[reader.axis + 1 :]
-    return jnp.moveaxis(taken.reshape(*before, positions.shape[1], channels, *after), reader.axis + 1, -1)
+    positions = consumer.span.positions(channels)
+    taken = jnp.take(x, positions.T.reshape(-1), axis=consumer.axis)
+    before, after = x.shape[: consumer.axis], x.shape[consumer.axis + 1 :]
+    return jnp.moveaxis(taken.reshape(*before, positions.shape[1], channels, *after), consumer.axis + 1, -1)

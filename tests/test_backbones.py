@@ -75,7 +75,7 @@ def test_bottlenecks_have_a_gate_behind_the_first_and_the_second_convolution():
     assert gate_names(topology) == [f"{block}/{conv}" for block in blocks for conv in ("conv1", "conv2")]
     assert topology.widths == (64,) * 6 + (128,) * 8 + (256,) * 12 + (512,) * 6
     assert trace_whole("resnet101").widths == (64,) * 6 + (128,) * 8 + (256,) * 46 + (512,) * 6
-    assert ("conv1", "the model's `widths` do not size it") in topology.whole
+    assert ("conv1", "the model's `widths` do not size it") in topology.unprunable
     stem_downsample_classifier = 112**2 * 147 * 64 + 56**2 * 64 * 256 + 3 * 28**2 * 256 * 512 + 2048 * 1000
     assert flops.total(topology) - flops.prunable(topology) == stem_downsample_classifier
 
@@ -161,7 +161,7 @@ def network(name):
     module = pytorch_models.create(name, CLASSES)
     reference = randomize(module, seed=1, images=channels_first(images(shape_of(name))))
     model = models.create(name, CLASSES)
-    variables = torch_weights.load(reference.state_dict(), model)
+    variables = torch_weights.load(reference.state_dict(), model, shape_of(name))
     topology = trace(model, shape_of(name))
     masked = jax.jit(lambda masks: apply_masked(model, variables, images(shape_of(name)), masks, topology))
     return reference, model, variables, topology, masked
@@ -206,14 +206,14 @@ def test_the_cut_network_is_the_masked_one_also_in_pytorch(tmp_path, name, kind)
     x, selection = images(shape_of(name)), selection_of(name, kind)
     expected = np.asarray(masked(selection.masks(topology)))
     small_model, small_variables = compact(model, variables, selection, topology)
-    torch_weights.save(tmp_path, small_model, small_variables)
+    torch_weights.save(tmp_path, small_model, small_variables, shape_of(name))
     rebuilt = torch_logits(rebuild_in_pytorch(tmp_path, name), x)
     tolerance = 2e-5 * np.abs(expected).max()
     np.testing.assert_allclose(rebuilt, expected, rtol=0, atol=tolerance)
     np.testing.assert_allclose(jax.jit(small_model.apply)(small_variables, x), expected, rtol=0, atol=tolerance)
     written_out = pytorch_models.create(name, CLASSES, widths=selection.widths).state_dict()
     wanted = {k: tuple(v.shape) for k, v in written_out.items() if "num_batches" not in k}
-    assert {k: v.shape for k, v in torch_weights.export(small_model, small_variables).items()} == wanted
+    assert {k: v.shape for k, v in load_file(tmp_path / "weights.safetensors").items()} == wanted
 
 
 @pytest.mark.parametrize("name", BACKBONES)

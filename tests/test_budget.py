@@ -40,7 +40,7 @@ def topology(widths, layers):
                 zip(paths, shapes, layers, strict=True)
             )
         ),
-        whole=(),
+        unprunable=(),
         variables=tuple(Variable(path, shape, True) for path, shape in zip(paths, shapes, strict=True)),
     )
 

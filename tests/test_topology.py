@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ddnp_jax import models
 from ddnp_jax.masking import apply_masked
 from ddnp_jax.models.layers import Backbone
-from ddnp_jax.topology import Extent, Reader, Selection, Slice, Span, trace
+from ddnp_jax.topology import Consumer, Extent, Selection, Slice, Span, trace
 from ddnp_jax.topology.axis_groups import AxisGroups, Constant, free
 
 SHAPE = (16, 16, 3)
@@ -21,7 +21,7 @@ SHAPE = (16, 16, 3)
 def gates_of(topology):
     """(name, channels, readers) of all gates."""
     names = [layer.name for layer in topology.layers]
-    return [(g.name, g.channels, list(dict.fromkeys(names[r.layer] for r in g.readers))) for g in topology.gates]
+    return [(g.name, g.channels, list(dict.fromkeys(names[r.layer] for r in g.consumers))) for g in topology.gates]
 
 
 def gates_at(layer):
@@ -31,7 +31,7 @@ def gates_at(layer):
 
 def reason_of(topology, name):
     """Why the channels that layer `name` produces stay whole."""
-    return "; ".join(reason for names, reason in topology.whole if name in names.split(", "))
+    return "; ".join(reason for names, reason in topology.unprunable if name in names.split(", "))
 
 
 @pytest.mark.parametrize("shortcut", ["subsample", "avgpool"])
@@ -51,7 +51,7 @@ def test_cifar_resnet_gates_are_the_first_convolutions_in_block_order(shortcut):
         Slice((*bn[0], "var"), 0),
         Slice(("params", "layer2_0", "conv2", "kernel"), 2),
     }
-    (reader,) = topology.gates[3].readers
+    (reader,) = topology.gates[3].consumers
     assert (topology.layers[reader.layer].name, reader.axis, reader.span) == ("layer2_0/conv2", 3, Span())
     assert topology.gates[3].producers == (Slice(("params", "layer2_0", "conv1", "kernel"), 3),)
     assert "a residual addition (CifarResNet/layer1_0)" in reason_of(topology, "layer1_1/conv2")
@@ -77,7 +77,7 @@ def test_vgg():
         ("features_2", 10, ["hidden"]),
         ("hidden", 12, ["classifier"]),
     ]
-    assert topology.gates[2].readers == (Reader(3, 1, Span(outer=16, stride=10)),)
+    assert topology.gates[2].consumers == (Consumer(3, 1, Span(outer=16, stride=10)),)
     assert Slice(("params", "hidden", "kernel"), 0, Span(outer=16, stride=10)) in topology.gates[2].slices
     assert topology.layers[3].inputs == Extent(0, ((2, 16),))
     ends = [(layer.name, layer.positions, *gates_at(layer)) for layer in topology.layers]
@@ -107,7 +107,7 @@ def test_inverted_residuals_with_squeeze_excite():
     assert Slice(("params", "block1", "depthwise", "kernel"), 3) in topology.gates[0].slices
     (depthwise,) = [layer for layer in topology.layers if layer.name == "block2/depthwise"]
     assert (depthwise.groups, depthwise.positions, *gates_at(depthwise)) == (16, 16, None, 2)
-    assert topology.whole[0] == ("stem, block1/project", "a residual addition (MobileNet/block1)")
+    assert topology.unprunable[0] == ("stem, block1/project", "a residual addition (MobileNet/block1)")
 
 
 def test_bottlenecks_with_and_without_residual_gates():
@@ -115,7 +115,7 @@ def test_bottlenecks_with_and_without_residual_gates():
     topology = trace(zoo.PreActResNet(), SHAPE)
     assert [g.name for g in topology.gates] == inner
     assert topology.widths == (4, 5, 6, 7, 8, 9)
-    assert topology.whole[1][0] == "stages_1/shortcut, stages_1/widen, stages_2/widen"
+    assert topology.unprunable[1][0] == "stages_1/shortcut, stages_1/widen, stages_2/widen"
     topology = trace(zoo.PreActResNet(), SHAPE, residual=True)
     assert topology.widths == (8, 4, 5, 16, 6, 7, 8, 9)
     assert gates_of(topology)[0] == ("stem", 8, ["stages_0/reduce", "stages_1/shortcut", "stages_1/reduce"])
@@ -126,7 +126,7 @@ def test_what_an_unknown_operation_touches_stays_whole_and_is_named():
     topology = trace(zoo.Sorted(), SHAPE)
     assert gates_of(topology) == [("first", 6, ["second"]), ("third", 9, ["classifier"])]
     reason = "the operation `sort`, which the tracer does not know (Sorted)"
-    assert topology.whole == (("second", reason), ("classifier", "it is the network's output"))
+    assert topology.unprunable == (("second", reason), ("classifier", "it is the network's output"))
     text = topology.describe()
     assert "0  first: 6 channels, read by second" in text
     assert f"second: {reason}" in text
@@ -144,7 +144,7 @@ def test_a_shared_module_has_one_gate_and_counts_twice():
 def test_channel_multiplier_and_flatten_of_channels_first():
     topology = trace(zoo.Multiplier(), SHAPE)
     assert gates_of(topology) == [("first", 6, ["classifier"])]
-    assert topology.gates[0].readers == (Reader(2, 1, Span(inner=2 * 4 * 4)),)
+    assert topology.gates[0].consumers == (Consumer(2, 1, Span(inner=2 * 4 * 4)),)
     assert Slice(("params", "depthwise", "kernel"), 3, Span(inner=2)) in topology.gates[0].slices
 
 

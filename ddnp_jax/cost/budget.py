@@ -213,8 +213,8 @@ def _check_fields(topology: Topology, p: Any, multiple: Any) -> None:
     if not isinstance(multiple, Integral) or multiple < 1:
         raise ValueError(f"multiple={multiple!r} must be a whole number of at least 1.")
     if not topology.gates:
-        reasons = "; ".join(f"{producers} ({reason})" for producers, reason in topology.whole[:3])
-        more = f"; and {len(topology.whole) - 3} more" if len(topology.whole) > 3 else ""
+        reasons = "; ".join(f"{producers} ({reason})" for producers, reason in topology.unprunable[:3])
+        more = f"; and {len(topology.unprunable) - 3} more" if len(topology.unprunable) > 3 else ""
         raise ValueError(
             f"the network has no gate to prune; these stay whole: {reasons or 'no layer was found'}{more}. "
             "`trace(...).describe()` shows all."

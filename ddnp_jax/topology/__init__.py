@@ -2,14 +2,14 @@
 
 from ddnp_jax.topology.axis_groups import Span
 from ddnp_jax.topology.trace import trace, variable_shapes
-from ddnp_jax.topology.types import Extent, Flattened, Gate, Layer, Reader, Selection, Slice, Topology, Variable
+from ddnp_jax.topology.types import Consumer, Extent, Flattened, Gate, Layer, Selection, Slice, Topology, Variable
 
 __all__ = [
+    "Consumer",
     "Extent",
     "Flattened",
     "Gate",
     "Layer",
-    "Reader",
     "Selection",
     "Slice",
     "Span",

@@ -16,14 +16,14 @@ def describe(topology: Topology) -> str:
     is_long = len(topology.layers) > LISTED
     lines = [f"gates: {len(topology.gates)}", *_gates(topology)]
     lines += [f"layers: {len(topology.layers)}", *(() if is_long else _layers(topology))]
-    lines += [f"stays whole: {len(topology.whole)}", *_whole(topology, is_long)]
+    lines += [f"stays whole: {len(topology.unprunable)}", *_whole(topology, is_long)]
     return "\n".join([*lines, *_summary(topology)])
 
 
 def _gates(topology: Topology) -> Iterator[str]:
     for i, gate in enumerate(topology.gates):
-        readers = ", ".join(dict.fromkeys(topology.layers[reader.layer].name for reader in gate.readers))
-        yield f"  {i}  {gate.name}: {gate.channels} {_unit(topology, i)}, read by {readers}"
+        consumers = ", ".join(dict.fromkeys(topology.layers[consumer.layer].name for consumer in gate.consumers))
+        yield f"  {i}  {gate.name}: {gate.channels} {_unit(topology, i)}, read by {consumers}"
 
 
 def _unit(topology: Topology, gate: int) -> str:
@@ -42,10 +42,10 @@ def _layers(topology: Topology) -> Iterator[str]:
 
 def _whole(topology: Topology, is_long: bool) -> Iterator[str]:
     if not is_long:
-        yield from (f"  {names}: {reason}" for names, reason in topology.whole)
+        yield from (f"  {names}: {reason}" for names, reason in topology.unprunable)
         return
     by_kind: dict[str, list[str]] = {}
-    for names, reason in topology.whole:
+    for names, reason in topology.unprunable:
         kinds = "; ".join(part.partition(" (")[0] for part in reason.split("; "))
         by_kind.setdefault(kinds, []).extend(names.split(", "))
     for kind, layers in by_kind.items():

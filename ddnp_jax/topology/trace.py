@@ -16,7 +16,7 @@ from ddnp_jax.models.layers import Backbone
 from ddnp_jax.networks import LeafPath, Network, as_network, flatten, layout_note, replace_leaves
 from ddnp_jax.topology.axis_groups import CHANNELS, PIXELS, Axis, AxisGroups, Constant, Factor, Part, length
 from ddnp_jax.topology.propagation import BY_PLATFORM, Contraction, Propagation, Value
-from ddnp_jax.topology.types import Extent, Flattened, Gate, Layer, Reader, Slice, Topology, Variable
+from ddnp_jax.topology.types import Consumer, Extent, Flattened, Gate, Layer, Slice, Topology, Variable
 
 BATCH = 2  # images of the traced call; nothing depends on it
 
@@ -263,8 +263,8 @@ class _Assembly:
         ]
 
     def _gate(self, part: Part, producers: list[Contraction]) -> Gate:
-        readers = dict.fromkeys(
-            Reader(number, layer.read_axis, span)
+        consumers = dict.fromkeys(
+            Consumer(number, layer.read_axis, span)
             for number, layer in enumerate(self.layers)
             if layer.read_axis is not None and part in self.groups.live(layer.inputs)
             for found, span in self.groups.places(layer.read)
@@ -274,7 +274,7 @@ class _Assembly:
             self._producer(part, layer, layer.leaf) for layer in producers if layer.leaf is not None
         )
         return Gate(
-            self._gate_name(part, producers[0]), part.size, tuple(self._slices(part)), tuple(readers), tuple(made_by)
+            self._gate_name(part, producers[0]), part.size, tuple(self._slices(part)), tuple(consumers), tuple(made_by)
         )
 
     def _gate_name(self, part: Part, layer: Contraction) -> str:

@@ -31,7 +31,7 @@ class Slice:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reader:
+class Consumer:
     """Where a gate's channels are in the input of a layer that reads them; a mask multiplies them there.
 
     Attributes:
@@ -54,7 +54,7 @@ class Gate:
       channels: How many there are in the whole network. Where channels can only be removed by whole groups (group
         normalization, grouped convolutions), one of these is a group.
       slices: The axes of all variables that hold these channels.
-      readers: The layers whose input holds them, in the order of the forward pass.
+      consumers: The layers whose input holds them, in the order of the forward pass.
       producers: The kernels whose output channels they are, in the order of the forward pass; without depthwise
         convolutions. A channel's L1 norm is the sum over all other axes of the kernel.
     """
@@ -62,7 +62,7 @@ class Gate:
     name: str
     channels: int
     slices: tuple[Slice, ...]
-    readers: tuple[Reader, ...]
+    consumers: tuple[Consumer, ...]
     producers: tuple[Slice, ...]
 
 
@@ -170,7 +170,7 @@ class Topology:
       call_kwargs: Further keyword arguments of the call that was traced.
       gates: The gates, in the order in which their producers come in the forward pass.
       layers: The layers, in the order of the forward pass.
-      whole: (layers that produce the channels, why none of them can be removed) of all other groups.
+      unprunable: (layers that produce the channels, why none of them can be removed) of all other groups.
       variables: Every leaf.
     """
 
@@ -178,7 +178,7 @@ class Topology:
     call_kwargs: tuple[tuple[str, Any], ...]
     gates: tuple[Gate, ...]
     layers: tuple[Layer, ...]
-    whole: tuple[tuple[str, str], ...]
+    unprunable: tuple[tuple[str, str], ...]
     variables: tuple[Variable, ...]
 
     @property

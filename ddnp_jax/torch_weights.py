@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from ddnp_jax.compact import check_finite
 from ddnp_jax.networks import flatten, replace_leaves
 from ddnp_jax.torch_files import read, source_of
 from ddnp_jax.torch_layout import (
@@ -122,7 +123,7 @@ def export(model: Any, variables: Any = None, input_shape: Sequence[int] | None 
       Writable float32 arrays under PyTorch's names and in its axis order.
 
     Raises:
-      ValueError: The variables do not fit the model, or `input_shape` is needed.
+      ValueError: The variables do not fit the model or are not finite, or `input_shape` is needed.
     """
     layout, leaves = _layout_of(model, variables, input_shape)
     return {name: layout.tensors[name].to_torch(leaf) for name, leaf in leaves.items()}
@@ -143,7 +144,7 @@ def layer_sizes(
       "fc": {"in_features": 512, "out_features": 1000}}.
 
     Raises:
-      ValueError: The variables do not fit the model, or `input_shape` is needed.
+      ValueError: The variables do not fit the model or are not finite, or `input_shape` is needed.
     """
     return _layer_sizes(_layout_of(model, variables, input_shape)[0])
 
@@ -164,7 +165,7 @@ def save(
 
     Raises:
       ImportError: The package safetensors is not installed.
-      ValueError: The variables do not fit the model, or `input_shape` is needed.
+      ValueError: The variables do not fit the model or are not finite, or `input_shape` is needed.
     """
     try:
         from safetensors.numpy import save_file
@@ -210,6 +211,7 @@ def _layer_sizes(layout: Layout) -> dict[str, dict[str, int]]:
 def _layout_of(model: Any, variables: Any, input_shape: Sequence[int] | None) -> tuple[Layout, Mapping[str, Any]]:
     """A model's layout, and its leaves by PyTorch's name."""
     network, source = torch_network(model), "the set of variables"
+    check_finite(network.variables(variables), network.name)
     leaves = {name: leaf for name, (_, leaf) in weights_by_name(network, network.variables(variables)).items()}
     layout = any_layout(network) if input_shape is None else layout_at(network, input_shape)
     shapes = {

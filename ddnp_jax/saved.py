@@ -184,10 +184,21 @@ def _attributes(module: nn.Module) -> tuple[dict[str, Any], list[str]]:
         if name in ("parent", "name") or value is field.default:
             continue
         try:
-            attributes[name] = _to_json(value)
+            written = _to_json(value)
         except TypeError:
             missing.append(name)
+            continue
+        if not _is_json(field.default, written):
+            attributes[name] = written
     return attributes, missing
+
+
+def _is_json(value: Any, written: Any) -> bool:
+    """Whether a value is written as that JSON value."""
+    try:
+        return _to_json(value) == written and type(_to_json(value)) is type(written)
+    except TypeError:
+        return False
 
 
 def _check_attributes(module: nn.Module, description: Mapping[str, Any], file: Path) -> None:

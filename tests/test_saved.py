@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,6 +99,27 @@ def test_a_model_with_other_attributes_is_refused(tmp_path):
         assert load_pruned(tmp_path, model=same)[0] is same
     with pytest.raises(ValueError, match=r"holds a network with shortcut='avgpool', and the model has its default"):
         load_pruned(tmp_path, model=models.create("resnet20", 7))  # without parameters: the weights would fit
+
+
+class WithDefault(nn.Module):
+    """A network whose attribute may be given as what it is by default, in another object."""
+
+    features: tuple[int, ...] = (6, 5)
+
+    @nn.compact
+    def __call__(self, x):
+        for count in self.features:
+            x = nn.relu(nn.Conv(count, (3, 3))(x))
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+def test_a_default_that_was_given_is_the_default(tmp_path):
+    given = WithDefault(tuple([6, 5]))  # equal, not the same
+    save_pruned(tmp_path, given, zoo.randomized(given, SHAPE))
+    assert json.loads((tmp_path / "model.json").read_text())["attributes"] == {}
+    assert load_pruned(tmp_path, model=WithDefault())[0] == WithDefault()
+    with pytest.raises(ValueError, match=r"holds a network with features=its default, and the model has \[6, 4\]"):
+        load_pruned(tmp_path, model=WithDefault((6, 4)))
 
 
 def test_damaged_files_are_named(tmp_path):

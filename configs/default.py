@@ -40,6 +40,8 @@ SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "bn_scale": ("bn_scale", {}),
     "fpgm": ("fpgm", {}),
     "taylor": ("taylor", {}),
+    "hrank": ("hrank", {}),
+    "chip": ("chip", {}),
 }
 
 

@@ -125,6 +125,60 @@ def test_a_score_of_features_is_one_function(monkeypatch):
     np.testing.assert_allclose(history["top1"], [100 * right[:6].mean(), 100 * right[6:].mean()], rtol=1e-5)
 
 
+def feature_maps():
+    """Per gate the feature maps (N, H, W, C), in float64."""
+    _, seen = Tiny().apply(VARIABLES, IMAGES, capture_intermediates=True, mutable=["intermediates"])
+    return [np.maximum(np.float64(seen["intermediates"][f"bn{i}"]["__call__"][0]), 0) for i in (1, 2)]
+
+
+def evidence():
+    problem = methods.Problem(Tiny(), VARIABLES, topology(), Budget(topology(), 0.5), scores.Fields(), 1)
+    return scores.Evidence(topology(), VARIABLES, problem=problem, batch=(IMAGES, LABELS))
+
+
+def test_hrank_is_the_mean_rank_of_the_feature_maps():
+    ranks = np.linalg.matrix_rank(np.float32(feature_maps()[0]).transpose(0, 3, 1, 2)).mean(0)
+    assert np.ptp(ranks) > 0
+    np.testing.assert_allclose(scores.hrank(evidence(), 0), ranks, rtol=1e-6)
+    with pytest.raises(
+        ValueError, match=r"^the channels of gate conv2 are read as \(\d+, 24\), without height and width"
+    ):
+        scores.hrank(evidence(), 1)  # behind a mean over all pixels
+
+
+def without_each_row(matrix):
+    """What the nuclear norm loses, by one singular value decomposition for each row."""
+    norms = [np.linalg.norm(np.delete(matrix, i, axis=0), "nuc") for i in range(len(matrix))]
+    return np.linalg.norm(matrix, "nuc") - norms
+
+
+def test_chip_is_the_mean_loss_of_nuclear_norm():
+    maps, pooled = feature_maps()[0], feature_maps()[1].mean((1, 2))
+    losses = [without_each_row(each.reshape(-1, each.shape[-1]).T) for each in maps]
+    first, second = importance("chip")
+    np.testing.assert_allclose(first, np.mean(losses, axis=0), rtol=1e-4)
+    np.testing.assert_allclose(second, np.mean([without_each_row(each[:, None]) for each in pooled], axis=0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (1, 9), (9, 1), (64, 49), (30, 200)])
+def test_nuclear_norms_without_each_row(shape):
+    rng = np.random.default_rng(0)
+    for matrix in (rng.normal(size=shape), np.maximum(rng.normal(size=shape) - 0.5, 0)):
+        expected = without_each_row(matrix)
+        found = scores.nuclear_losses(jnp.asarray(matrix, jnp.float32))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.linalg.norm(matrix, "nuc"))
+
+
+def test_nuclear_norms_of_rows_that_depend_on_each_other():
+    """Singular values near 0 are known to the root of float32's precision."""
+    for shape in ((12, 30), (12, 12), (30, 12)):
+        matrix = np.random.default_rng(0).normal(size=shape)
+        matrix[3], matrix[7], matrix[2] = matrix[5], 2 * matrix[5], 0
+        found = np.asarray(scores.nuclear_losses(jnp.asarray(matrix, jnp.float32)))
+        np.testing.assert_allclose(found, without_each_row(matrix), rtol=0, atol=1e-3 * np.linalg.norm(matrix, 2))
+        assert found[2] == pytest.approx(0, abs=1e-5)
+
+
 # Widths
 
 

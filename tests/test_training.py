@@ -383,7 +383,7 @@ def _fitted(stage, folder, chunk, evaluate, guard):
 def log_lines(folder):
     """The log without its first line and the speed."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][1:]
-    return [{name: value for name, value in line.items() if name != "images_per_s"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in ("images_per_s", "crc")} for line in lines]
 
 
 def interrupted(at, action):

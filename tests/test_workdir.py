@@ -41,6 +41,10 @@ def test_a_run_goes_on_in_its_own_workdir_only(tmp_path):
     (workdir / "config.json").write_text('{"seed": ')
     with pytest.raises(ValueError, match=r"config\.json is not JSON"):
         claim_workdir(workdir, config)
+    for other in ("[]", "null", "3"):
+        (workdir / "config.json").write_text(other)
+        with pytest.raises(ValueError, match=r"config\.json holds no configuration; put a good copy back"):
+            claim_workdir(workdir, config)
 
 
 def test_runs_that_did_not_note_what_they_were_given_resume(tmp_path):
@@ -230,3 +234,17 @@ def test_the_log_of_another_run_is_refused(tmp_path):
     assert MetricsLog(path, "one").lines("search") == [{"stage": "search", "step": 1, "loss": 2.0}]
     with pytest.raises(ValueError, match=r"metrics\.jsonl is the log of another run; put this run's back"):
         MetricsLog(path, "two").lines("search")
+
+
+def test_a_flipped_bit_in_the_log_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, "one")
+    log.write("search", 1, loss=2.5, epoch=0.25)
+    log.write("search", 2, loss=1.5)
+    assert log.lines("search") == [
+        {"stage": "search", "step": 1, "loss": 2.5, "epoch": 0.25},
+        {"stage": "search", "step": 2, "loss": 1.5},
+    ]
+    path.write_text(path.read_text().replace("2.5", "3.5"))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2, has a wrong checksum; repair or delete the line\.$"):
+        log.lines("search")

@@ -83,6 +83,8 @@ METHODS: dict[str, Method] = {
     "bn_scale": _scoring("bn_scale"),
     "fpgm": _scoring("fpgm"),
     "taylor": _scoring("taylor", steps=50, epochs=1),
+    "hrank": _scoring("hrank", steps=10, epochs=1),
+    "chip": _scoring("chip", steps=10, epochs=1),
 }
 
 

@@ -6,6 +6,7 @@ computed from is in `Evidence`. To add one, write the function and its line in `
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from ddnp_jax.methods.base import Importance, Measured, Problem, Search, check_c
 from ddnp_jax.networks import flatten
 from ddnp_jax.parallel import ONE_DEVICE, Devices
 from ddnp_jax.topology import Gate, Slice, Topology
+
+_LOG_STEP = 0.5  # of the integral in `nuclear_losses`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +143,63 @@ def taylor(evidence: Evidence, gate: int) -> jax.Array:
     return jnp.mean(jnp.abs(evidence.gradients[gate]), axis=0)
 
 
+def hrank(evidence: Evidence, gate: int) -> jax.Array:
+    """Mean over images of the matrix rank of the channel's feature map (HRank, Lin et al. 2020).
+
+    Raises:
+      ValueError: The layers read the gate's channels pooled or flattened, so that there is no map.
+    """
+    features = evidence.features[gate]
+    if features.ndim != 4:
+        name = evidence.topology.gates[gate].name
+        raise ValueError(
+            f"the channels of gate {name} are read as {features.shape}, without height and width, and have no rank; "
+            "keep= the gate whole, or score by another method."
+        )
+    return jnp.mean(jnp.linalg.matrix_rank(jnp.moveaxis(features, -1, 1)).astype(jnp.float32), axis=0)
+
+
+def chip(evidence: Evidence, gate: int) -> jax.Array:
+    """Mean over images of how much nuclear norm the feature maps lose without the channel's (CHIP, Sui et al. 2021)."""
+    features = evidence.features[gate]
+    by_channel = jnp.moveaxis(features, -1, 1).reshape(len(features), features.shape[-1], -1)
+    return jnp.mean(jax.lax.map(nuclear_losses, by_channel), axis=0)
+
+
+def nuclear_losses(rows: jax.Array) -> jax.Array:
+    """How much the nuclear norm of a matrix loses when each of its rows is set to zero.
+
+    The nuclear norm is tr(M^½) = 2/π ∫ tr(M (M + t²)⁻¹) dt over t > 0, where M is a Gram matrix. A row changes M by a
+    matrix of rank one, so that the integrand's change has a closed form (Sherman and Morrison) in one decomposition of
+    M, for all rows. In ln t it is smooth and falls like t and 1/t at its ends: the trapezoid rule with steps of 1/2 is
+    exact to float32, and the sums beyond its ends are geometric.
+
+    Args:
+      rows: Matrix (C, n).
+
+    Returns:
+      (C,), at least 0.
+    """
+    t = jnp.exp(_LOG_STEP * jnp.arange(-24, 15))  # relative to the largest singular value
+    gram = (rows, rows.T) if rows.shape[0] <= rows.shape[1] else (rows.T, rows)
+    squares, vectors = jnp.linalg.eigh(jnp.matmul(*gram, precision=jax.lax.Precision.HIGHEST))
+    largest = jnp.maximum(squares[-1], jnp.finfo(rows.dtype).tiny)
+    rounding = max(rows.shape) * jnp.finfo(rows.dtype).eps
+    relative = jnp.where(squares > rounding * largest, squares / largest, 0.0)[:, None]
+    resolvent = 1 / (relative + jnp.square(t)[None])  # (singular values, t)
+    dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    if rows.shape[0] <= rows.shape[1]:
+        shares = jnp.square(vectors)
+        change = dot(shares, relative * jnp.square(resolvent)) / dot(shares, resolvent)
+    else:
+        shares = jnp.square(dot(rows, vectors)) / largest
+        left = jnp.maximum(1 - dot(shares, resolvent), jnp.finfo(rows.dtype).eps)
+        change = jnp.square(t)[None] * dot(shares, jnp.square(resolvent)) / left
+    terms = change * t[None]
+    beyond = (terms[:, 0] + terms[:, -1]) / (math.exp(_LOG_STEP) - 1)
+    return jnp.sqrt(largest) * 2 / math.pi * _LOG_STEP * (jnp.sum(terms, axis=-1) + beyond)
+
+
 class Score(NamedTuple):
     """A score.
 
@@ -158,6 +218,8 @@ SCORES: dict[str, Score] = {
     "bn_scale": Score(bn_scale),
     "fpgm": Score(fpgm),
     "taylor": Score(taylor, needs_images=True),
+    "hrank": Score(hrank, needs_images=True),
+    "chip": Score(chip, needs_images=True),
 }
 
 

@@ -150,7 +150,10 @@ def check_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequen
     path = Path(workdir) / CONFIG
     if not path.exists():
         return
-    theirs = _fields(files.read_json(path))
+    content = files.read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no configuration; put a good copy back, or use another workdir.")
+    theirs = _fields(content)
     # Runs of versions that did not note what they were given resume.
     free = (*ignore, *(() if any(name.startswith("given.") for name in theirs) else ("given",)))
     ours = _fields(json.loads(json.dumps(config)))  # tuples become lists, as in the file

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import jax
 
 from ddnp_jax import files, parallel
+
+_CRC = "crc"  # field of every line: the checksum of the others
 
 
 class MetricsLog:
@@ -57,7 +60,8 @@ class MetricsLog:
                 os.fsync(file.fileno())
 
     def _line(self, stage: str, step: int, **values: Any) -> str:
-        return json.dumps({"stage": stage, "step": step, **values}) + "\n"
+        entry = {"stage": stage, "step": step, **values}
+        return json.dumps({**entry, _CRC: _crc(entry)}) + "\n"
 
     def _content(self) -> bytes:
         return self._path.read_bytes() if self._path.exists() else b""
@@ -78,7 +82,14 @@ class MetricsLog:
             raise self._damaged(number, f"is not JSON ({error})") from error
         if not (isinstance(entry, dict) and {"stage", "step"} <= entry.keys()):
             raise self._damaged(number, "has no stage and step")
+        if entry.pop(_CRC, found := _crc(entry)) != found:
+            raise self._damaged(number, "has a wrong checksum")
         return entry
 
     def _damaged(self, number: int, what: str) -> ValueError:
         return ValueError(f"{self._path}, line {number}, {what}; repair or delete the line.")
+
+
+def _crc(entry: dict[str, Any]) -> str:
+    content = json.dumps({name: value for name, value in entry.items() if name != _CRC})
+    return f"{zlib.crc32(content.encode()):08x}"

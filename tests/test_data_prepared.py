@@ -251,7 +251,7 @@ def overwrite(file):
     ("pattern", "damage", "reason"),
     [
         ("*fit*", Path.unlink, r"open\(\) failed: No such file or directory; opening .*things-fit\.array_record[^ )]*"),
-        ("*fit*", cut, "Corrupted Riegeli/records file: .*"),
+        ("*fit*", cut, "ArrayRecord file should be at least 64KB big"),
         ("dataset_info.json", overwrite, "Failed to load JSON: .*"),
     ],
 )

@@ -256,7 +256,13 @@ def test_a_lost_log_is_called_lost(tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "damage"),
-    [(b'{"stage": "sea', "is not JSON"), (b"\xff\n", "is not JSON"), (b"{}\n", "has no stage and step")],
+    [
+        (b'{"stage": "sea', "is not JSON"),
+        (b"\xff\n", "is not JSON"),
+        (b"{}\n", "has no stage and step"),
+        (b'{"stage": "search", "step": "x"}\n', "has step='x', which is no number"),
+        (b'{"stage": "base", "step": 1, "loss": [1]}\n', r"has loss=\[1\], which is no number"),
+    ],
 )
 def test_a_damaged_log_is_named_with_its_line(workdir, line, damage):
     with (workdir / "metrics.jsonl").open("ab") as file:

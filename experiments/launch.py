@@ -1,5 +1,6 @@
 """The command line that all experiments share."""
 
+import argparse
 import contextlib
 import math
 import os
@@ -201,6 +202,18 @@ def run(
 
     with _interruptible():
         app.run(main, flags_parser=_parse)
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line of whole flags, whose errors end in one sentence, with exit code 1, as those of `run` do."""
+
+    def __init__(self, **options: Any) -> None:
+        """Takes what an `ArgumentParser` does."""
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process."""
+        raise SystemExit(f"error: {message}")
 
 
 def _is_not_of_orbax(record: LogRecord) -> bool:

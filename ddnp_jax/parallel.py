@@ -4,6 +4,7 @@ Every state is replicated and every batch split, so there is one mesh with one a
 is known in this file alone: a step is given `Devices`.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -63,7 +64,7 @@ def initialize(
       process_id: Number of this process, from 0.
 
     Raises:
-      ValueError: Only some of the three are given, or any of them to a run that is not distributed.
+      ValueError: Only some of the three are given, any of them to a run that is not distributed, or an address is none.
     """
     given: dict[str, Any] = {
         "coordinator_address": coordinator_address,
@@ -78,12 +79,32 @@ def initialize(
         raise ValueError(f"{' and '.join(missing)} missing: set all of {', '.join(given)}, or none of them.")
     if not distributed:
         return
+    if coordinator_address is not None and not re.fullmatch(r".+:\d+", coordinator_address):
+        raise ValueError(f"coordinator_address={coordinator_address!r} must be the host:port of process 0.")
     try:
         jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError as error:
         if not missing:
             raise
         raise ValueError(f"no cluster was found here ({error}); give {', '.join(given)}.") from error
+
+
+def check_devices() -> None:
+    """Raises where JAX can start none of the devices that it is asked for.
+
+    Raises:
+      ValueError: JAX_PLATFORMS, or what else was asked for, names a platform that is not here.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts where a platform is known and no driver is there
+        said = str(error).partition(". (set JAX_PLATFORMS=")[0]
+        reason = f" ({said})" if said else ""
+        wanted = jax.config.jax_platforms  # type: ignore[attr-defined]
+        raise ValueError(
+            f"JAX finds no device of JAX_PLATFORMS={wanted!r}{reason}; leave it unset to take the devices that there are, "
+            "or install JAX for this platform."
+        ) from error
 
 
 def mesh() -> Mesh:

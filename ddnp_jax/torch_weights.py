@@ -123,10 +123,9 @@ def export(model: Any, variables: Any = None, input_shape: Sequence[int] | None 
       Writable float32 arrays under PyTorch's names and in its axis order.
 
     Raises:
-      ValueError: The variables do not fit the model or are not finite, or `input_shape` is needed.
+      ValueError: The variables do not fit the model, one is NaN or infinite, or `input_shape` is needed.
     """
-    layout, leaves = _layout_of(model, variables, input_shape)
-    return {name: layout.tensors[name].to_torch(leaf) for name, leaf in leaves.items()}
+    return _layout_and_state(model, variables, input_shape)[1]
 
 
 def layer_sizes(
@@ -165,19 +164,25 @@ def save(
 
     Raises:
       ImportError: The package safetensors is not installed.
-      ValueError: The variables do not fit the model or are not finite, or `input_shape` is needed.
+      ValueError: The variables do not fit the model, one is NaN or infinite, or `input_shape` is needed.
     """
     try:
         from safetensors.numpy import save_file
     except ImportError as error:
         raise ImportError(f"writing {WEIGHTS_FILE} needs safetensors; run `pip install ddnp_jax[torch]`.") from error
-    layout, leaves = _layout_of(model, variables, input_shape)
-    state = {name: layout.tensors[name].to_torch(leaf) for name, leaf in leaves.items()}
+    layout, state = _layout_and_state(model, variables, input_shape)
     layers = pprint.pformat(_layer_sizes(layout), width=118, sort_dicts=False)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / WEIGHTS_FILE)
     (folder / LAYERS_FILE).write_text(LAYERS_SOURCE.format(weights=WEIGHTS_FILE, layers=layers))
+
+
+def _layout_and_state(
+    model: Any, variables: Any, input_shape: Sequence[int] | None
+) -> tuple[Layout, dict[str, np.ndarray]]:
+    layout, leaves = _layout_of(model, variables, input_shape)
+    return layout, {name: layout.tensors[name].to_torch(leaf) for name, leaf in leaves.items()}
 
 
 def rename_aliases(state: Mapping[str, np.ndarray], wanted: Collection[str]) -> dict[str, np.ndarray]:

@@ -82,6 +82,7 @@ def ours(
     from ddnp_jax import parallel
     from ddnp_jax.config import typed
 
+    parallel.check_devices()
     parallel.check_batch(batch_size, "--batch_size")
     device = jax.local_devices()[0]
     steps = steps_per_turn(device.platform)
@@ -329,8 +330,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
     Raises:
       ValueError: Names the flag.
+      SystemExit: A flag is unknown, or its value of another type.
     """
-    parser = argparse.ArgumentParser(prog="python -m experiments.benchmark", description=__doc__.splitlines()[0])
+    parser = launch.Parser(prog="python -m experiments.benchmark", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(STAGES), help="stages to measure, separated by commas")
     parser.add_argument("--batch_size", type=int, default=128, help="images per step")
     parser.add_argument("--rounds", type=int, default=10, help="rounds of each process")
@@ -346,6 +348,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             raise ValueError(f"--{name}={getattr(flags, name)} must be at least 1.")
     if flags.json and not flags.json.parent.is_dir():
         raise ValueError(f"--json={flags.json}: there is no folder {flags.json.parent}; make it first.")
+    if flags.json and flags.json.is_dir():
+        raise ValueError(f"--json={flags.json} is a folder; give a file in it.")
     return flags
 
 

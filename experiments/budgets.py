@@ -12,6 +12,7 @@ from ddnp_jax import models, trace
 from ddnp_jax.cost import flops
 from ddnp_jax.pipeline.report import CONVENTIONS, table
 from ddnp_jax.topology import Topology
+from experiments import launch
 
 
 class Data(NamedTuple):
@@ -110,4 +111,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    launch.Parser(prog="python -m experiments.budgets", description=__doc__.splitlines()[0]).parse_args()
     main()

@@ -9,7 +9,7 @@ batch, so that a slow minute meets both. On a GPU both use TensorFloat-32 by def
 JAX_DEFAULT_MATMUL_PRECISION=float32 makes ours exact.
 """
 
-import json
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -177,12 +177,14 @@ def summary(figures: Mapping[str, Any]) -> str:
 
 def main(config: ConfigDict, workdir: str | None) -> str:
     """Compares, and keeps the figures where there is a workdir."""
+    from ddnp_jax import files, pipeline, torch_files
     from ddnp_jax.config import typed
 
-    figures = compare(typed(config), _CHECKPOINT.value)
-    if workdir:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
-        (Path(workdir) / "compare_pytorch.json").write_text(json.dumps(figures, indent=2) + "\n")
+    torch_files.check_exists(_CHECKPOINT.value)
+    with pipeline.locked(workdir) if workdir else contextlib.nullcontext():
+        figures = compare(typed(config), _CHECKPOINT.value)
+        if workdir:
+            files.write_json(Path(workdir) / "compare_pytorch.json", figures)
     return summary(figures)
 
 

@@ -7,13 +7,12 @@ and not augmented. The paper has 0.136 -> 0.143 s per iteration for ResNet-56 on
 for ResNet-50 on ImageNet (x1.065), on its hardware.
 """
 
-import argparse
 from collections.abc import Mapping
 from statistics import median
 from typing import NamedTuple
 
 from ddnp_jax.pipeline.report import table
-from experiments import benchmark, interleaved
+from experiments import benchmark, interleaved, launch
 from experiments.interleaved import Measurement
 
 
@@ -67,7 +66,7 @@ def tables(measured: Mapping[str, Measurement]) -> str:
 
 def main() -> None:
     """Measures what the command line names and prints the tables."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.generator_cost", description=__doc__.splitlines()[0])
+    parser = launch.Parser(prog="python -m experiments.generator_cost", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(NETWORKS), help="networks, separated by commas")
     parser.add_argument("--rounds", type=int, default=20, help="rounds of each step")
     flags = parser.parse_args()

@@ -71,8 +71,10 @@ class Worker:
             return self._pipe.recv()
         except (EOFError, ConnectionResetError, BrokenPipeError):
             self._process.join()
-            reason = f"exit code {self._process.exitcode}"
-            raise SystemExit(f"error: a measured process ended early ({reason}); its message is above.") from None
+            code = self._process.exitcode
+            if code == 1:  # it has said why
+                raise SystemExit(code) from None
+            raise SystemExit(f"error: a measured process ended early (exit code {code}).") from None
 
 
 def _serve(pipe: Connection, candidate: Callable[..., Candidate], *arguments: Any) -> None:

@@ -1,5 +1,6 @@
 """The command line that all experiments share."""
 
+import argparse
 import contextlib
 import math
 import os
@@ -8,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from logging import LogRecord
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jaxlib
 from absl import app, flags, logging
@@ -17,6 +18,8 @@ from ml_collections import ConfigDict, config_flags
 CHECKOUT = Path(__file__).parents[1]
 _CONFIG_FLAGS = ("--config", "-config")
 _FUSIONS = ("individual_convolution", "individual_dot", "dot", "eltwise", "reduce")  # that XLA:CPU knows
+_READ_HERE = ("eval_batch_size", "base", "search", "finetune", "parallel")  # of the configuration
+_REQUIRED = {"workdir": "give the folder of the run", "torch_checkpoint": "give a file of PyTorch weights"}
 _INTERRUPTED = 130  # exit code, as of a shell whose command was interrupted
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command resumes from what it holds.")
@@ -63,6 +66,8 @@ def _known_fields() -> Iterator[None]:
     try:
         yield
     except (AttributeError, KeyError) as error:
+        if getattr(error, "name", None) == "get_config":
+            raise SystemExit("error: --config names a file without get_config(); copy one of configs/.") from error
         name = re.search(r"[\w.]+", str(error.args[0]))[0]  # a suggestion may follow
         raise SystemExit(
             f"error: --config has no field {name!r}; ddnp_jax/config.py and the search method's module list all fields."
@@ -74,8 +79,25 @@ def _located(config: str) -> str:
     path, colon, argument = config.partition(":")
     for file in (Path(path), CHECKOUT / path):
         if file.is_file():
+            _check_python(file)
             return f"{file}{colon}{argument}"
     raise SystemExit(f"error: --config={path} is no file, here or in {CHECKOUT}; configs/ holds those that there are.")
+
+
+def _check_python(file: Path) -> None:
+    try:
+        compile(file.read_bytes(), file, "exec")
+    except (SyntaxError, ValueError) as error:  # ValueError of null bytes
+        raise SystemExit(
+            f"error: --config={file} is no Python ({error}); repair it, or copy one of configs/."
+        ) from error
+
+
+def _check_sections(config: Any) -> None:
+    """Raises for a configuration that is none of an experiment; its fields are checked where they are read."""
+    found = config.keys() if isinstance(config, ConfigDict) else ()
+    if missing := [name for name in _READ_HERE if name not in found]:
+        raise ValueError(f"the configuration of --config has no {missing[0]!r}; begin it with configs/default.py's.")
 
 
 def _with_located_config(arguments: Sequence[str]) -> Iterator[str]:
@@ -96,6 +118,8 @@ def _parse(arguments: Sequence[str]) -> list[str]:
             found = flags.FLAGS(list(_with_located_config(arguments)))
     except flags.Error as error:
         raise SystemExit(f"error: {_sentence(str(error))}") from error
+    except ImportError as error:
+        raise SystemExit(f"error: the file of --config imports what is not here ({error}).") from error
     if len(found) > 1:
         raise SystemExit(
             f"error: {found[1]!r} is no flag; give fields as --config.FIELD=VALUE, --help lists the others."
@@ -105,7 +129,13 @@ def _parse(arguments: Sequence[str]) -> list[str]:
 
 def _sentence(message: str) -> str:
     """What a flag's error says; a configuration file's own ValueError without its traceback."""
+    if missing := re.fullmatch(r"flag --(\w+)=None: .*must have a value other than None\.", message):
+        return f"--{missing[1]} is missing; {_REQUIRED[missing[1]]}."
+    if boolean := re.fullmatch(r"flag (--[\w.]+=.*): \('Non-boolean argument to boolean flag', .*\)", message):
+        return f"flag {boolean[1]} must be True or False."
     own = message.strip().rpartition("\n")[2].strip()
+    if own.startswith("TypeError: get_config() takes 0 positional arguments"):
+        return "the file of --config takes no argument; leave out the colon and what follows it."
     return own.removeprefix("ValueError: ") if "Traceback" in message and own.startswith("ValueError: ") else message
 
 
@@ -146,6 +176,7 @@ def run(
         if _WORKDIR.value == "":
             raise SystemExit("error: --workdir is empty; give the folder of the run.")
         try:
+            _check_sections(config.value)
             os.environ["XLA_FLAGS"] = cpu_flags(
                 config.value, _NUM_PROCESSES.value or 1
             )  # before JAX starts its devices
@@ -155,9 +186,10 @@ def run(
             logging.set_verbosity(logging.WARNING)
             logging.get_absl_logger().addFilter(_is_not_of_orbax)
             parallel.initialize(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+            parallel.check_devices()
             print(job(config.value, _WORKDIR.value))
         except OSError as error:
-            raise SystemExit(f"error: {error}; what was saved before stays as it is.") from error
+            raise SystemExit(f"error: {_of_system(error)}") from error
         except (ValueError, ImportError, FloatingPointError) as error:
             raise SystemExit(f"error: {error}") from error
         except RuntimeError as error:
@@ -170,6 +202,18 @@ def run(
 
     with _interruptible():
         app.run(main, flags_parser=_parse)
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line of whole flags, whose errors end in one sentence, with exit code 1, as those of `run` do."""
+
+    def __init__(self, **options: Any) -> None:
+        """Takes what an `ArgumentParser` does."""
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process."""
+        raise SystemExit(f"error: {message}")
 
 
 def _is_not_of_orbax(record: LogRecord) -> bool:
@@ -190,6 +234,11 @@ def _leave(code: int, message: str) -> NoReturn:
     """Ends the process at once: threads of JAX and orbax may be waiting, for other processes for example."""
     print(message, file=sys.stderr, flush=True)
     os._exit(code)
+
+
+def _of_system(error: OSError) -> str:
+    """What an error says: one that this library raises is a sentence, one of the system only its beginning."""
+    return str(error) if error.errno is None else f"{error}; what was saved before stays as it is."
 
 
 def _first_line(error: Exception) -> str:

@@ -135,9 +135,10 @@ def setting_config(config: ConfigDict, fields: Mapping[str, Any], seed: int) -> 
     try:
         own.update_from_flattened_dict({**fields, "seed": seed, "search.test_curve": True})
     except KeyError as error:
+        name = re.search(r"\w+", str(error.args[0]).removeprefix("Key "))
         raise ValueError(
-            f"this figure sets a field that search.method={config.search.method!r} lacks ({error}); give the "
-            "configuration the argument of the figure's method, as in the command of its module."
+            f"this figure sets search.{name[0] if name else '*'}, which search.method={config.search.method!r} lacks; "
+            "give the configuration the argument of the figure's method, as in the command of its module."
         ) from error
     return own
 

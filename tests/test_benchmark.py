@@ -1,6 +1,7 @@
 """The benchmark: PyTorch's search step is ours, the figures are what they are called, and refusals in one sentence."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,13 +70,16 @@ def test_the_cost_of_generators_predictor_and_memory():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--only=resnet65"], "--only=resnet65 is unknown; use resnet56, resnet50"), (["--rounds=0"], "at least 1")],
+    [
+        (["--only=resnet65"], "--only=resnet65 is unknown; use resnet56, resnet50, separated by commas."),
+        (["--rounds=0"], "--rounds=0 must be at least 1."),
+    ],
 )
-def test_refusals_of_generator_cost(arguments, message, monkeypatch, capsys):
+def test_refusals_of_generator_cost(arguments, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["generator_cost", *arguments])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as caught:
         generator_cost.main()
-    assert message in capsys.readouterr().err
+    assert str(caught.value) == f"error: {message}"
 
 
 def test_figures_are_medians_and_ratios_medians_of_each_rounds_ratio():
@@ -165,6 +169,9 @@ def test_evaluation_from_the_command_line(tmp_path):
             "--only='speed' is unknown; use search, training, evaluation, data, separated by commas.",
         ),
         ("--rounds=0", "--rounds=0 must be at least 1."),
+        ("--batch_size=many", "argument --batch_size: invalid int value: 'many'"),
+        ("--batch=8", "unrecognized arguments: --batch=8"),
+        ("--json=/", "--json=/ is a folder; give a file in it."),
         ("--json=nowhere/a.json", "--json=nowhere/a.json: there is no folder nowhere; make it first."),
     ],
 )
@@ -176,12 +183,19 @@ def test_a_wrong_flag_ends_in_one_sentence(monkeypatch, argument, message):
 
 
 def test_a_missing_folder_of_photographs_ends_in_one_sentence(capfd, tmp_path):
-    with pytest.raises(SystemExit, match="a measured process ended early"):
+    with pytest.raises(SystemExit, match=r"^1$"):
         interleaved.Worker(benchmark.photographs, "this project", str(tmp_path), 8)
     assert f"\nerror: data.data_dir='{tmp_path}' holds no prepared imagenet2012" in f"\n{capfd.readouterr().err}"
 
 
 def test_a_refusal_of_a_measured_process_is_seen(capfd):
-    with pytest.raises(SystemExit, match="a measured process ended early"):
+    with pytest.raises(SystemExit, match=r"^1$"):
         interleaved.Worker(benchmark.ours, "evaluation", "nonsense", 8)
-    assert "error: the configuration's argument 'nonsense' is unknown; use ddnp, " in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert said.startswith("error: the configuration's argument 'nonsense' is unknown; use ddnp, ")
+    assert said.count("\n") == 1
+
+
+def test_a_measured_process_that_dies_is_named_by_its_exit_code():
+    with pytest.raises(SystemExit, match=r"^error: a measured process ended early \(exit code 3\)\.$"):
+        interleaved.Worker(os._exit, 3)

@@ -226,7 +226,9 @@ def test_a_budget_below_the_smallest_network_is_refused():
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Budget(TWO, 0.05).check()
-    with pytest.raises(ValueError, match=r"has 32 and 32 parameters, .* use p of at least 0\.8000\.$"):
+    with pytest.raises(
+        ValueError, match=r"has 32 and 32 parameters, .* use p of at least 0\.8000, or a multiple below 8\.$"
+    ):
         Budget(TWO, 0.5, multiple=8).check()
 
 

@@ -56,8 +56,15 @@ def test_the_command_compares_the_same_weights_on_the_same_images(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "--torch_checkpoint must have a value other than None"),
-        (("--torch_checkpoint=nowhere.pth",), "error: there is no PyTorch checkpoint nowhere.pth"),
+        ((), "error: --torch_checkpoint is missing; give a file of PyTorch weights.\n"),
+        (
+            ("--torch_checkpoint=nowhere.pth",),
+            "error: there is no PyTorch checkpoint nowhere.pth; give the path of an existing file.\n",
+        ),
+        (
+            (f"--torch_checkpoint={__file__}", f"--workdir={__file__}"),
+            f"error: workdir={__file__} is a file; give a folder, which is made where there is none.\n",
+        ),
         (("--torch_checkpoint=nowhere.pth", "--config.precison=bfloat16"), "--config has no field 'precison'"),
     ],
 )

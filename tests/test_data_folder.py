@@ -237,6 +237,12 @@ def refused(folder, error=ValueError, **options):
     return str(caught.value)
 
 
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    (classes_of(tmp_path) / "cat" / "z.png").symlink_to("/nowhere.png")
+    sentence = f"{tmp_path}/cat/z.png cannot be read (No such file or directory); repair or remove it."
+    assert refused(tmp_path) == sentence
+
+
 def test_folders_that_are_none_are_named(tmp_path):
     sentence = f"{tmp_path}/nowhere is no folder; give one with a sub-folder of images for each class."
     assert refused(tmp_path / "nowhere", FileNotFoundError) == sentence

@@ -3,6 +3,7 @@
 import io
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -238,6 +239,32 @@ def test_impossible_fields_are_named(folder, fields, sentence):
     assert refused(folder, **fields).startswith(sentence)
 
 
+def cut(file):
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def overwrite(file):
+    file.write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "damage", "reason"),
+    [
+        ("*fit*", Path.unlink, r"open\(\) failed: No such file or directory; opening .*things-fit\.array_record[^ )]*"),
+        ("*fit*", cut, "ArrayRecord file should be at least 64KB big"),
+        ("dataset_info.json", overwrite, "Failed to load JSON: .*"),
+    ],
+)
+def test_damaged_and_missing_files_of_a_data_set_are_named(tmp_path, pattern, damage, reason):
+    (file,) = (things(tmp_path) / "things" / "1.2.3").glob(pattern)
+    damage(file)
+    sentence = (
+        rf"a file of the data set in {tmp_path}[^ ]* is damaged or missing \({reason}\); copy or prepare it again\."
+    )
+    assert re.fullmatch(sentence, refused(tmp_path))
+    assert re.fullmatch(sentence, refused(file.parent))
+
+
 def test_data_sets_that_are_not_prepared_are_named(tmp_path):
     for name, version in (("mnist", "mnist/3.0.1"), ("cifar10_corrupted/fog_2", "cifar10_corrupted/fog_2/1.0.0")):
         assert refused(tmp_path, FileNotFoundError, name=name) == (
@@ -245,7 +272,9 @@ def test_data_sets_that_are_not_prepared_are_named(tmp_path):
             "set it to a folder with TFDS's prepared data in the array_record format, or prepare it with "
             "TFDS's own command."
         )
-    assert refused(tmp_path, name="mnist/blue").startswith("data.name='mnist/blue' cannot be opened by TFDS (")
+    for name in ("mnist/blue", "mnist:9.9.9"):
+        assert refused(tmp_path, name=name).startswith(f"data.name='{name}' cannot be opened by TFDS (")
+    assert refused(tmp_path, name="").startswith("data.name='' is unknown; use cifar10, digits, imagenet2012, 'folder'")
 
 
 def test_every_prepared_data_set_of_this_library_has_one_image_and_one_label(shared):

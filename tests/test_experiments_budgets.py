@@ -1,6 +1,8 @@
 """The table of budgets against figures that are counted here by hand, and the README's copy of it."""
 
 import functools
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,10 @@ def test_readme_has_the_same_rows(model):
     tables = [budgets.budgets_table(network, convention) for convention in flops.CONVENTIONS]
     for row in (line for table in (*tables, budgets.printed_table(network)) for line in table.splitlines()[2:]):
         assert cells(row) in readme
+
+
+def test_arguments_are_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["budgets", "--p=3"])
+    monkeypatch.delitem(sys.modules, "experiments.budgets")
+    with pytest.raises(SystemExit, match=r"^error: unrecognized arguments: --p=3$"):
+        runpy.run_module("experiments.budgets", run_name="__main__")

@@ -134,7 +134,11 @@ def damage(content, path, value):
         (("layers", 1, "ms"), [[1.0, 2.0, 0.0]], "every time must be a positive number"),
         (("layers", 1, "ms"), [[1.0, 2.0, float("nan")]], "every time must be a positive number"),
         (("layers",), [], "it has 0 layers, the network "),
-        (("layers", 1), {}, "missing 6 required"),
+        (("layers", 1), {}, "layers[1].name is missing"),
+        (("layers", 1, "positions"), "many", "layers[1].positions='many' must be a whole number"),
+        (("layers", 1, "ms"), [["fast"]], "layers[1].ms=[['fast']] must be numbers"),
+        (("batch",), None, "batch=None must be a whole number"),
+        (("layers",), 3, "it has no list of layers"),
     ],
 )
 def test_a_table_that_does_not_fit_is_refused_in_one_sentence(tmp_path, path, value, reason):

@@ -8,6 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+FILES = {  # given as configurations
+    "README.md": b"a title\n",
+    "image.png": b"\x89PNG\r\n\x1a\n\0",
+    "empty.py": b"",
+    "three.py": b"def get_config(): return 3\n",
+    "imports.py": b"import nowhere\n",
+}
 
 
 def refusal(folder, *arguments):
@@ -47,16 +54,39 @@ def test_configuration_beside_the_user_comes_first(tmp_path):
         ("--config.base.epochs=abc", "flag --config.base.epochs=abc: invalid literal for int()"),
         ("--config.parallel.cpu_fusions=foo", "parallel.cpu_fusions names 'foo', which is unknown; join some of "),
         ("--config.model.name=resnet18", "model 'resnet18' does not take the attributes shortcut='subsample'"),
+        ("--config.data.flip=maybe", "flag --config.data.flip=maybe must be True or False.\n"),
+        ("--config=README.md", "--config=README.md is no Python (invalid syntax (README.md, line 1)); repair it, or"),
+        ("--config=image.png", "--config=image.png is no Python (source code string cannot contain null bytes); "),
+        ("--config=empty.py", "--config names a file without get_config(); copy one of configs/.\n"),
+        ("--config=three.py", "the configuration of --config has no 'eval_batch_size'; begin it with configs/default"),
+        ("--config=three.py:x", "the file of --config takes no argument; leave out the colon and what follows it.\n"),
+        ("--config=imports.py", "the file of --config imports what is not here (No module named 'nowhere')."),
         ("--config.seed=99999999999999999999", "seed=99999999999999999999 must be below 2**63."),
     ],
 )
 def test_bad_arguments_end_in_one_sentence_before_any_work(tmp_path, argument, sentence):
     command = [sys.executable, "-m", "experiments.digits_r20", "--workdir=run", argument]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {sentence}")
     assert done.stderr.count("\n") == 1
+    assert not [file for file in tmp_path.iterdir() if file.name not in (*FILES, "__pycache__")]
+
+
+def test_missing_workdir_and_foreign_platform_end_in_one_sentence(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "nonsense"}
+    for arguments, sentence in (
+        ((), "--workdir is missing; give the folder of the run."),
+        (("--workdir=run",), "JAX finds no device of JAX_PLATFORMS='nonsense' ("),
+    ):
+        command = [sys.executable, "-m", "experiments.digits_r20", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"error: {sentence}")
+        assert done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 

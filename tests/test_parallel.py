@@ -154,6 +154,8 @@ def test_wrong_settings_end_in_a_sentence():
         parallel.data_parallel(sgd, mode="pjit")
     with pytest.raises(ValueError, match="num_processes and process_id missing: set all of"):
         parallel.initialize(True, "127.0.0.1:1234")
+    with pytest.raises(ValueError, match=r"^coordinator_address='first' must be the host:port of process 0\.$"):
+        parallel.initialize(True, "first", 2, 0)
     with pytest.raises(ValueError, match="process_id is set but distributed is False"):
         parallel.initialize(False, process_id=0)
     parallel.initialize(False)  # the one-machine run touches nothing

@@ -357,6 +357,32 @@ def test_a_workdir_without_its_configuration_is_refused(config, tmp_path):
     assert not (tmp_path / "config.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        (
+            "metrics.jsonl",
+            '{"stage": "search"}\n',
+            "metrics.jsonl, line 1, has no stage and step; repair or delete the line.",
+        ),
+        ("results.json", "{}", "results.json is damaged: its checksum is wrong; put a good copy back, or delete it."),
+        ("search", "", "search is a file where the run keeps a folder; move it away."),
+        (
+            "finetune/seconds.json",
+            "[]",
+            "finetune/seconds.json holds [], which is no number of seconds; put a good copy back, or delete it.",
+        ),
+    ],
+)
+def test_what_no_stage_could_read_is_refused_before_the_first(name, content, sentence, config, tmp_path):
+    pipeline.prepare(config, tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError) as error:
+        pipeline.prepare(config, tmp_path)
+    assert str(error.value) == f"{tmp_path}/{sentence}"
+
+
 class Scaled(nn.Module):
     """A network that computes with its own number of channels."""
 

@@ -256,7 +256,13 @@ def test_a_lost_log_is_called_lost(tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "damage"),
-    [(b'{"stage": "sea', "is not JSON"), (b"\xff\n", "is not JSON"), (b"{}\n", "has no stage and step")],
+    [
+        (b'{"stage": "sea', "is not JSON"),
+        (b"\xff\n", "is not JSON"),
+        (b"{}\n", "has no stage and step"),
+        (b'{"stage": "search", "step": "x"}\n', "has step='x', which is no number"),
+        (b'{"stage": "base", "step": 1, "loss": [1]}\n', r"has loss=\[1\], which is no number"),
+    ],
 )
 def test_a_damaged_log_is_named_with_its_line(workdir, line, damage):
     with (workdir / "metrics.jsonl").open("ab") as file:
@@ -354,6 +360,15 @@ def test_compare_refuses_the_same_seed_twice():
         report.compare([REPORT, REPORT])
 
 
+@pytest.mark.parametrize("name", ["nowhere/report.json", ""])
+def test_compare_names_a_report_that_is_not_there(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path / name)])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("experiments.compare", run_name="__main__")
+    sentence = f"error: there is no file {tmp_path / name}; name the report.json of a run that has ended."
+    assert str(caught.value) == sentence
+
+
 def test_reports_of_older_versions_are_read():
     paths = sorted((ROOT / "results").rglob("report.json"))
     reports = {path.parent.name: report.read(path) for path in paths}
@@ -391,6 +406,8 @@ def compare_file(monkeypatch, path):
         ({"training": {"base": {"images": 3}}}, "training.base.steps is missing"),
         ({"widths": [10, "a"]}, "widths=[10, 'a'] must be numbers"),
         ({"gate_names": [1]}, "gate_names=[1] must be texts"),
+        ({"params_before": 0}, "params_before=0 must be above 0"),
+        ({"latency_ms": {"batch": 1, "before": float("nan"), "after": 1.0}}, "latency_ms.before=nan must be above 0"),
         ({"best_pruned_validation_top1": "high"}, "best_pruned_validation_top1='high' must be a number"),
     ],
 )

@@ -57,7 +57,9 @@ def test_every_setting_is_a_field_that_exists_and_every_panel_draws_settings(fig
 
 
 def test_a_figure_of_another_method_is_refused():
-    with pytest.raises(ValueError, match=r"lacks .*predictor.*; give the configuration the argument"):
+    with pytest.raises(
+        ValueError, match=r"this figure sets search\.predictor, which search\.method='ddnp' lacks; give"
+    ):
         sweep.setting_config(digits_r20.get_config("ddnp"), nppm_figures.PN, seed=0)
 
 

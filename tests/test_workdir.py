@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -43,8 +44,14 @@ def test_a_run_goes_on_in_its_own_workdir_only(tmp_path):
         claim_workdir(workdir, config)
     for other in ("[]", "null", "3"):
         (workdir / "config.json").write_text(other)
-        with pytest.raises(ValueError, match=r"config\.json holds no configuration; put a good copy back"):
+        with pytest.raises(ValueError, match=r"config\.json holds no configuration of a run; put a good copy back"):
             claim_workdir(workdir, config)
+    (workdir / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json holds no configuration of a run; put a good copy back, or use"):
+        claim_workdir(workdir, config)
+    claim_workdir(tmp_path, {f"field{i}": i for i in range(50)})
+    with pytest.raises(ValueError, match=r"has 9, this run has no such field\n  and 40 more\nGive this run another"):
+        claim_workdir(tmp_path, {})
 
 
 def test_runs_that_did_not_note_what_they_were_given_resume(tmp_path):
@@ -109,6 +116,19 @@ def test_a_file_is_no_workdir(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file is a file; give a folder"), locked(tmp_path / "file"):
         pass
+
+
+def test_a_workdir_that_is_deleted_under_the_run_is_named(tmp_path):
+    sentence = (
+        f"workdir={tmp_path}/new was moved or deleted while the run worked in it; put it back, and start the same "
+        "command again."
+    )
+    with pytest.raises(OSError) as error, locked(tmp_path / "new"):
+        shutil.rmtree(tmp_path / "new")
+        files.write_text(tmp_path / "new" / "results.json", "{}")
+    assert str(error.value) == sentence
+    with pytest.raises(FileNotFoundError, match="no such image"), locked(tmp_path / "new"):
+        raise FileNotFoundError("no such image")
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path):

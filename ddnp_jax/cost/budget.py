@@ -86,10 +86,11 @@ class Budget:
         if smallest > self.wanted:
             feasible = math.ceil(1e4 * smallest / self.total) / 1e4
             least, most = map(self._size, (self.smallest_widths, self.topology.widths))
+            narrower = f", or a multiple below {self.multiple}" if self.multiple > 1 else ""
             raise ValueError(
                 f"p={self.p} cannot be met: it wants {self.wanted:{self.counted.form}} {self.counted.unit}, but "
                 f"the smallest network ({self._smallest()}) has {least}, the largest {most}; "
-                + (f"use p of at least {feasible:.4f}." if feasible <= 1 else "no p does.")
+                + (f"use p of at least {feasible:.4f}{narrower}." if feasible <= 1 else "no p does.")
             )
 
     def fit(self, k: ArrayLike) -> tuple[int, ...]:

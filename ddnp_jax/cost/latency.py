@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from ddnp_jax import files, parallel
+from ddnp_jax import fields, files, parallel
 from ddnp_jax.cost import flops
 from ddnp_jax.models.layers import depthwise_conv
 from ddnp_jax.networks import as_network
@@ -126,7 +126,7 @@ class LatencyTable:
         files.write_json(path, dataclasses.asdict(self))
 
     @classmethod
-    def load(cls, path: str | Path, topology: Topology) -> Self:
+    def load(cls, path: str | Path, topology: Topology) -> "LatencyTable":
         """Reads what `save` wrote, or a table of another device in the same form.
 
         Raises:
@@ -134,15 +134,13 @@ class LatencyTable:
         """
         try:
             content = json.loads(Path(path).read_text())
-            layers = tuple(
-                LayerTimes(**{name: _as_tuple(value) for name, value in layer.items()}) for layer in content["layers"]
-            )
-            table = cls(str(content["device"]), int(content["batch"]), layers)
+            table = _table(cls, content)
+            layers = table.layers
             if len(layers) != len(topology.layers):
                 raise ValueError(f"it has {len(layers)} layers, the network {len(topology.layers)}")
             for times, layer in zip(layers, topology.layers, strict=True):
                 times.check(layer, topology)
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(
                 f"{path} is no latency table of this network ({error}); delete it, and it is measured again."
             ) from error
@@ -206,8 +204,12 @@ def _report(measured: int, layers: int) -> None:
         print(f"latency table: {measured} of {layers} layers", file=sys.stderr, flush=True)
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
+def _table(kind: type[LatencyTable], content: Any) -> LatencyTable:
+    """The table in a file's values; raises ValueError where one is missing or of another type."""
+    if not (isinstance(content, dict) and isinstance(content.get("layers"), list)):
+        raise ValueError("it has no list of layers")
+    layers = (fields.built(LayerTimes, each, f"layers[{i}].") for i, each in enumerate(content["layers"]))
+    return dataclasses.replace(fields.built(kind, {**content, "layers": ()}), layers=tuple(layers))
 
 
 @functools.cache

@@ -129,7 +129,11 @@ class Files(Sequence[Record]):
 
     def __getitem__(self, index: int) -> Record:  # type: ignore[override]  # nobody asks for a slice
         path = self.paths[index]
-        return {"image": Path(path).read_bytes(), "label": self.labels[index], "source": path}
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}); repair or remove it.") from error
+        return {"image": content, "label": self.labels[index], "source": path}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from google.protobuf.json_format import ParseError
+from google.protobuf.message import DecodeError
 
 from ddnp_jax.data.cifar10 import Cifar10
 from ddnp_jax.data.dataset import Dataset, HeldOut, open_images
@@ -22,6 +24,7 @@ BUILDERS: Mapping[str, type[tfds.core.GeneratorBasedBuilder]] = {
     "digits": Digits,
     "imagenet2012": Imagenet2012,
 }
+DAMAGE = (RuntimeError, IndexError, DecodeError)  # what the readers of damaged and missing records raise
 READ_BLOCK = 1000  # records per read: one call per record costs more than the decoding
 
 
@@ -110,22 +113,55 @@ def open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
 
 
 def _find_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+    with _readable(data_dir or "TFDS's own folder", ParseError):
+        return _builder(name, data_dir)
+
+
+def _builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     if name in BUILDERS:
         return BUILDERS[name](data_dir=data_dir)
     if data_dir and os.path.exists(os.path.join(data_dir, "dataset_info.json")):
-        builder = tfds.builder_from_directory(data_dir)
+        with _readable(data_dir, ValueError):
+            builder = tfds.builder_from_directory(data_dir)
         if builder.name != name:
             raise ValueError(f"data.data_dir={data_dir!r} holds {builder.name}, not data.name={name!r}; name it.")
         return builder
+    if not name:
+        raise _unknown(name)
     try:
         return tfds.builder(name, data_dir=data_dir)
+    except AssertionError as error:  # of a version that there is not
+        raise ValueError(f"data.name={name!r} cannot be opened by TFDS ({_flat(error)}).") from error
     except tfds.core.registered.DatasetNotFoundError as error:
-        raise ValueError(
-            f"data.name={name!r} is unknown; use {', '.join(sorted(BUILDERS))}, 'folder', or the name of a data set "
-            "that TFDS knows or that is prepared in data.data_dir."
-        ) from error
+        raise _unknown(name) from error
     except (ValueError, RuntimeError) as error:  # no such configuration or version
-        raise ValueError(f"data.name={name!r} cannot be opened by TFDS ({' '.join(str(error).split())}).") from error
+        raise ValueError(f"data.name={name!r} cannot be opened by TFDS ({_flat(error)}).") from error
+
+
+def _unknown(name: str) -> ValueError:
+    return ValueError(
+        f"data.name={name!r} is unknown; use {', '.join(sorted(BUILDERS))}, 'folder', or the name of a data set "
+        "that TFDS knows or that is prepared in data.data_dir."
+    )
+
+
+def _flat(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
+
+
+@contextlib.contextmanager
+def _readable(folder: str | os.PathLike, *errors: type[Exception]) -> Iterator[None]:
+    """Lets an error of TFDS or of its readers say which data set it is about.
+
+    Raises:
+      ValueError: A file of the data set is damaged or missing.
+    """
+    try:
+        yield
+    except errors as error:
+        raise ValueError(
+            f"a file of the data set in {folder} is damaged or missing ({_flat(error)}); copy or prepare it again."
+        ) from error
 
 
 def _is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
@@ -238,7 +274,8 @@ def _part(builder: tfds.core.DatasetBuilder, field: str, split: str) -> _Part:
 
 def _count_classes(builder: tfds.core.DatasetBuilder, features: Features, split: str) -> int:
     """Reads every label, because nothing else tells how many classes there are."""
-    return 1 + max(int(record[features.label]) for record in _blocks(_source(builder, split, features)))
+    records = _blocks(_source(builder, split, features), builder.data_dir)
+    return 1 + max(int(record[features.label]) for record in records)
 
 
 def open_records(builder: tfds.core.DatasetBuilder, split: str) -> "Records":
@@ -252,16 +289,18 @@ class Records(Sequence[Record]):
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str, features: Features, num_classes: int) -> None:
         self._source, self._split = _source(builder, split, features), split
-        self._features, self._num_classes = features, num_classes
+        self._features, self._num_classes, self._folder = features, num_classes, builder.data_dir
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Record:  # type: ignore[override]  # nobody asks for a slice
-        return self._record(index, self._source[index])
+        with _readable(self._folder, *DAMAGE):
+            stored = self._source[index]
+        return self._record(index, stored)
 
     def __iter__(self) -> Iterator[Record]:
-        return itertools.starmap(self._record, enumerate(_blocks(self._source)))
+        return itertools.starmap(self._record, enumerate(_blocks(self._source, self._folder)))
 
     def _record(self, index: int, stored: Mapping[str, Any]) -> Record:
         label, source = int(stored[self._features.label]), f"record {index} of {self._split!r}"
@@ -278,7 +317,9 @@ def _source(builder: tfds.core.DatasetBuilder, split: str, features: Features) -
     return builder.as_data_source(split, decoders={features.image: tfds.decode.SkipDecoding()})
 
 
-def _blocks(source: Any) -> Iterator[Mapping[str, Any]]:
+def _blocks(source: Any, folder: str | os.PathLike) -> Iterator[Mapping[str, Any]]:
     """All records in order."""
     for start in range(0, len(source), READ_BLOCK):
-        yield from source.__getitems__(range(start, min(start + READ_BLOCK, len(source))))
+        with _readable(folder, *DAMAGE):
+            block = source.__getitems__(range(start, min(start + READ_BLOCK, len(source))))
+        yield from block

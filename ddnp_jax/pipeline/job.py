@@ -24,6 +24,7 @@ from ddnp_jax.pipeline.workdir import check_room, check_workdir, claim_workdir, 
 from ddnp_jax.preemption import PreemptionGuard
 from ddnp_jax.saved import load_pruned, save_pruned
 from ddnp_jax.topology import Topology, trace
+from ddnp_jax.training import loop
 from ddnp_jax.training.log import MetricsLog
 
 # Fields of the configuration that may change when a run resumes: they do not change the pruned network, or are paths,
@@ -150,6 +151,9 @@ def prepare(
     budget = make_budget(config.budget, topology, measured)
     _check_cut(network, rebuild, topology, budget)
     check_room(workdir, 2 * _KEPT * sum(math.prod(v.shape) * _BYTES for v in topology.variables))
+    log = MetricsLog(workdir / "metrics.jsonl", identity.made_from(identity.stripped(own, _MAY_DIFFER)))
+    results = Results(workdir / "results.json")
+    _check_written(workdir, log, results)
     claim_workdir(workdir, own, _MAY_DIFFER)
     return Run(
         config=config,
@@ -161,8 +165,8 @@ def prepare(
         topology=topology,
         budget=budget,
         weights=weights,
-        log=MetricsLog(workdir / "metrics.jsonl", identity.made_from(identity.stripped(own, _MAY_DIFFER))),
-        results=Results(workdir / "results.json"),
+        log=log,
+        results=results,
         outputs=outputs,
         identity=own,
         guard=PreemptionGuard(),
@@ -204,6 +208,17 @@ def _check_workdir(workdir: Path, own: dict[str, Any]) -> None:
         raise ValueError(
             f"{workdir} has {left[0]} of a run but not its config.json; put it back, or use another workdir."
         )
+
+
+def _check_written(workdir: Path, log: MetricsLog, results: Results) -> None:
+    """Raises for what an earlier start wrote and no stage could read or go on with."""
+    log.check()
+    results.values()
+    for folder in (workdir / name for name in (*STAGES, "pruned")):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file where the run keeps a folder; move it away.")
+    for stage in STAGES:
+        loop.seconds(workdir / stage)
 
 
 def _check_cut(network: Network, rebuild: Rebuild | None, topology: Topology, budget: Budget) -> None:

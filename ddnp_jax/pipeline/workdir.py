@@ -16,6 +16,7 @@ from ddnp_jax import files, parallel
 
 CONFIG = "config.json"
 LOCK = "run.lock"
+_SHOWN = 10  # of the fields that differ
 
 
 @contextlib.contextmanager
@@ -31,14 +32,22 @@ def locked(workdir: str | Path) -> Iterator[None]:
 
     Raises:
       ValueError: Another run works in it, and its host and process are named; or it is no folder.
-      OSError: It cannot be made or written.
+      OSError: It cannot be made or written, or is gone before the end.
     """
     if "://" in str(workdir):
         raise ValueError(f"workdir={workdir} is an address and no folder; mount what it names, and give that folder.")
     held = contextlib.ExitStack()
     parallel.on_first_process(lambda: held.enter_context(_lock(Path(workdir))))
     with held:
-        yield
+        try:
+            yield
+        except FileNotFoundError as error:
+            if Path(workdir).exists():
+                raise
+            raise OSError(
+                f"workdir={workdir} was moved or deleted while the run worked in it; put it back, and start the same "
+                "command again."
+            ) from error
 
 
 @contextlib.contextmanager
@@ -150,10 +159,10 @@ def check_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequen
     path = Path(workdir) / CONFIG
     if not path.exists():
         return
-    content = files.read_json(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no configuration; put a good copy back, or use another workdir.")
-    theirs = _fields(content)
+    found = files.read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no configuration of a run; put a good copy back, or use another workdir.")
+    theirs = _fields(found)
     # Runs of versions that did not note what they were given resume.
     free = (*ignore, *(() if any(name.startswith("given.") for name in theirs) else ("given",)))
     ours = _fields(json.loads(json.dumps(config)))  # tuples become lists, as in the file
@@ -163,6 +172,8 @@ def check_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequen
         if _shown(theirs, name) != _shown(ours, name) and not any(f"{name}.".startswith(f"{p}.") for p in free)
     ]
     if differing:
+        if len(differing) > _SHOWN:
+            differing[_SHOWN:] = [f"  and {len(differing) - _SHOWN} more"]
         lines = "\n".join([f"{workdir} belongs to a run with another config:", *differing])
         raise ValueError(f"{lines}\nGive this run another workdir, or the workdir's values.")
 

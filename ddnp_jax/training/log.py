@@ -31,8 +31,12 @@ class MetricsLog:
         """
         parallel.on_first_process(lambda: self._rewind(stage, step))
 
+    def check(self) -> None:
+        """Raises as `rewind`, and writes nothing."""
+        self._entries(self._whole_lines())
+
     def _rewind(self, stage: str, step: int) -> None:
-        lines = [line for line in self._content().splitlines(keepends=True) if line.endswith(b"\n")]
+        lines = self._whole_lines()
         entries = zip(lines, self._entries(lines), strict=True)
         kept = [line for line, entry in entries if entry["stage"] != stage or entry["step"] <= step]
         files.write_bytes(self._path, b"".join(kept))
@@ -63,6 +67,10 @@ class MetricsLog:
         entry = {"stage": stage, "step": step, **values}
         return json.dumps({**entry, _CRC: _crc(entry)}) + "\n"
 
+    def _whole_lines(self) -> list[bytes]:
+        """All lines but a last one that was cut off."""
+        return [line for line in self._content().splitlines(keepends=True) if line.endswith(b"\n")]
+
     def _content(self) -> bytes:
         return self._path.read_bytes() if self._path.exists() else b""
 
@@ -84,6 +92,9 @@ class MetricsLog:
             raise self._damaged(number, "has no stage and step")
         if entry.pop(_CRC, found := _crc(entry)) != found:
             raise self._damaged(number, "has a wrong checksum")
+        own = {name: value for name, value in entry.items() if name not in ("stage", "identity")}
+        if wrong := [name for name, value in own.items() if not _is_number(value)]:
+            raise self._damaged(number, f"has {wrong[0]}={own[wrong[0]]!r}, which is no number")
         return entry
 
     def _damaged(self, number: int, what: str) -> ValueError:
@@ -93,3 +104,7 @@ class MetricsLog:
 def _crc(entry: dict[str, Any]) -> str:
     content = json.dumps({name: value for name, value in entry.items() if name != _CRC})
     return f"{zlib.crc32(content.encode()):08x}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -48,14 +48,30 @@ def read(path: str | Path) -> Report:
       ValueError: The file is damaged or lacks a key; the message names both.
       OSError: The file cannot be read.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}; name the report.json of a run that has ended.")
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); {_ADVICE}.") from error
     try:
-        return fields.built(Report, _with_budget(values))
+        report = fields.built(Report, _with_budget(values))
+        _check(report)
+        return report
     except ValueError as error:
         raise ValueError(f"{path}: {error}; {_ADVICE}.") from error
+
+
+def _check(report: Report) -> None:
+    """Raises for what no network costs: the changes that a report gives are parts of these."""
+    for name, value in {
+        "flops_total_before": report.flops_total_before,
+        "params_before": report.params_before,
+        "budget.before": report.budget.before,
+        "latency_ms.before": report.latency_ms.before,
+    }.items():
+        if not value > 0:
+            raise ValueError(f"{name}={value!r} must be above 0")
 
 
 def _with_budget(values: Any) -> Any:

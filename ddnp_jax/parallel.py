@@ -102,8 +102,8 @@ def check_devices() -> None:
         reason = f" ({said})" if said else ""
         wanted = jax.config.jax_platforms  # type: ignore[attr-defined]
         raise ValueError(
-            f"JAX finds no device of JAX_PLATFORMS={wanted!r}{reason}; leave it unset to take the devices that there are, "
-            "or install JAX for this platform."
+            f"JAX finds no device of JAX_PLATFORMS={wanted!r}{reason}; leave it unset to take the devices that there "
+            "are, or install JAX for this platform."
         ) from error
 
 

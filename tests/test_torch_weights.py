@@ -408,7 +408,7 @@ def test_a_second_classifier_is_extra_not_an_alias():
 def test_variables_that_are_not_finite_are_not_written(tmp_path):
     model, variables = tiny(), jax.tree.map(lambda x: x * np.nan, torch_weights.load(tiny_state(), tiny()))
     sentence = (
-        "variable batch_stats/bn1/mean of CifarResNet has 4 values that are NaN or infinite; give weights that are "
+        "variable batch_stats/bn1/mean of CifarResNet has 16 values that are NaN or infinite; give weights that are "
         "finite."
     )
     assert refusal(torch_weights.save, tmp_path / "new", model, variables) == sentence

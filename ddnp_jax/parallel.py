@@ -99,9 +99,9 @@ def check_devices() -> None:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # JAX asserts where a platform is known and no driver is there
         said = str(error).partition(". (set JAX_PLATFORMS=")[0]
-        reason = f" ({said})" if said else ""
+        reason, asked = f" ({said})" if said else "", jax.config.read("jax_platforms")
         raise ValueError(
-            f"JAX finds no device of JAX_PLATFORMS={jax.config.jax_platforms!r}{reason}; leave it unset to take the "
+            f"JAX finds no device of JAX_PLATFORMS={asked!r}{reason}; leave it unset to take the "
             "devices that there are, or install JAX for this platform."
         ) from error
 

@@ -99,7 +99,8 @@ def check_devices() -> None:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # JAX asserts where a platform is known and no driver is there
         said = str(error).partition(". (set JAX_PLATFORMS=")[0]
-        reason, asked = f" ({said})" if said else "", jax.config.read("jax_platforms")
+        reason = f" ({said})" if said else ""
+        asked = jax.config.jax_platforms  # type: ignore[attr-defined]  # added when JAX is imported
         raise ValueError(
             f"JAX finds no device of JAX_PLATFORMS={asked!r}{reason}; leave it unset to take the "
             "devices that there are, or install JAX for this platform."

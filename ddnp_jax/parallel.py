@@ -100,10 +100,10 @@ def check_devices() -> None:
     except (RuntimeError, AssertionError) as error:  # JAX asserts where a platform is known and no driver is there
         said = str(error).partition(". (set JAX_PLATFORMS=")[0]
         reason = f" ({said})" if said else ""
-        wanted = jax.config.jax_platforms  # type: ignore[attr-defined]
+        asked = jax.config.jax_platforms  # type: ignore[attr-defined]  # added when JAX is imported
         raise ValueError(
-            f"JAX finds no device of JAX_PLATFORMS={wanted!r}{reason}; leave it unset to take the devices that there "
-            "are, or install JAX for this platform."
+            f"JAX finds no device of JAX_PLATFORMS={asked!r}{reason}; leave it unset to take the "
+            "devices that there are, or install JAX for this platform."
         ) from error
 
 

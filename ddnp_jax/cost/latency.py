@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,8 @@ from ddnp_jax.cost import flops
 from ddnp_jax.models.layers import depthwise_conv
 from ddnp_jax.networks import as_network
 from ddnp_jax.topology import Extent, Layer, Topology, jaxprs, variable_shapes
+
+_TableT = TypeVar("_TableT", bound="LatencyTable")
 
 ROUNDS = 5  # of which the median counts
 ROUND_MS = 5.0  # shortest time of a round; short layers are called several times
@@ -126,7 +128,7 @@ class LatencyTable:
         files.write_json(path, dataclasses.asdict(self))
 
     @classmethod
-    def load(cls, path: str | Path, topology: Topology) -> "LatencyTable":
+    def load(cls, path: str | Path, topology: Topology) -> Self:
         """Reads what `save` wrote, or a table of another device in the same form.
 
         Raises:
@@ -204,7 +206,7 @@ def _report(measured: int, layers: int) -> None:
         print(f"latency table: {measured} of {layers} layers", file=sys.stderr, flush=True)
 
 
-def _table(kind: type[LatencyTable], content: Any) -> LatencyTable:
+def _table(kind: type[_TableT], content: Any) -> _TableT:
     """The table in a file's values; raises ValueError where one is missing or of another type."""
     if not (isinstance(content, dict) and isinstance(content.get("layers"), list)):
         raise ValueError("it has no list of layers")

@@ -134,8 +134,8 @@ def _variables(network: Network, like: Any, leaves: Mapping[LeafPath, Any], file
 def _description(file: Path) -> dict[str, Any]:
     if not file.exists():
         raise ValueError(f"{file} does not exist; load_pruned reads a folder that save_pruned wrote.")
+    found = _DEFAULTS | files.read_sealed(file)
     try:
-        found = _DEFAULTS | files.read_sealed(file)
         for name, kind in _FIELDS.items():
             if not isinstance(found[name], kind):
                 raise TypeError(f"{name} is no {kind.__name__}")
@@ -146,7 +146,7 @@ def _description(file: Path) -> dict[str, Any]:
                 raise TypeError("a size is no positive number")
     except KeyError as error:
         raise ValueError(f"{file} is damaged: it has no {error}; write the network again with save_pruned.") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:  # sizes may be no pairs
         raise ValueError(f"{file} is damaged ({error}); write the network again with save_pruned.") from error
     return found
 

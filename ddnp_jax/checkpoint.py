@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers as policies
 
-from ddnp_jax import parallel
+from ddnp_jax import files, parallel
 
 
 class _DamagedError(Exception):
@@ -95,7 +95,7 @@ class Checkpoints:
         self._metrics[step] = metric
         arrays = {name: x for name, x in leaves.items() if x.size}  # orbax refuses empty ones
         args = ocp.args.Composite(
-            arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record | {"sha256": _seal(record)})
+            arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record | {"sha256": files.checksum(record)})
         )
         self._manager.save(step, args=args, force=True)  # unforced, a step below the latest is skipped silently
 
@@ -199,7 +199,7 @@ class Checkpoints:
         try:
             args = ocp.args.Composite(record=ocp.args.JsonRestore())
             record = self._manager.restore(step, args=args)["record"]
-            sealed = record.pop("sha256") == _seal(record)
+            sealed = record.pop("sha256") == files.checksum(record)
         except Exception as error:  # as above
             raise _DamagedError(_one_line(error)) from error
         if not sealed:
@@ -260,10 +260,6 @@ def _sha256(x: np.ndarray) -> str:
     digest = hashlib.sha256(json.dumps(_describe(x)).encode())
     digest.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
-
-
-def _seal(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _one_line(error: Exception) -> str:

@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral
 from typing import Any
 
-import jax
 import numpy as np
 
 from ddnp_jax import methods
 from ddnp_jax.compact import Rebuild, Verification, check_finite, compact, rehearse, verify
 from ddnp_jax.cost import flops
 from ddnp_jax.cost.budget import Budget, floors_of
-from ddnp_jax.losses import Loss, check_loss
+from ddnp_jax.losses import Loss
 from ddnp_jax.networks import Outputs, as_network
 from ddnp_jax.topology import Gate, Selection, Topology, trace
 from ddnp_jax.training.fitting import TargetsCheck, checked_batch
@@ -152,7 +151,7 @@ def prune(
     own = network.variables(variables)
     check_finite(own, network.name)
     first, batches = _first(batches)
-    images, targets = checked_batch(first)
+    images, _ = checked_batch(first)
     if budget is None:
         shape = tuple(images.shape[1:] if input_shape is None else input_shape)
         kept = (keep,) if isinstance(keep, str) else keep if callable(keep) else tuple(keep)
@@ -160,11 +159,8 @@ def prune(
         budget = Budget(traced, p, multiple=multiple, floors=floors_of(traced, floors))
     budget.check()
     topology = budget.topology
-    check = TargetsCheck(network, own, loss, outputs)
+    check = TargetsCheck(network, own, loss, outputs, performance)
     check(first)
-    if performance is not None:
-        found = jax.eval_shape(network.evaluate, own, images)
-        check_loss(performance, found, targets, outputs, network.name, argument="performance")
     rehearse(model, variables, topology, budget.smallest_widths, rebuild)
     problem = methods.Problem(model, own, topology, budget, config, steps, loss, outputs, performance)
     search = methods.build(method, problem)

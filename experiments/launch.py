@@ -177,9 +177,8 @@ def run(
             raise SystemExit("error: --workdir is empty; give the folder of the run.")
         try:
             _check_sections(config.value)
-            os.environ["XLA_FLAGS"] = cpu_flags(
-                config.value, _NUM_PROCESSES.value or 1
-            )  # before JAX starts its devices
+            # Before JAX starts its devices.
+            os.environ["XLA_FLAGS"] = cpu_flags(config.value, _NUM_PROCESSES.value or 1)
             from ddnp_jax import parallel
             from ddnp_jax.preemption import EXIT_CODE
 

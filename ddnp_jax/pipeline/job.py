@@ -51,7 +51,7 @@ class Run:
       log: `metrics.jsonl`.
       results: `results.json`.
       outputs: Which of the network's outputs are the logits, where there are several.
-      identity: What tells this run from others, as `config.json` has it.
+      identity: What tells this run from others: what `config.json` has, without what may differ when it resumes.
       guard: Asks the run to stop, while it is entered.
     """
 
@@ -72,7 +72,7 @@ class Run:
 
     def made_from(self, *inputs: Any) -> str:
         """Names what a result of the run is made from: the run's identity and pytrees of arrays."""
-        return identity.made_from(identity.stripped(self.identity, _MAY_DIFFER), *inputs)
+        return identity.made_from(self.identity, *inputs)
 
     def stage_images(self, stage: Stage) -> np.ndarray:
         """Indices of the training images that a stage learns from."""
@@ -151,7 +151,8 @@ def prepare(
     budget = make_budget(config.budget, topology, measured)
     _check_cut(network, rebuild, topology, budget)
     check_room(workdir, 2 * _KEPT * sum(math.prod(v.shape) * _BYTES for v in topology.variables))
-    log = MetricsLog(workdir / "metrics.jsonl", identity.made_from(identity.stripped(own, _MAY_DIFFER)))
+    lasting = identity.stripped(own, _MAY_DIFFER)
+    log = MetricsLog(workdir / "metrics.jsonl", identity.made_from(lasting))
     results = Results(workdir / "results.json")
     _check_written(workdir, log, results)
     claim_workdir(workdir, own, _MAY_DIFFER)
@@ -168,7 +169,7 @@ def prepare(
         log=log,
         results=results,
         outputs=outputs,
-        identity=own,
+        identity=lasting,
         guard=PreemptionGuard(),
     )
 

@@ -174,10 +174,12 @@ def checked_batch(batch: Any, number: int = 0) -> Batch:
 class TargetsCheck:
     """Checks of batches that also compare the targets with what the network returns and the loss takes."""
 
-    def __init__(self, network: Network, variables: Any, loss: Loss | None, outputs: Outputs) -> None:
-        """Takes the network, its variables, its loss and which of its outputs count, as in `fit`."""
+    def __init__(
+        self, network: Network, variables: Any, loss: Loss | None, outputs: Outputs, performance: Loss | None = None
+    ) -> None:
+        """Takes the network, its variables, its loss, which of its outputs count, and a performance, as in `prune`."""
         self._network, self._variables = network, jax.eval_shape(lambda: variables)
-        self._loss, self._outputs = loss, outputs
+        self._loss, self._outputs, self._performance = loss, outputs, performance
         self._found: Any = None  # shapes of what the network returns for the first batch
 
     def __call__(self, batch: Any, number: int = 0) -> Batch:
@@ -194,9 +196,14 @@ class TargetsCheck:
         if self._loss is None:
             logits = jax.eval_shape(lambda found: picked(found, self._outputs, self._network.name), self._found)
             losses.check_labels((len(images), *logits.shape[1:]), targets, self._network.name, number)
-        elif is_first:
-            losses.check_loss(self._loss, self._found, targets, self._outputs, self._network.name)
+        if is_first:
+            self._check_own(targets)
         return images, targets
+
+    def _check_own(self, targets: Any) -> None:
+        for argument, own in (("loss", self._loss), ("performance", self._performance)):
+            if own is not None:
+                losses.check_loss(own, self._found, targets, self._outputs, self._network.name, argument)
 
 
 def _checked(metrics: Metrics, step: int) -> dict[str, np.ndarray]:

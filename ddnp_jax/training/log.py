@@ -90,7 +90,8 @@ class MetricsLog:
             raise self._damaged(number, f"is not JSON ({error})") from error
         if not (isinstance(entry, dict) and {"stage", "step"} <= entry.keys()):
             raise self._damaged(number, "has no stage and step")
-        if entry.pop(_CRC, found := _crc(entry)) != found:
+        written = entry.pop(_CRC, None)
+        if written is not None and written != _crc(entry):
             raise self._damaged(number, "has a wrong checksum")
         own = {name: value for name, value in entry.items() if name not in ("stage", "identity")}
         if wrong := [name for name, value in own.items() if not _is_number(value)]:
@@ -102,8 +103,7 @@ class MetricsLog:
 
 
 def _crc(entry: dict[str, Any]) -> str:
-    content = json.dumps({name: value for name, value in entry.items() if name != _CRC})
-    return f"{zlib.crc32(content.encode()):08x}"
+    return f"{zlib.crc32(json.dumps(entry).encode()):08x}"
 
 
 def _is_number(value: Any) -> bool:

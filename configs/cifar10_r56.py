@@ -8,7 +8,9 @@ Arguments, joined by commas (`configs/cifar10_r56.py:authors,tiny`): `ddnp` (def
 `nppm` (p = 0.50, NPPM Table 1) and `dg`, which is NPPM without the predictor, both on 10 % of the training images
 (`data.search_fraction`, which base training leaves out; DDNP: 5 %); `uniform` and `magnitude` are the floors (random
 and L1-norm channels at uniform widths); `tiny` runs the whole job in minutes, on ResNet-20 and the first 2,000 training
-images, too few for NPPM's predictor to take part.
+images, too few for NPPM's predictor to take part. Further scores: `bn_scale`, `fpgm`, `lamp`, `taylor`, `hrank`, `chip`
+and `cc`, at uniform widths but for `lamp` and `cc`; `global` ranks the channels of all gates together, and
+`hrank,hrank_rates` takes the rates of HRank's authors. `62` removes 62 % of all FLOPs.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +18,13 @@ from ml_collections import ConfigDict
 from configs import default
 
 P = {"ddnp": 0.48, "nppm": 0.50}
-FORMS = {"tiny": {**default.SHORT_CIFAR10, "model.name": "resnet20"}}
+# Fraction of the channels that HRank's authors remove from the first convolution of each block (50 % of the FLOPs).
+HRANK = (*(0.6,) * 18, 0.0, *(0.6,) * 3, 0.4, *(0.1,) * 4)
+FORMS = {
+    "62": {"budget.p": 0.3778},
+    "hrank_rates": {"search.allocation": "rates", "search.rates": HRANK},
+    "tiny": {**default.SHORT_CIFAR10, "model.name": "resnet20"},
+}
 
 
 def get_config(argument: str = "") -> ConfigDict:

@@ -39,11 +39,19 @@ SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "magnitude": ("magnitude", {}),
     "bn_scale": ("bn_scale", {}),
     "fpgm": ("fpgm", {}),
+    "lamp": ("lamp", {}),
     "taylor": ("taylor", {}),
     "hrank": ("hrank", {}),
     "chip": ("chip", {}),
+    "cc": ("cc", {}),
 }
 
+
+# Forms that every configuration offers beside its own.
+FORMS: dict[str, dict[str, Any]] = {
+    "residual": {"budget.residual": True},
+    "global": {"search.allocation": "global"},
+}
 
 # On a slice of the training images a test of everything but accuracy and NPPM's PN, whose memory stays too empty.
 SHORT = {
@@ -74,7 +82,7 @@ def choose(
 
     Args:
       config: With everything else filled in.
-      argument: Names joined by commas: at most one of `SEARCHES`, and any of `forms`; "" is DDNP.
+      argument: Names joined by commas: at most one of `SEARCHES`, and any of `FORMS` and `forms`; "" is DDNP.
       p: Budget of each method; methods without one take DDNP's.
       forms: Further forms of this experiment, the fields of each by name.
 
@@ -82,6 +90,7 @@ def choose(
       ValueError: A name is unknown, or two searches are named.
     """
     words = list(filter(None, argument.split(",")))
+    forms = {**FORMS, **forms}
     if unknown := [word for word in words if word not in (*SEARCHES, *forms)]:
         known = ", ".join((*SEARCHES, *forms))
         raise ValueError(f"the configuration's argument {unknown[0]!r} is unknown; use {known}.")

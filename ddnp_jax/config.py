@@ -67,6 +67,7 @@ class BudgetConfig:
     kind: str = choice("flops", "flops", "params", "latency")  # the prunable layers' FLOPs; of the network: the others
     p: float = number(0.5, above=0, most=1, about="the fraction of the cost that remains")
     convention: str = choice("macs", *flops.CONVENTIONS)  # 'macs' of conv and dense, or 3 more per output element
+    residual: bool = False  # whether channels of residual streams may be removed too, one set for all blocks of a stage
     multiple: int = number(1, least=1)  # widths are multiples of this (whole gates excepted)
     latency_points: int = number(5, least=2)  # for 'latency': widths per gate at which layers are timed
 

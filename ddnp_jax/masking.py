@@ -16,7 +16,7 @@ from ddnp_jax.networks import as_network
 from ddnp_jax.topology import Consumer, Span, Topology
 
 Mask = jax.Array | np.ndarray
-Observe = Callable[[int, jax.Array], None]
+Observe = Callable[[int, jax.Array], Any]
 
 
 def apply_masked(
@@ -40,8 +40,9 @@ def apply_masked(
       x: Images (N, *topology.input_shape).
       masks: One mask (C_l,) per gate.
       topology: Topology of `model`, as returned by `trace`.
-      observe: Called while tracing, once per gate, with the gate's number and the unmasked input of its first consumer,
-        (..., C_l): channels are moved to the end where they are elsewhere, as after a flatten.
+      observe: Called while tracing with a gate's number and what its consumers read, unmasked, (..., C_l), once for
+        every different input, in the order of the forward pass: channels are moved to the end where they are elsewhere,
+        as after a flatten.
       interpreter: How the program is evaluated; `FullPrecision` for proofs.
 
     Returns:
@@ -79,14 +80,14 @@ def _changes(topology: Topology, masks: Sequence[Mask], observe: Observe | None)
     for i, gate in enumerate(topology.gates):
         for consumer in gate.consumers:
             consumers.setdefault(consumer.layer, []).append((i, consumer))
-    observed: set[int] = set()
+    observed: dict[int, list[jax.Array]] = {i: [] for i in range(len(topology.gates))}
 
     def change(number: int) -> Change:
         def masked(x: jax.Array) -> jax.Array:
             if observe is not None:
                 for i, consumer in consumers[number]:
-                    if i not in observed:
-                        observed.add(i)
+                    if not any(x is other for other in observed[i]):
+                        observed[i].append(x)
                         observe(i, _channels_last(x, consumer, topology.gates[i].channels))
             return _multiply(x, masks, consumers[number])
 

@@ -97,8 +97,8 @@ def test_wrong_types_and_names_are_refused(config, message):
 def test_a_configuration_of_the_command_line_may_change_its_method_where_the_fields_are_there():
     config = digits_r20.get_config()
     config.search.method = "magnitude"
-    config.search.ranking = "global"
-    assert typed(config).search.method_fields().ranking == "global"
+    config.search.allocation = "global"
+    assert typed(config).search.method_fields().allocation == "global"
     config.search.method = "nppm"
     refused(config, "search.method='nppm' needs search.optimizer, which this configuration lacks; choose the method by")
 

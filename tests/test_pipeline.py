@@ -220,7 +220,7 @@ def test_an_nnx_module_is_pruned_and_a_killed_run_resumes_bit_for_bit(config, tm
 
 def test_scores_of_images_are_searches_of_the_job(config, tmp_path):
     config.search.method = "taylor"
-    config.search.ranking = "global"
+    config.search.allocation = "global"
     report = pipeline.run(config, tmp_path, model=Own((20, 12)), rebuild=Own)
     assert report["flops_prunable_after"] <= P * report["flops_prunable_before"]
     assert report["seconds"]["search"] > 0

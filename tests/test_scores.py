@@ -110,7 +110,8 @@ def test_scores_over_four_devices_are_those_of_one():
 
 def test_a_score_of_features_is_one_function(monkeypatch):
     def mean_feature(evidence, gate):
-        return jnp.mean(evidence.features[gate], range(evidence.features[gate].ndim - 1))
+        (features,) = evidence.features[gate]
+        return jnp.mean(features, range(features.ndim - 1))
 
     monkeypatch.setitem(scores.SCORES, "mean", scores.Score(mean_feature, needs_images=True))
     problem = methods.Problem(Tiny(), VARIABLES, topology(), Budget(topology(), 0.5), scores.Fields(), 2)
@@ -179,6 +180,53 @@ def test_nuclear_norms_of_rows_that_depend_on_each_other():
         assert found[2] == pytest.approx(0, abs=1e-5)
 
 
+def test_lamp_divides_by_the_filters_that_are_not_smaller():
+    squares = [np.square(kernel(1)).sum((0, 1, 2)), np.square(kernel(2)).sum((0, 1, 2))]
+    for found, own in zip(importance("lamp"), squares, strict=True):
+        np.testing.assert_allclose(found, [x / own[own >= x].sum() for x in own], rtol=1e-10)
+        assert found.max() == 1
+
+
+def test_cc_is_the_information_loss_of_the_layers_that_read_a_channel():
+    def loss(variables):
+        logits = Tiny().apply(variables, IMAGES)
+        return -jnp.mean(jax.nn.log_softmax(logits)[np.arange(len(LABELS)), LABELS])
+
+    gradients = jax.grad(loss)(VARIABLES)["params"]
+    weights = VARIABLES["params"]
+    second = np.square(np.float64(gradients["conv2"]["kernel"]) * weights["conv2"]["kernel"]).sum((0, 1, 3))
+    dense = np.square(np.float64(gradients["head"]["kernel"]) * weights["head"]["kernel"]).sum(1)
+    found = importance("cc")
+    np.testing.assert_allclose(found[0], second, rtol=1e-3, atol=1e-6 * second.max())
+    np.testing.assert_allclose(found[1], dense, rtol=1e-3, atol=1e-6 * dense.max())
+
+
+def residual_network():
+    model = ddnp_jax.models.create("resnet50", num_classes=3)
+    found = ddnp_jax.trace(model, (32, 32, 3), residual=True)
+    names = [gate.name for gate in found.gates]
+    return model, found, names
+
+
+@pytest.mark.parametrize("score", ["hrank", "chip"])
+def test_a_residual_stream_is_scored_by_the_mean_over_its_blocks(score):
+    model, found, names = residual_network()
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    variables = model.init(jax.random.key(0), images)
+    problem = methods.Problem(model, variables, found, Budget(found, 0.5), scores.Fields(), 1)
+    evidence = scores.Evidence(found, variables, problem=problem, batch=(images, np.zeros(2, np.int32)))
+    _, seen = model.apply(variables, images, capture_intermediates=True, mutable=["intermediates"])
+    outputs = [seen["intermediates"][f"layer2_{i}"]["__call__"][0] for i in range(4)]  # behind the addition and ReLU
+    maps = [np.float64(np.asarray(each)).transpose(0, 3, 1, 2) for each in outputs]
+    if score == "hrank":
+        wanted = np.mean([np.linalg.matrix_rank(np.float32(each)).mean(0) for each in maps], axis=0)
+    else:
+        flat = [image.reshape(512, -1) for each in maps for image in each]
+        wanted = np.mean([without_each_row(rows) for rows in flat], axis=0)
+    result = scores.SCORES[score].of(evidence, names.index("layer2_0/conv3"))
+    np.testing.assert_allclose(result, wanted, rtol=0, atol=1e-4 * wanted.max())
+
+
 # Widths
 
 
@@ -201,7 +249,7 @@ def test_one_fraction_of_every_gate(method):
 
 
 def test_one_ranking_over_all_gates_is_cut_where_the_budget_is():
-    search, budget = make_search("fpgm", p=0.4, ranking="global")
+    search, budget = make_search("fpgm", p=0.4, allocation="global")
     selection = methods.select(search, search.init(jax.random.key(0)), budget)
     found = [
         sorted((value, gate, channel) for channel, value in enumerate(values))
@@ -224,20 +272,62 @@ def test_every_gate_keeps_its_smallest_width():
     scores_of = (np.arange(8.0), 100 + np.arange(24.0))
     budget = Budget(topology(), 0.5)
     # The cost of widths (a, b) is 972 a + 324 a b + 5 b, that of all 70,104.
-    assert scores.over_all_gates(scores_of, budget) == (3, 24)  # 26,364 of 35,052; (4, 24) would be 35,112
-    assert scores.over_all_gates(scores_of, Budget(topology(), 0.1)) == (1, 18)  # 6,894 of 7,010
-    assert scores.over_all_gates(scores_of, Budget(topology(), 1.0)) == WIDTHS
+    fields = scores.Fields(allocation="global")
+    assert scores.over_all_gates(scores_of, budget, fields) == (3, 24)  # 26,364 of 35,052; (4, 24) would be 35,112
+    assert scores.over_all_gates(scores_of, Budget(topology(), 0.1), fields) == (1, 18)  # 6,894 of 7,010
+    assert scores.over_all_gates(scores_of, Budget(topology(), 1.0), fields) == WIDTHS
 
 
 def test_global_widths_are_multiples():
-    search, budget = make_search("magnitude", p=0.4, multiple=4, ranking="global")
+    search, budget = make_search("magnitude", p=0.4, multiple=4, allocation="global")
     selection = methods.select(search, search.init(jax.random.key(0)), budget)
     assert all(width % 4 == 0 for width in selection.widths)
     assert budget.cost(selection.widths) <= budget.wanted
 
 
-def test_an_unknown_ranking_is_refused():
-    with pytest.raises(ValueError, match=r"^ranking='all' is unknown; use one of per_gate, global\.$"):
-        methods.configure("taylor", {"ranking": "all"})
-    with pytest.raises(ValueError, match=r"^taylor has no field 'tie_weight'; its fields are ranking\.$"):
+def test_published_rates_are_scaled_to_the_budget():
+    search, budget = make_search("magnitude", p=0.4, allocation="rates", rates=(0.5, 0.75))
+    selection = methods.select(search, search.init(jax.random.key(0)), budget)
+    # (4, 6) would cost 11,694 of 28,041.6: below the factor 1.625, (6.5, 9.75), it is (6, 10), 25,322; then filled.
+    assert selection.widths == (6, 11)  # 27,271; (7, 10) would be 29,534 and (6, 12) 29,220
+    with pytest.raises(ValueError, match=r"^rates has 1 entries and the network 2 gates; give one for each, in the "):
+        make_search("magnitude", allocation="rates", rates=(0.5,))
+    with pytest.raises(ValueError, match=r"^rates holds 1\.0; give fractions of channels to remove, in \[0, 1\)\.$"):
+        methods.configure("magnitude", {"rates": (0.5, 1.0)})
+
+
+def test_fitted_losses_have_the_same_slope_at_cc_widths():
+    rng = np.random.default_rng(0)
+    importance = (np.exp(rng.normal(size=8)), 5 * np.exp(2 * rng.normal(size=24)))
+    budget = Budget(topology(), 0.5)
+    fits = []
+    for values in importance:
+        losses = np.cumsum(np.sort(values))
+        rates = np.arange(1, len(values) + 1) / len(values)
+        # Weighted least squares of ln(loss) = ln p1 + p2 c by the normal equations.
+        design = np.stack([np.ones_like(rates), rates], axis=1)
+        weighted = design * losses[:, None]
+        fits.append(np.linalg.solve(design.T @ weighted, weighted.T @ np.log(losses)))
+
+    def fractions(slope):
+        return np.array([1 - np.clip(np.log(slope / (np.exp(a) * b)) / b, 0, 0.95) for a, b in fits])
+
+    slopes = np.exp(np.linspace(-5, 15, 20001))
+    costs = [float(budget.cost(fractions(slope) * WIDTHS)) for slope in slopes]
+    best = slopes[np.argmax(np.array(costs) <= budget.wanted)]
+    assert all(0.05 < k < 1 for k in fractions(best))  # neither is clipped: the slopes are the same
+    assert scores.by_fitted_losses(importance, budget, scores.Fields()) == budget.fit(fractions(best))
+
+
+def test_losses_without_a_curve_have_widths():
+    budget = Budget(topology(), 0.5)
+    for importance in ((np.zeros(8), np.ones(24)), (np.zeros(8), np.zeros(24)), (np.eye(8)[0], np.eye(24)[0])):
+        widths = scores.by_fitted_losses(importance, budget, scores.Fields())
+        assert budget.cost(widths) <= budget.wanted
+
+
+def test_an_unknown_allocation_is_refused():
+    with pytest.raises(ValueError, match=r"^allocation='all' is unknown; use one of uniform, global, rates, cc\.$"):
+        methods.configure("taylor", {"allocation": "all"})
+    with pytest.raises(ValueError, match=r"^taylor has no field 'tie_weight'; its fields are allocation, rates\.$"):
         methods.configure("taylor", {"tie_weight": 1.0})

@@ -59,20 +59,21 @@ class Method(NamedTuple):
     """A method.
 
     Attributes:
-      fields: Its fields: a dataclass with defaults, which raises ValueError for values that cannot be.
+      fields: Makes its fields with their defaults: a dataclass, which raises ValueError for values that cannot be.
       build: Makes its search of a problem.
       steps: Steps that it takes where its user says nothing; 0 of methods that need no images.
       job_fields: Fields of the job's `search` section that have other defaults with this method.
     """
 
-    fields: type
+    fields: Callable[[], Any]
     build: Callable[[Problem], Search]
     steps: int
     job_fields: Mapping[str, Any] = {}
 
 
-def _scoring(name: str, steps: int = 0, **job_fields: Any) -> Method:
-    return Method(scores.Fields, functools.partial(scores.build, SCORES[name]), steps, job_fields)
+def _scoring(name: str, steps: int = 0, allocation: str = "uniform", **job_fields: Any) -> Method:
+    fields = functools.partial(scores.Fields, allocation=allocation)
+    return Method(fields, functools.partial(scores.build, SCORES[name]), steps, job_fields)
 
 
 METHODS: dict[str, Method] = {
@@ -82,9 +83,11 @@ METHODS: dict[str, Method] = {
     "magnitude": _scoring("magnitude"),
     "bn_scale": _scoring("bn_scale"),
     "fpgm": _scoring("fpgm"),
+    "lamp": _scoring("lamp", allocation="global"),
     "taylor": _scoring("taylor", steps=50, epochs=1),
     "hrank": _scoring("hrank", steps=10, epochs=1),
     "chip": _scoring("chip", steps=10, epochs=1),
+    "cc": _scoring("cc", steps=10, allocation="cc", epochs=1),
 }
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddnp_jax import data, files, models, parallel, torch_weights
+from ddnp_jax import data, files, methods, models, parallel, torch_weights
 from ddnp_jax.compact import Rebuild, rehearse
 from ddnp_jax.config import STAGES, Config, Stage, as_dict, check, typed
 from ddnp_jax.cost import latency
@@ -23,7 +23,7 @@ from ddnp_jax.pipeline.results import Results, summarize
 from ddnp_jax.pipeline.workdir import check_room, check_workdir, claim_workdir, locked
 from ddnp_jax.preemption import PreemptionGuard
 from ddnp_jax.saved import load_pruned, save_pruned
-from ddnp_jax.topology import Topology, trace
+from ddnp_jax.topology import Topology, trace, variable_shapes
 from ddnp_jax.training import loop
 from ddnp_jax.training.log import MetricsLog
 
@@ -139,7 +139,7 @@ def prepare(
     _check_splits(config, dataset)
     network, name = _network(config, model, dataset.num_classes)
     _check_outputs(network, dataset, outputs)
-    topology = trace(network.model, dataset.image_shape)
+    topology = trace(network.model, dataset.image_shape, residual=config.budget.residual)
     network = as_network(network.model, **dict(topology.call_kwargs))
     workdir = Path(workdir)
     measured = functools.partial(
@@ -149,7 +149,8 @@ def prepare(
     own = {**as_dict(config), "given": identity.given(network, dataset, config.base.weights)}
     _check_workdir(workdir, own)  # a measured budget writes its table there
     budget = make_budget(config.budget, topology, measured)
-    _check_cut(network, rebuild, topology, budget)
+    _check_cut(network, rebuild, topology, budget, config.budget.residual)
+    _check_search(config, network, topology, budget, outputs)
     check_room(workdir, 2 * _KEPT * sum(math.prod(v.shape) * _BYTES for v in topology.variables))
     lasting = identity.stripped(own, _MAY_DIFFER)
     log = MetricsLog(workdir / "metrics.jsonl", identity.made_from(lasting))
@@ -222,9 +223,9 @@ def _check_written(workdir: Path, log: MetricsLog, results: Results) -> None:
         loop.seconds(workdir / stage)
 
 
-def _check_cut(network: Network, rebuild: Rebuild | None, topology: Topology, budget: Budget) -> None:
+def _check_cut(network: Network, rebuild: Rebuild | None, topology: Topology, budget: Budget, residual: bool) -> None:
     """Cuts random variables: raises for a network that cannot be cut, before it is trained."""
-    if rebuild is None and isinstance(network.model, Backbone):
+    if rebuild is None and isinstance(network.model, Backbone) and not residual:
         return
     rng = np.random.default_rng(0)
 
@@ -234,6 +235,24 @@ def _check_cut(network: Network, rebuild: Rebuild | None, topology: Topology, bu
 
     drawn = jax.tree.map(draw, stages.initial_variables(network, topology.input_shape, 0))
     rehearse(network.model, drawn, topology, budget.smallest_widths, rebuild)
+
+
+def _check_search(config: Config, network: Network, topology: Topology, budget: Budget, outputs: Outputs) -> None:
+    """Raises for a network that the method cannot search; no step is computed."""
+    fields = config.search.method_fields()
+    image = jax.ShapeDtypeStruct((1, *topology.input_shape), jnp.float32)
+    label = jax.ShapeDtypeStruct((1,), jnp.int32)
+    variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variable_shapes(network, image))
+    problem = methods.Problem(network.model, variables, topology, budget, fields, steps=1, outputs=outputs)
+    try:
+        search = methods.build(config.search.method, problem)
+    except ValueError as error:
+        raise ValueError(f"search.{error}") from error
+    if search.steps:
+        state = jax.eval_shape(search.init, jax.random.key(0))
+        jax.eval_shape(search.step, state, variables, (image, label), jax.random.key(0))
+    else:
+        search.propose(search.init(jax.random.key(0)))
 
 
 def _check_batches(config: Config) -> None:

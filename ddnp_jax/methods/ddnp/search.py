@@ -203,7 +203,7 @@ class _DDNP:
     def task(self, soft: tuple[jax.Array, ...], variables: Any, batch: Any) -> tuple[Measured, tuple[jax.Array, ...]]:
         """First term of eq. (9), with the accuracy, and the feature energies where they are used."""
         energy: dict[int, jax.Array] = {}
-        observe = (lambda gate, x: energy.update({gate: _feature_energy(x)})) if self.uses_energy else None
+        observe = (lambda gate, x: energy.setdefault(gate, _feature_energy(x))) if self.uses_energy else None
         measured = self.problem.measure(soft, variables, batch, observe)
         return measured, tuple(energy[gate] for gate in sorted(energy))
 

@@ -5,6 +5,7 @@ import contextlib
 import math
 import os
 import re
+import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from logging import LogRecord
@@ -49,15 +50,18 @@ def cpu_flags(config: ConfigDict, processes: int = 1) -> str:
             f"parallel.cpu_fusions names {unknown[0]!r}, which is unknown; join some of {', '.join(_FUSIONS)} by "
             "commas."
         )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     sections = (config.base, config.search, config.finetune)
     batches = (config.eval_batch_size, *(s.batch_size // max(s.get("micro_batches", 1), 1) for s in sections))
-    devices = max((n for n in range(1, cores + 1) if math.gcd(*batches) % (n * processes) == 0), default=1)
+    devices = max((n for n in range(1, _cores() + 1) if math.gcd(*batches) % (n * processes) == 0), default=1)
     added = [f"--xla_force_host_platform_device_count={devices}"]
     if fusions and jaxlib.__version__.startswith("0.10."):
         added.append(f"--xla_cpu_experimental_ynn_fusion_type={fusions}")
     given = os.environ.get("XLA_FLAGS", "")
     return " ".join([given, *(flag for flag in added if flag.split("=")[0] not in given)]).strip()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
@@ -139,6 +143,25 @@ def _sentence(message: str) -> str:
     return own.removeprefix("ValueError: ") if "Traceback" in message and own.startswith("ValueError: ") else message
 
 
+def with_arguments(words: str) -> ConfigDict:
+    """The configuration of --config with further arguments, and with the same --config.FIELD=VALUE.
+
+    Args:
+      words: Arguments, joined by commas, which are added to those of --config.
+
+    Raises:
+      ValueError: An argument is unknown, or the configuration that they make lacks a field that is given.
+    """
+    holder = flags.FLAGS["config"]
+    path, _, argument = config_flags.get_config_filename(holder).partition(":")
+    config = runpy.run_path(path)["get_config"](",".join(filter(None, (argument, words))))
+    try:
+        config.update_from_flattened_dict(config_flags.get_override_values(holder))
+    except KeyError as error:
+        raise ValueError(f"with {words!r} the configuration lacks a field that is given ({error.args[0]}).") from error
+    return config
+
+
 def prune(config: ConfigDict, workdir: str) -> str:
     """The main job; returns the line that it ends with."""
     from ddnp_jax import pipeline
@@ -179,6 +202,8 @@ def run(
             _check_sections(config.value)
             # Before JAX starts its devices.
             os.environ["XLA_FLAGS"] = cpu_flags(config.value, _NUM_PROCESSES.value or 1)
+            # XLA's threads: with one for each device, linear algebra on all of them (HRank, CHIP) waits for itself.
+            os.environ.setdefault("NPROC", str(_cores() + 1))
             from ddnp_jax import parallel
             from ddnp_jax.preemption import EXIT_CODE
 

@@ -23,10 +23,9 @@ from ml_collections import ConfigDict
 from ddnp_jax import data, files, methods, parallel, pipeline
 from ddnp_jax.config import typed
 from ddnp_jax.pipeline import report
-from ddnp_jax.saved import DESCRIPTION, save_pruned
 from ddnp_jax.training.log import MetricsLog
+from experiments.shared import SEEDS, shared_base
 
-SEEDS = flags.DEFINE_integer("seeds", 3, "Searches per setting.", lower_bound=1)
 AT_ONCE = flags.DEFINE_integer(
     "seeds_at_once", 3, "Of these, how many are one search on the same batches; 1 if memory is short.", lower_bound=1
 )
@@ -104,7 +103,7 @@ def run(config: ConfigDict, workdir: str | Path, settings: Settings, seeds: int,
         (name, group): setting_config(config, fields, group[0]) for name, fields in settings.items() for group in groups
     }
     with pipeline.locked(workdir):
-        weights = _base(config, workdir / "base")
+        _, weights = shared_base(config, workdir / "base")
         curves = {}
         for (name, group), own in runs.items():
             own.base.weights = str(weights)
@@ -141,17 +140,6 @@ def setting_config(config: ConfigDict, fields: Mapping[str, Any], seed: int) -> 
             "give the configuration the argument of the figure's method, as in the command of its module."
         ) from error
     return own
-
-
-def _base(config: ConfigDict, workdir: Path) -> Path:
-    """The base network, in a folder of `save_pruned`; all seeds search in the same one."""
-    folder = workdir / "network"
-    job = pipeline.prepare(config, workdir)
-    if parallel.any_process(not (folder / DESCRIPTION).exists()):
-        with job.guard:
-            variables = pipeline.base(job)
-        parallel.on_first_process(lambda: save_pruned(folder, *job.network.bind(variables)))
-    return folder
 
 
 def _write_csv(path: Path, curves: Curves) -> None:

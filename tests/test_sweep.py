@@ -12,7 +12,7 @@ from configs import digits_r20
 from ddnp_jax import models
 from ddnp_jax.training import loop
 from ddnp_jax.training.log import MetricsLog
-from experiments import ddnp_figures, nppm_figures, sweep
+from experiments import ddnp_figures, nppm_figures, shared, sweep
 
 CURVES = {
     ("PN", 0): [{"stage": "search", "step": 10, "loss": 2.0}, {"stage": "search", "step": 10, "test_top1": 50.0}],
@@ -151,7 +151,7 @@ def test_the_searches_share_a_base(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep.pipeline, "prepare", Job)
     monkeypatch.setattr(sweep.pipeline, "base", lambda job: None)
     monkeypatch.setattr(sweep.pipeline, "search_curves", search)
-    monkeypatch.setattr(sweep, "save_pruned", lambda path, model, variables: None)
+    monkeypatch.setattr(shared, "save_pruned", lambda path, model, variables: None)
     settings = {"PN": {}, "DG": {"search.predictor": "none"}}
     curves = sweep.run(digits_r20.get_config("nppm"), tmp_path, settings, seeds=3, at_once=2)
     network = str(tmp_path / "base" / "network")

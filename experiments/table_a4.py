@@ -1,0 +1,176 @@
+"""Table A4 of the DDNP paper as one command: several methods at one budget, all fine-tuned by one recipe.
+
+    python -m experiments.table_a4 --config=configs/imagenet_r50.py:62 --workdir=runs/table_a4 --seeds=3
+
+A row is named by what it adds to the argument of --config: `--row=hrank --row=chip,chip_rates --row=lamp,residual`; all
+methods if left out. The base is trained, or read, once, and every row is a run of the pipeline of its own in
+`workdir/ROW/SEED`: the same command resumes where it was stopped, and further rows and seeds are added to a table by
+naming them. Every row removes as many of all FLOPs as --config says, whatever it may prune. `table.md` and `table.json`
+are written after every run. `finetune.control` fine-tunes the base too, once for all rows.
+"""
+
+import dataclasses
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from ddnp_jax import data, files, parallel, pipeline
+from ddnp_jax.config import typed
+from ddnp_jax.cost import flops
+from ddnp_jax.pipeline import report
+from ddnp_jax.pipeline.report import Report
+from ddnp_jax.topology import trace
+from experiments import launch
+from experiments.shared import SEEDS, shared_base
+
+METHODS = ("uniform", "magnitude", "bn_scale", "fpgm", "lamp", "taylor", "hrank", "chip", "cc", "ddnp", "nppm")
+ROWS = flags.DEFINE_multi_string("row", list(METHODS), "A row, by its arguments of the configuration; may be repeated.")
+
+
+class Published(NamedTuple):
+    """A line of a paper's table, in percent."""
+
+    base_top1: float
+    top1: float
+    top5: float
+    flops_reduction: float
+
+
+# Table A4 of the DDNP paper. Each method had a recipe of its own.
+PUBLISHED = {
+    ("resnet50", "imagenet2012"): {
+        "hrank": Published(76.15, 71.98, 91.01, 62.1),
+        "cc": Published(76.15, 74.54, 92.25, 62.7),
+        "chip": Published(76.15, 75.26, 92.53, 62.8),
+        "ddnp": Published(76.13, 75.56, 92.68, 62.0),
+    }
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of the table.
+
+    Attributes:
+      name: What it adds to the configuration's argument.
+      runs: Its runs, which differ in the seed alone.
+      published: The paper's line of this method on this network and data set; None where there is none.
+    """
+
+    name: str
+    runs: tuple[Report, ...]
+    published: Published | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures of every seed, and the paper's."""
+        figures = {name: [of(run) for run in self.runs] for name, of in FIGURES.items()}
+        published = None if self.published is None else self.published._asdict()
+        return {"row": self.name, "seeds": [run.seed for run in self.runs], **figures, "published": published}
+
+
+FIGURES: dict[str, Callable[[Report], float]] = {
+    "FLOPs removed (%)": lambda run: run.flops_reduction,
+    "parameters removed (%)": lambda run: run.params_reduction,
+    "latency (% of base)": lambda run: 100 * run.latency_ms.after / run.latency_ms.before,
+    "top-1 before fine-tuning": lambda run: run.unfinetuned_top1,
+    "top-1 after": lambda run: run.pruned_top1,
+    "top-5 after": lambda run: run.pruned_top5,
+    "Δ top-1": lambda run: run.delta_top1,
+}
+
+
+def make(config: ConfigDict, workdir: str) -> str:
+    """Runs, or resumes, every row from every seed; returns the line that the command ends with."""
+    folder = Path(workdir).absolute()
+    names = list(dict.fromkeys(ROWS.value))
+    configs = {name: launch.with_arguments(name) for name in names}
+    published = PUBLISHED.get((config.model.name, config.data.name), {})
+    with pipeline.locked(folder):
+        job, weights = shared_base(config, folder / "base")
+        finished: dict[str, list[Report]] = {}
+        for seed in range(SEEDS.value):
+            for name in names:
+                own = _row_config(configs[name], config, job, weights)
+                own.seed, own.finetune.control = seed, config.finetune.control and name == names[0]
+                pipeline.run(own, run := folder / re.sub(r"\W+", "-", name) / str(seed))
+                finished.setdefault(name, []).append(report.read(run / "report.json"))
+                jax.clear_caches()  # the programs of this row's network
+                rows = [
+                    Row(name, tuple(runs), published.get(configs[name].search.method))
+                    for name, runs in finished.items()
+                ]
+                parallel.on_first_process(lambda rows=rows: _write(folder, config, rows))
+    return f"table: {folder}/table.md"
+
+
+def _row_config(row: ConfigDict, config: ConfigDict, job: pipeline.Run, weights: Path) -> ConfigDict:
+    """The configuration of a row with the budget and the base of the table's."""
+    own = ConfigDict(row.copy_and_resolve_references())
+    own.base.weights = str(weights)
+    own.budget.p = config.budget.p
+    if config.budget.kind == "flops":
+        convention = config.budget.convention
+        reduction = flops.reduction_for_p(job.topology, config.budget.p, convention)
+        topology = trace(job.network.model, job.dataset.image_shape, residual=own.budget.residual)
+        own.budget.p = flops.p_for_reduction(topology, reduction, convention)
+    return own
+
+
+def _write(folder: Path, config: ConfigDict, rows: Sequence[Row]) -> None:
+    files.write_json(folder / "table.json", [row.to_json() for row in rows])
+    files.write_text(folder / "table.md", markdown(config, rows))
+
+
+def markdown(config: ConfigDict, rows: Sequence[Row]) -> str:
+    """The table, and what all its rows have in common."""
+    first, recipe = rows[0].runs[0], typed(config).finetune
+    controls = [run.control_top1 for row in rows for run in row.runs if run.control_top1 is not None]
+    has_published = any(row.published for row in rows)
+    header = ["row", "seeds", *FIGURES, *(("published top-1", "top-5", "Δ top-1", "FLOPs") if has_published else ())]
+    lines = [
+        f"# {config.model.name} on {data.label(typed(config).data)}: methods at one budget",
+        "",
+        report.table(header, [_cells(row, has_published) for row in rows]),
+        "",
+        f"Base: {first.base_top1:.2f} % top-1, {first.base_top5:.2f} % top-5 of {first.test_images:,} test images, "
+        f"{first.flops_total_before / 1e6:,.2f} M multiply-accumulates, {first.params_before:,} parameters."
+        + (f" Fine-tuned in the same way: {mean(controls)} %." if controls else ""),
+        f"Fine-tuning of every row: {recipe.epochs} epochs of {_images(first)} images, batch {recipe.batch_size}, SGD "
+        f"with momentum {recipe.momentum:g}, learning rate {recipe.learning_rate:g} ({recipe.schedule}, "
+        f"{recipe.warmup_epochs:g} epochs of warm-up), weight decay {recipe.weight_decay:g}; the last epoch counts.",
+        "Several seeds: mean ± sample standard deviation. Δ: to the base. Latency: of a batch of "
+        f"{first.latency_ms.batch}, base and pruned network in turn, on {first.devices}.",
+    ]
+    if has_published:
+        lines.append("Published: Table A4 of the DDNP paper, where every method has its own recipe of fine-tuning.")
+    return "\n".join([*lines, ""])
+
+
+def _images(first: Report) -> str:
+    return f"{first.training['finetune'].images:,}" if "finetune" in first.training else "no"
+
+
+def _cells(row: Row, has_published: bool) -> list[str]:
+    cells = [row.name, str(len(row.runs)), *(mean([of(run) for run in row.runs]) for of in FIGURES.values())]
+    if has_published and row.published is None:
+        cells += ["-"] * 4
+    elif row.published is not None:
+        base, top1, top5, reduction = row.published
+        cells += [f"{top1:.2f}", f"{top5:.2f}", f"{top1 - base:+.2f}", f"{reduction:.1f}"]
+    return cells
+
+
+def mean(values: Sequence[float]) -> str:
+    """Mean, and the sample standard deviation of several."""
+    found = f"{statistics.fmean(values):.2f}"
+    return f"{found} ± {statistics.stdev(values):.2f}" if len(values) > 1 else found
+
+
+if __name__ == "__main__":
+    launch.run("configs/imagenet_r50.py:62", make)

@@ -1,0 +1,108 @@
+"""The table of several methods: its rows, their budgets, and what it says."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+from ml_collections import config_flags
+from test_pipeline import tiny
+from test_report import CONTROL, REPORT
+from test_sweep import Sized
+
+from configs import imagenet_r50
+from ddnp_jax import models
+from ddnp_jax.cost import flops
+from ddnp_jax.topology import trace
+from ddnp_jax.training import loop
+from experiments import launch, table_a4
+
+
+def changed(**changes):
+    return dataclasses.replace(REPORT, **changes)
+
+
+def lines_of(markdown):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown.splitlines() if line.startswith("|")]
+
+
+def test_a_row_is_the_mean_over_its_seeds_beside_the_published_one():
+    config = imagenet_r50.get_config("62")
+    published = table_a4.PUBLISHED["resnet50", "imagenet2012"]["chip"]
+    rows = [
+        table_a4.Row("chip", (changed(seed=0), changed(seed=1, pruned_top1=90.5, unfinetuned_top1=63.25)), published),
+        table_a4.Row("uniform", (changed(seed=0, **CONTROL),), None),
+    ]
+    markdown = table_a4.markdown(config, rows)
+    header, _, chip, uniform = lines_of(markdown)
+    assert header[:2] == ["row", "seeds"] and header[-4:] == ["published top-1", "top-5", "Δ top-1", "FLOPs"]
+    # 40 to 21 million; 272,000 to 136,000; 80 to 60 ms; the base has 92.
+    assert chip[:5] == ["chip", "2", "47.50 ± 0.00", "50.00 ± 0.00", "75.00 ± 0.00"]
+    assert chip[5:9] == ["62.25 ± 1.41", "91.00 ± 0.71", "99.88 ± 0.00", "-1.00 ± 0.71"]
+    assert chip[9:] == ["75.26", "92.53", "-0.89", "62.8"]
+    assert uniform == ["uniform", "1", "47.50", "50.00", "75.00", "61.25", "91.50", "99.88", "-0.50", *["-"] * 4]
+    assert "Base: 92.00 % top-1, 99.75 % top-5 of 8,000 test images, 40.00 M multiply-accumulates" in markdown
+    assert "Fine-tuned in the same way: 92.25 %." in markdown
+    assert json.loads(json.dumps(rows[0].to_json()))["top-1 after"] == [91.5, 90.5]
+
+
+def test_without_published_figures_their_columns_are_left_out():
+    markdown = table_a4.markdown(imagenet_r50.get_config(), [table_a4.Row("cc", (REPORT,), None)])
+    assert lines_of(markdown)[0][-1] == "Δ top-1"
+    assert "Published" not in markdown and "Fine-tuned in the same way" not in markdown
+
+
+def test_every_row_removes_the_same_part_of_all_flops(tmp_path):
+    model = models.create("resnet50", num_classes=10)
+    whole = trace(model, (64, 64, 3))
+    job = SimpleNamespace(
+        topology=whole, network=SimpleNamespace(model=model), dataset=SimpleNamespace(image_shape=(64, 64, 3))
+    )
+    config = imagenet_r50.get_config("62")
+    for words in ("nppm", "chip,chip_rates"):
+        own = table_a4._row_config(imagenet_r50.get_config(f"62,{words}"), config, job, tmp_path)
+        topology = trace(model, (64, 64, 3), residual=own.budget.residual)
+        removed = flops.reduction_for_p(topology, own.budget.p)
+        assert removed == pytest.approx(flops.reduction_for_p(whole, 0.31), abs=1e-12)
+        assert own.base.weights == str(tmp_path)
+
+
+def test_a_row_adds_to_the_argument_of_the_configuration(monkeypatch):
+    monkeypatch.setattr(launch.flags, "FLAGS", {"config": None})
+    monkeypatch.setattr(config_flags, "get_config_filename", lambda holder: f"{imagenet_r50.__file__}:62")
+    monkeypatch.setattr(config_flags, "get_override_values", lambda holder: {"finetune.epochs": 3})
+    config = launch.with_arguments("chip,chip_rates")
+    assert (config.search.method, config.search.allocation, config.budget.residual) == ("chip", "rates", True)
+    assert (config.budget.p, config.finetune.epochs) == (0.31, 3)
+    monkeypatch.setattr(config_flags, "get_override_values", lambda holder: {"search.tie_weight": 3.0})
+    with pytest.raises(ValueError, match=r"^with 'hrank' the configuration lacks a field that is given \(.*tie_weight"):
+        launch.with_arguments("hrank")
+
+
+def test_a_table_resumes_and_takes_further_rows(tmp_path, monkeypatch):
+    data = str(tmp_path / "data")
+    config = tiny(data, "magnitude")
+    monkeypatch.setattr(models, "create", lambda name, classes, **attributes: Sized((20, 12)))
+    monkeypatch.setattr(launch, "with_arguments", lambda words: tiny(data, words))
+
+    def make(seeds, *rows):
+        monkeypatch.setattr(table_a4, "SEEDS", SimpleNamespace(value=seeds))
+        monkeypatch.setattr(table_a4, "ROWS", SimpleNamespace(value=rows))
+        table_a4.make(config, str(tmp_path / "run"))
+        return json.loads((tmp_path / "run" / "table.json").read_text())
+
+    (first,) = make(1, "magnitude")
+    monkeypatch.setattr(loop, "_dispatch", None)  # no step is taken again
+    assert make(1, "magnitude") == [first]
+    monkeypatch.undo()
+    monkeypatch.setattr(models, "create", lambda name, classes, **attributes: Sized((20, 12)))
+    monkeypatch.setattr(launch, "with_arguments", lambda words: tiny(data, words))
+    both = make(1, "magnitude", "uniform")
+    assert both[0] == first
+    assert [row["row"] for row in both] == ["magnitude", "uniform"]
+    assert both[1]["FLOPs removed (%)"] == pytest.approx(first["FLOPs removed (%)"], abs=5)
+    reports = [
+        json.loads((tmp_path / "run" / row / "0" / "report.json").read_text()) for row in ("magnitude", "uniform")
+    ]
+    assert [report["pruned_top1"] for report in reports] == [row["top-1 after"][0] for row in both]
+    assert reports[0]["base_top1"] == reports[1]["base_top1"]

@@ -4,15 +4,19 @@ Every state is replicated and every batch split, so there is one mesh with one a
 is known in this file alone: a step is given `Devices`.
 """
 
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src.clusters import ClusterEnv  # which nothing public leads to
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ddnp_jax import relay
 
 AXIS = "data"
 MODES = ("shard_map", "pmap")  # of `data_parallel`
@@ -53,8 +57,11 @@ def initialize(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
-) -> None:
+) -> relay.Relay | None:
     """Joins this process to the others of the run; must come before anything touches a device.
+
+    From then on, the process ends soon after another one that ended before its time, with a sentence and
+    `ending.RESUMABLE`.
 
     Args:
       distributed: Whether the run has several processes; False does nothing.
@@ -63,8 +70,12 @@ def initialize(
       num_processes: Number of processes of the run.
       process_id: Number of this process, from 0.
 
+    Returns:
+      What knows whether another process has ended; None where there is no other.
+
     Raises:
-      ValueError: Only some of the three are given, any of them to a run that is not distributed, or an address is none.
+      ValueError: Only some of the three are given, any of them to a run that is not distributed, or the address is
+        none, or taken.
     """
     given: dict[str, Any] = {
         "coordinator_address": coordinator_address,
@@ -78,15 +89,30 @@ def initialize(
     if 0 < len(missing) < 3:
         raise ValueError(f"{' and '.join(missing)} missing: set all of {', '.join(given)}, or none of them.")
     if not distributed:
-        return
-    if coordinator_address is not None and not re.fullmatch(r".+:\d+", coordinator_address):
+        return None
+    if missing:
+        given = _found(given)
+    if not re.fullmatch(r".+:\d+", given["coordinator_address"]):
         raise ValueError(f"coordinator_address={coordinator_address!r} must be the host:port of process 0.")
-    try:
-        jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-    except ValueError as error:
-        if not missing:
-            raise
-        raise ValueError(f"no cluster was found here ({error}); give {', '.join(given)}.") from error
+    way = relay.Relay(given["coordinator_address"], given["process_id"])
+    address = {"coordinator_address": way.address, "coordinator_bind_address": way.address}
+    # Longer than the relay waits, because jaxlib would abort the process.
+    timeouts = {
+        "initialization_timeout": 600 + relay.JOINING_SECONDS,
+        "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
+    }
+    jax.distributed.initialize(**given | address | timeouts)
+    way.joined = True
+    return way
+
+
+def _found(names: Iterable[str]) -> dict[str, Any]:
+    """The arguments that JAX finds on a TPU pod, under Slurm or Kubernetes."""
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    found = ClusterEnv.auto_detect_unset_distributed_params(address, None, None, None, None, relay.JOINING_SECONDS)
+    if None in found[:3]:
+        raise ValueError(f"no cluster was found here; give {', '.join(names)}.")
+    return dict(zip(names, found, strict=False))  # behind them the devices of this process, which JAX asks for anew
 
 
 def check_devices() -> None:

@@ -5,16 +5,14 @@ import sys
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from ddnp_jax import parallel
-
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"; a script that requeues jobs can tell it from an error
+from ddnp_jax import ending, parallel
 
 
 class Preempted(SystemExit):
-    """The run was asked to stop and ends; the same command resumes it. Uncaught, the process exits with `EXIT_CODE`."""
+    """The run was asked to stop and ends; the same command resumes it. Uncaught, it exits with `ending.RESUMABLE`."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(EXIT_CODE)
+        super().__init__(ending.RESUMABLE)
         self.message = message
 
     def __str__(self) -> str:

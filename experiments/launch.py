@@ -7,21 +7,25 @@ import os
 import re
 import runpy
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from logging import LogRecord
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jaxlib
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+if TYPE_CHECKING:
+    from ddnp_jax.relay import Relay
+
 CHECKOUT = Path(__file__).parents[1]
 _CONFIG_FLAGS = ("--config", "-config")
 _FUSIONS = ("individual_convolution", "individual_dot", "dot", "eltwise", "reduce")  # that XLA:CPU knows
 _READ_HERE = ("eval_batch_size", "base", "search", "finetune", "parallel")  # of the configuration
-_REQUIRED = {"workdir": "give the folder of the run", "torch_checkpoint": "give a file of PyTorch weights"}
 _INTERRUPTED = 130  # exit code, as of a shell whose command was interrupted
+_REQUIRED = {"workdir": "give the folder of the run", "torch_checkpoint": "give a file of PyTorch weights"}
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command resumes from what it holds.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Whether several processes share the run.")
@@ -205,27 +209,44 @@ def run(
             # XLA's threads: with one for each device, linear algebra on all of them (HRank, CHIP) waits for itself.
             os.environ.setdefault("NPROC", str(_cores() + 1))
             from ddnp_jax import parallel
-            from ddnp_jax.preemption import EXIT_CODE
 
             logging.set_verbosity(logging.WARNING)
             logging.get_absl_logger().addFilter(_is_not_of_orbax)
-            parallel.initialize(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+            relay = parallel.initialize(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        except (ValueError, ImportError) as error:
+            raise SystemExit(f"error: {error}") from error
+        try:
             parallel.check_devices()
             print(job(config.value, _WORKDIR.value))
-        except OSError as error:
-            raise SystemExit(f"error: {_of_system(error)}") from error
-        except (ValueError, ImportError, FloatingPointError) as error:
-            raise SystemExit(f"error: {error}") from error
-        except RuntimeError as error:
-            if parallel.process()[1] == 1:
-                raise
-            _leave(
-                EXIT_CODE,
-                f"another process of the run ended ({_first_line(error)}); start all of them again to resume.",
-            )
+        except Exception as error:
+            if relay is not None:
+                _end_one_of_several(error, relay)
+            if sentence := _sentence_of(error):
+                raise SystemExit(sentence) from error
+            raise
 
     with _interruptible():
         app.run(main, flags_parser=_parse)
+
+
+def _end_one_of_several(error: Exception, relay: "Relay") -> NoReturn:
+    """Ends a process of several at an error, at once: in order, it would wait for the others, and they for it."""
+    from ddnp_jax import ending
+
+    sentence = _sentence_of(error)
+    if sentence is None and isinstance(error, RuntimeError) and relay.is_broken():
+        ending.leave_to_resume(f"another process of the run ended ({_first_line(error)})")
+    ending.leave(1, sentence or "".join(traceback.format_exception(error)))
+
+
+def _sentence_of(error: Exception) -> str | None:
+    """What a run ends with at an error that says it all; None for one that needs its traceback."""
+    match error:
+        case OSError():
+            return f"error: {_of_system(error)}"
+        case ValueError() | ImportError() | FloatingPointError():
+            return f"error: {error}"
+    return None
 
 
 class Parser(argparse.ArgumentParser):
@@ -251,13 +272,8 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _leave(_INTERRUPTED, "interrupted; the same command resumes what was saved.")
-
-
-def _leave(code: int, message: str) -> NoReturn:
-    """Ends the process at once: threads of JAX and orbax may be waiting, for other processes for example."""
-    print(message, file=sys.stderr, flush=True)
-    os._exit(code)
+        print("interrupted; the same command resumes what was saved.", file=sys.stderr, flush=True)
+        os._exit(_INTERRUPTED)  # threads of JAX and orbax may be waiting, for other processes for example
 
 
 def _of_system(error: OSError) -> str:

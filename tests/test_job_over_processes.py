@@ -10,8 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from ddnp_jax import pipeline
-from ddnp_jax.preemption import EXIT_CODE
+from ddnp_jax import ending, pipeline
 from ddnp_jax.saved import load_pruned
 from tests.test_parallel import free_port
 from tests.test_pipeline import Own, tiny
@@ -44,7 +43,7 @@ def run_processes(data_dir, workdir, stop):
         for process in processes:
             process.kill()
     for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == (0 if stop < 0 else EXIT_CODE), output
+        assert process.returncode == (0 if stop < 0 else ending.RESUMABLE), output
     return outputs
 
 

@@ -58,7 +58,10 @@ def test_decoded_pixels_are_pillows(options):
 
 def test_superfluous_bytes_are_no_damage():
     encoded = encode(smooth(40, 50))
-    np.testing.assert_array_equal(photos.decode(encoded[:-2] + b"\0\0\0" + encoded[-2:]), photos.decode(encoded))
+    superfluous = encoded[:-2] + 99 * b"\1" + encoded[-2:]
+    with pytest.raises(ValueError, match=r"^Corrupt JPEG data: .* extraneous bytes before marker 0xd9$"):
+        photos.simplejpeg.decode_jpeg(superfluous)
+    np.testing.assert_array_equal(photos.decode(superfluous), photos.decode(encoded))
 
 
 @pytest.mark.parametrize("encoded", [b"", b"no image", encode(smooth(9, 9), mode="CMYK")[:300]])
@@ -363,6 +366,14 @@ def test_truncated_images_are_refused(file_format, part):
     ):
         with pytest.raises(ValueError, match=r"^[^<]+$"):
             use(cut)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}], ids=str)
+def test_zeroed_bytes_inside_a_jpeg_are_told(options):
+    encoded = encode(smooth(600, 800), quality=95, **options)
+    middle = len(encoded) // 2
+    with pytest.raises(ValueError, match=r"^Corrupt JPEG data: "):
+        photos.decode(encoded[:middle] + bytes(5000) + encoded[middle + 5000 :])
 
 
 def with_size(jpeg, height, width):

@@ -188,10 +188,20 @@ class _Photograph:
             scaled = {"min_height": min_height, "min_width": min_width, "min_factor": 2} if min_height else {}
             try:
                 return simplejpeg.decode_jpeg(self._encoded, "RGB" if channels == 3 else "GRAY", **scaled)
-            except ValueError:
-                pass  # Pillow refuses truncated files, and accepts superfluous bytes, which ImageNet has
+            except ValueError as error:
+                if _is_damage(str(error)):
+                    raise
         pixels = np.asarray(_opaque(image).convert("RGB" if channels == 3 else "L"))
         return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _is_damage(warning: str) -> bool:
+    """Whether a warning of libjpeg says that pixels are wrong, of which Pillow says nothing.
+
+    Superfluous bytes before the end (marker 0xd9) follow the last pixel; ImageNet has files with some. Pillow refuses
+    truncated files itself.
+    """
+    return warning.startswith("Corrupt JPEG data") and not warning.endswith("extraneous bytes before marker 0xd9")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -2,9 +2,10 @@
 
     python -m experiments.cifar10_mbv2 --config=configs/cifar10_mbv2.py --workdir=runs/cifar10_mbv2
 
-The network is the authors' (`mobilenet_v2_cifar`), and so are the budgets and all of the trainer and the search, as far
-as configs/cifar10_r56.py has them from their ResNet-56; what they changed for MobileNetV2 is not known. No accuracy of
-the papers is among our sources. One GPU: hours; it was not run at full length here.
+The network is the authors' (`mobilenet_v2_cifar`, 304.08 M multiply-accumulates), and so are the budgets and all of
+the trainer and the search, as far as configs/cifar10_r56.py has them from their ResNet-56; what they changed for
+MobileNetV2 is not known. No accuracy of the papers is among our sources. One GPU: hours; it was not run at full length
+here.
 
 Arguments: those of configs/cifar10_r56.py; `tiny` runs the whole job in minutes, on the first 2,000 training images.
 """

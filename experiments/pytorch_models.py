@@ -140,7 +140,7 @@ class CifarMobileNetV2(nn.Module):
     """The DDNP and NPPM authors' MobileNetV2 for small images."""
 
     def __init__(
-        self, num_classes: int, widths: Iterator[int] | None, strides: Sequence[int] = (1, 1, 2, 2, 1, 2, 1)
+        self, num_classes: int, widths: Iterator[int] | None, strides: Sequence[int] = (1, 1, 1, 2, 1, 2, 1)
     ) -> None:
         super().__init__()
         self.conv1, self.bn1 = conv_norm(3, 32, 3)

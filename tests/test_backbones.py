@@ -94,9 +94,10 @@ def test_inverted_residuals_have_one_gate_on_both_sides_of_the_depthwise_convolu
     assert gate_names(cifar) == [f"layers_{i}/conv1" for i in range(17)]
     assert cifar.widths == (32, *topology.widths)
     shortcuts = [layer.name for layer in cifar.layers if "shortcut" in layer.name]
-    assert shortcuts == [f"layers_{i}/shortcut_0" for i in (0, 1, 10, 16)]
+    assert shortcuts == [f"layers_{i}/shortcut_0" for i in (0, 1, 3, 10, 16)]
     positions = {layer.name: layer.positions for layer in cifar.layers}
-    assert [positions[f"layers_{i}/conv3"] for i in (0, 2, 3, 6, 10, 13, 16)] == [1024, 1024, 256, 64, 64, 16, 16]
+    assert [positions[f"layers_{i}/conv3"] for i in (0, 2, 5, 6, 12, 13, 16)] == [1024, 1024, 1024, 256, 256, 64, 64]
+    assert flops.total(cifar) == 304_075_264  # the 304.08 M of both authors' network
 
 
 def test_squeeze_excite_shrinks_with_the_channels_that_it_scales():

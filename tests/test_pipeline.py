@@ -548,7 +548,11 @@ def test_unusable_weights_leave_the_workdir_to_the_corrected_command(config, tmp
 
 
 @pytest.mark.parametrize(
-    "name", ["cifar10_mbv2", "cifar10_r56", "imagenet_mbv2", "imagenet_r50", "imagenet_shufflenet"]
+    "name",
+    [
+        *("cifar10_mbv2", "cifar10_r56", "imagenet_efficientnet_lite0"),
+        *("imagenet_mbv2", "imagenet_r50", "imagenet_shufflenet"),
+    ],
 )
 def test_tiny_forms_fill_the_batches_of_every_stage(name):
     config = importlib.import_module(f"configs.{name}").get_config("nppm,tiny")

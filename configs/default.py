@@ -15,11 +15,12 @@ from ddnp_jax.config import Config, as_dict, shared_search_fields
 # The searches that every configuration offers by its argument: method, and the fields that differ from its defaults.
 SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "ddnp": ("ddnp", {}),
-    "authors": (
+    "authors": (  # the authors' published code, where it differs from Tables A2 and A3
         "ddnp",
         {
             "search.bidirectional": True,
             "search.layer_norm": True,
+            "search.width": "linear",
             "search.energy_weight": 0.5,
             "search.importance_average": 0.99,
         },

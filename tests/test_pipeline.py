@@ -307,6 +307,26 @@ def test_killed_nppm_search_goes_on_bit_for_bit(data_dir, tmp_path, monkeypatch)
     assert ["predictor_loss" in line for line in log if "loss" in line] == [False] * 2 + [True] * 6
 
 
+def test_the_survey_of_the_authors_form_is_of_every_search_image_and_taken_once(data_dir, tmp_path, monkeypatch):
+    config = tiny(data_dir, "authors")
+    config.eval_batch_size = 64  # the last batch is filled up
+    job = pipeline.prepare(config, tmp_path, model=Own((20, 12)), rebuild=Own)
+    variables = job.network.model.init(jax.random.key(0), np.zeros((1, *job.dataset.image_shape)), train=False)
+    energy = stages._method(job, variables).init.__self__.energy
+
+    pixels = job.dataset.train.images[job.dataset.splits["search"]]
+    images = data.normalize(pixels, job.dataset.preprocessing.mean, job.dataset.preprocessing.std)
+    assert len(images) % 64
+    _, state = job.network.model.apply(variables, images, train=False, capture_intermediates=True)
+    first = np.maximum(state["intermediates"]["first"]["__call__"][0], 0)  # what the second convolution reads
+    means = np.mean(np.sum(np.square(first, dtype=np.float64), axis=(1, 2)), axis=0)
+    np.testing.assert_allclose(energy[0], means / means.max(), rtol=1e-5)
+
+    monkeypatch.setattr(stages, "image_sums", lambda *_: lambda *_: pytest.fail("taken again"))
+    again = stages._method(pipeline.prepare(config, tmp_path, model=Own((20, 12)), rebuild=Own), variables)
+    jax.tree.map(np.testing.assert_array_equal, again.init.__self__.energy, energy)
+
+
 def test_a_latency_table_is_not_written_into_the_workdir_of_another_run(config, tmp_path):
     pipeline.prepare(config, tmp_path, model=Own((20, 12)), rebuild=Own)
     config.budget.kind = "latency"

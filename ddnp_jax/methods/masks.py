@@ -73,10 +73,20 @@ def _soft_top_k_backward(band: float, floor: float, _: None, gradient: jax.Array
 soft_top_k.defvjp(_soft_top_k_forward, _soft_top_k_backward)
 
 
+def noisy(logits: jax.Array, rng: jax.Array | None) -> jax.Array:
+    """`logits + g + 3` with g ~ Gumbel(0, 1); g = 0 without `rng`."""
+    noise = 0.0 if rng is None else jax.random.gumbel(rng, logits.shape, logits.dtype)
+    return logits + noise + GATE_SHIFT
+
+
+def relaxed(noisy: jax.Array) -> jax.Array:
+    """Relaxed Bernoulli gates of what `noisy` returns: `sigmoid((logits + g + 3) / 0.4)`."""
+    return jax.nn.sigmoid(noisy / GATE_TEMPERATURE)
+
+
 def relaxed_bernoulli(logits: jax.Array, rng: jax.Array | None) -> jax.Array:
     """Relaxed Bernoulli gates `sigmoid((logits + g + 3) / 0.4)` with g ~ Gumbel(0, 1); g = 0 without `rng`."""
-    noise = 0.0 if rng is None else jax.random.gumbel(rng, logits.shape, logits.dtype)
-    return jax.nn.sigmoid((logits + noise + GATE_SHIFT) / GATE_TEMPERATURE)
+    return relaxed(noisy(logits, rng))
 
 
 def straight_through(gates: jax.Array) -> jax.Array:

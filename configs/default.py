@@ -35,6 +35,16 @@ SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "nppm": ("nppm", {"data.search_fraction": 0.1}),
+    "nppm_mobilenet": (  # what the authors ran on MobileNetV2
+        "nppm",
+        {
+            "data.search_fraction": 0.1,
+            "search.batch_size": 128,
+            "search.decay_at": 0.5,
+            "search.predictor_noise": 3.0,
+            "search.projection": False,
+        },
+    ),
     "dg": ("nppm", {"data.search_fraction": 0.1, "search.predictor": "none"}),
     "uniform": ("uniform", {}),
     "magnitude": ("magnitude", {}),

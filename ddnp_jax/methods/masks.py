@@ -1,6 +1,7 @@
 """From importance and width to masks: ranking, soft top-k, relaxed Bernoulli gates, straight-through rounding."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -9,6 +10,8 @@ import numpy as np
 
 GATE_SHIFT = 3.0  # keeps every gate open at the start of a search
 GATE_TEMPERATURE = 0.4
+# Logits from which a relaxed Bernoulli gate is open more often than not: -3.3665, as the noise has the median 0.3665.
+OPEN_FROM = math.log(math.log(2)) - GATE_SHIFT
 
 
 def ranks(importance: jax.Array) -> jax.Array:

@@ -79,7 +79,11 @@ def get_config() -> ConfigDict:
 
 
 def choose(
-    config: ConfigDict, argument: str, p: Mapping[str, float], forms: Mapping[str, Mapping[str, Any]]
+    config: ConfigDict,
+    argument: str,
+    p: Mapping[str, float],
+    forms: Mapping[str, Mapping[str, Any]],
+    of_method: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> ConfigDict:
     """Ends a configuration with what its argument asks for, and locks it.
 
@@ -88,6 +92,7 @@ def choose(
       argument: Names joined by commas: at most one of `SEARCHES`, and any of `forms`; "" is DDNP.
       p: Budget of each method; methods without one take DDNP's.
       forms: Further forms of this experiment, the fields of each by name.
+      of_method: Fields of methods that differ in this experiment, unless `SEARCHES` has them.
 
     Raises:
       ValueError: A name is unknown, or two searches are named.
@@ -104,7 +109,8 @@ def choose(
     config.search.update(ConfigDict(methods.default_fields(method)))
     config.search.update(methods.METHODS[method].job_fields)
     config.budget.p = p.get(method, p["ddnp"])
-    for chosen in (fields, *(forms[word] for word in words if word in forms)):
+    own = (of_method or {}).get(method, {})
+    for chosen in (own, fields, *(forms[word] for word in words if word in forms)):
         config.update_from_flattened_dict(chosen)
     config.variant = argument or "default"
     return config.lock()

@@ -223,6 +223,10 @@ def test_one_step_matches_the_equations(fields, monkeypatch):
     terms, gradients, importance = reference_step(state, problem.config, jax.random.key(11), p=0.4)
     for name, value in terms.items():
         np.testing.assert_allclose(metrics[name], value, rtol=2e-5, err_msg=name)
+    often = [np.mean(1 - np.exp(-np.exp(np.float64(s) + 3))) for s in scores.values()]  # open at g >= -s - 3
+    gaps = np.abs(often - 1 / (1 + np.exp(-np.float64(params["width"]["k"]) - 3)))
+    found = metrics["width_gap"], metrics["largest_width_gap"]
+    np.testing.assert_allclose(found, [gaps.mean(), gaps.max()], rtol=1e-4)
     flat = {**after.params["importance"], **after.params["width"]}
     before = {**scores, **params["width"]}
     for name, gradient in gradients.items():
@@ -385,6 +389,43 @@ def test_the_resource_term_alone_leads_to_the_budget(width, p):
     np.testing.assert_allclose(metrics["remaining"][0], start, atol={"scalar": 1e-6, "generator": 0.05}[width])
     np.testing.assert_allclose(metrics["remaining"][-1], p, atol=1e-3)
     assert problem.budget.cost(methods.select(search, state, problem.budget).widths) <= problem.budget.wanted
+
+
+# Whether it has converged
+
+
+def ended(k, opened, p, **fields):
+    """What the search says of widths k and as many open gates, (2,) each."""
+    search = ddnp.build(make_problem(p=p, **fields))
+    scores = {f"s{i}": np.where(np.arange(c) < n, 30, -30).astype(np.float32) for i, (c, n) in enumerate(opened)}
+    logits = np.float32(np.log(k) - np.log1p(-np.float64(k)) - 3)
+    return search.ended(make_state(search).replace(params={"importance": scores, "width": {"k": logits}}))
+
+
+def test_a_search_says_how_far_it_has_converged():
+    # T at (0.95 + 1) / 2 of 8 and 0.25 of 24 channels: 22,774.8 of 70,104.
+    found = (
+        "k and the open part of its gate differ by 0.025 on average and 0.050 at most (conv1), the tie Σ R_w is 0.049, "
+    )
+    opened = [(8, 8), (24, 6)]
+    assert ended([0.95, 0.25], opened, p=0.32) == (
+        f"The search has converged: {found}and R is 0.0151 at 0.3249 of the cost.",
+    )
+    assert ended([0.95, 0.25], opened, p=0.30) == (
+        f"The search has not converged: {found}and R is 0.0796 at 0.3249 of the cost. What helps: more steps; "
+        "resource_weight=4 raised, where R has stopped falling.",
+    )
+    (said,) = ended([0.95, 0.4], opened, p=0.9)
+    assert "not converged: k and the open part of its gate differ by 0.100 on average and 0.150 at most (conv2)" in said
+    assert said.endswith("What helps: width_optimizer.learning_rate=0.001 raised to 2e-3 or 3e-3; more steps.")
+    (said,) = ended([0.95, 0.4], opened, p=0.9, width_optimizer={"learning_rate": 3e-3})
+    assert said.endswith("What helps: more steps.")
+
+
+@pytest.mark.parametrize("fields", [{"tie_weight": 0.0}, {"width": "half"}, {"importance": "l1"}])
+def test_nothing_is_said_where_k_and_gates_need_not_meet(fields):
+    search = ddnp.build(make_problem(**fields))
+    assert search.ended(make_state(search)) == ()
 
 
 # Optimizers

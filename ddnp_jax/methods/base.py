@@ -137,6 +137,7 @@ class Search(NamedTuple):
       notes: Sentences for the report.
       widths: Importances and budget -> widths in channels, where `propose` gives none.
       survey: What comes before the first step; None of most methods.
+      ended: State after the last step, on the host -> further sentences for the report.
     """
 
     steps: int
@@ -146,6 +147,7 @@ class Search(NamedTuple):
     notes: tuple[str, ...] = ()
     widths: Callable[[Importance, Budget], tuple[int, ...]] | None = None
     survey: Survey | None = None
+    ended: Callable[[Any], tuple[str, ...]] = lambda state: ()
 
 
 class Seeds(flax.struct.PyTreeNode):

@@ -92,6 +92,11 @@ def relaxed_bernoulli(logits: jax.Array, rng: jax.Array | None) -> jax.Array:
     return relaxed(noisy(logits, rng))
 
 
+def open_probability(logits: jax.Array) -> jax.Array:
+    """How often relaxed Bernoulli gates of these logits are at least 1/2: P(g >= -logits - 3)."""
+    return -jnp.expm1(-jnp.exp(logits + GATE_SHIFT))
+
+
 def straight_through(gates: jax.Array) -> jax.Array:
     """Rounds gates at 1/2 to zeros and ones; the gradient passes as if nothing was rounded."""
     hard = (gates >= 0.5).astype(gates.dtype)

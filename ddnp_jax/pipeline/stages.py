@@ -41,7 +41,7 @@ def search(job: "Run", variables: Any) -> Selection:
         state = _run_stage(job, "search", method.step, state, variables, evaluate, job.made_from(variables))
     made_from = job.made_from(state)
     job.results.measured("proposed_p", made_from, lambda: _proposed_p(job, method, state))
-    job.results.measured("search_notes", made_from, lambda: method.notes)
+    job.results.measured("search_notes", made_from, lambda: (*method.notes, *method.ended(state)))
     job.results.measured("search_steps", made_from, lambda: method.steps)
     selection = methods.select(method, state, job.budget)
     parallel.on_first_process(lambda: selection.save(job.workdir / "selection.json"))

@@ -33,6 +33,9 @@ CHOICES = {
     "resource_loss": losses.RESOURCE,
 }
 
+# A search has not converged whose k is this far from the open part of a gate, or that is this far above its budget.
+FAR, ABOVE = 0.1, 1.05
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fields(ResourceFields):
@@ -53,7 +56,8 @@ class Fields(ResourceFields):
       band: Half-width of the soft top-k's edge, as a fraction of the channels.
       floor: Smallest mask during the search.
       importance_optimizer: AdamW of the importance; scalars need a rate of about 5e-2.
-      width_optimizer: AdamW of the widths, the rate with cosine decay to 0.
+      width_optimizer: AdamW of the widths, the rate with cosine decay to 0. A search of a few hundred steps needs a
+        rate of 2e-3 to 3e-3: the widths first rise with the tie and must come back through a saturated sigmoid.
     """
 
     importance: str = "generator"
@@ -232,12 +236,55 @@ class _DDNP:
         importance = self.importance(scores, noisy)
         metrics = self.problem.resource(self.widths(gates, k))
         metrics["tie_loss"] = losses.tie(gates, k, tie_rng, config.tie_noise)
+        gaps = self.gaps(scores, k)
+        metrics |= {"width_gap": jnp.mean(gaps), "largest_width_gap": jnp.max(gaps)}
         loss = config.resource_weight * metrics["resource_loss"] + config.tie_weight * metrics["tie_loss"]
         if self.learns_from_data:
             measured = self.problem.measure(soft_masks(importance, gates, k, config), variables, batch)
             metrics |= measured.metrics
             loss = loss + measured.loss
         return loss, (metrics | {"loss": loss}, importance)
+
+    def gaps(self, scores: tuple[jax.Array, ...], k: jax.Array) -> jax.Array:
+        """How far k_l is from the expected part of gate l that is open, (L,)."""
+        return jnp.abs(self.open_parts(scores) - k)
+
+    def open_parts(self, scores: tuple[jax.Array, ...]) -> jax.Array:
+        """The expected part of every gate that is open, (L,)."""
+        return jnp.stack([jnp.mean(masks.open_probability(s)) for s in scores])
+
+    def ended(self, state: State) -> tuple[str, ...]:
+        """Whether the search has converged, by how much, and what helps where it has not.
+
+        Nothing is said of a search without the tie, or one of whose sides is fixed: there the two need not meet.
+        """
+        config, topology = self.problem.config, self.problem.topology
+        if config.tie_weight == 0 or not self.learns_from_data or config.width == "half":
+            return ()
+        scores, k = self.learned_values(state.params, state.inputs)
+        gaps = np.asarray(self.gaps(scores, k))
+        widths = (self.open_parts(scores) + k) / 2 * np.asarray(topology.widths, np.float32)
+        cost = {name: float(value) for name, value in self.problem.resource(widths).items()}
+        found = (
+            f"k and the open part of its gate differ by {gaps.mean():.3f} on average and {gaps.max():.3f} at most "
+            f"({topology.gates[int(gaps.argmax())].name}), the tie Σ R_w is {np.log1p(gaps).sum():.3f}, and R is "
+            f"{cost['resource_loss']:.4f} at {cost['remaining']:.4f} of the cost."
+        )
+        if remedies := self.remedies(float(gaps.max()), cost["remaining"]):
+            return (f"The search has not converged: {found} What helps: {'; '.join(remedies)}.",)
+        return (f"The search has converged: {found}",)
+
+    def remedies(self, gap: float, remaining: float) -> list[str]:
+        """What helps a search that ended with this largest gap and this part of the cost; nothing where all is well."""
+        config, found = self.problem.config, []
+        rate, is_above = config.width_optimizer.learning_rate, remaining > ABOVE * self.problem.budget.p
+        if gap > FAR and rate < 2e-3:
+            found.append(f"width_optimizer.learning_rate={rate:g} raised to 2e-3 or 3e-3")
+        if gap > FAR or is_above:
+            found.append("more steps")
+        if is_above:  # gates far from 1/2 feel no gradient, so that R can stand still above its goal
+            found.append(f"resource_weight={config.resource_weight:g} raised, where R has stopped falling")
+        return found
 
     def init(self, rng: jax.Array) -> State:
         """The state before the first step."""
@@ -288,11 +335,11 @@ def build(problem: Problem) -> Search:
         return _search(dataclasses.replace(ddnp, energy=energy))
 
     survey = Survey(functools.partial(feature_energies, problem), with_energies)
-    return Search(problem.steps, _too_early, _too_early, ddnp.propose, survey=survey)
+    return Search(problem.steps, _too_early, _too_early, ddnp.propose, survey=survey, ended=ddnp.ended)
 
 
 def _search(ddnp: _DDNP) -> Search:
-    return Search(ddnp.problem.steps, ddnp.init, ddnp.step, ddnp.propose)
+    return Search(ddnp.problem.steps, ddnp.init, ddnp.step, ddnp.propose, ended=ddnp.ended)
 
 
 def _too_early(*_: Any, **__: Any) -> Any:

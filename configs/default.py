@@ -15,11 +15,12 @@ from ddnp_jax.config import Config, as_dict, shared_search_fields
 # The searches that every configuration offers by its argument: method, and the fields that differ from its defaults.
 SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "ddnp": ("ddnp", {}),
-    "authors": (
+    "authors": (  # the authors' published code, where it differs from Tables A2 and A3
         "ddnp",
         {
             "search.bidirectional": True,
             "search.layer_norm": True,
+            "search.width": "linear",
             "search.energy_weight": 0.5,
             "search.importance_average": 0.99,
         },
@@ -34,6 +35,16 @@ SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "nppm": ("nppm", {"data.search_fraction": 0.1}),
+    "nppm_mobilenet": (  # what the authors ran on MobileNetV2
+        "nppm",
+        {
+            "data.search_fraction": 0.1,
+            "search.batch_size": 128,
+            "search.decay_at": 0.5,
+            "search.predictor_noise": 3.0,
+            "search.projection": False,
+        },
+    ),
     "dg": ("nppm", {"data.search_fraction": 0.1, "search.predictor": "none"}),
     "uniform": ("uniform", {}),
     "magnitude": ("magnitude", {}),
@@ -76,7 +87,11 @@ def get_config() -> ConfigDict:
 
 
 def choose(
-    config: ConfigDict, argument: str, p: Mapping[str, float], forms: Mapping[str, Mapping[str, Any]]
+    config: ConfigDict,
+    argument: str,
+    p: Mapping[str, float],
+    forms: Mapping[str, Mapping[str, Any]],
+    of_method: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> ConfigDict:
     """Ends a configuration with what its argument asks for, and locks it.
 
@@ -85,6 +100,7 @@ def choose(
       argument: Names joined by commas: at most one of `SEARCHES`, and any of `FORMS` and `forms`; "" is DDNP.
       p: Budget of each method; methods without one take DDNP's.
       forms: Further forms of this experiment, the fields of each by name.
+      of_method: Fields of methods that differ in this experiment, unless `SEARCHES` has them.
 
     Raises:
       ValueError: A name is unknown, or two searches are named.
@@ -102,7 +118,8 @@ def choose(
     config.search.update(ConfigDict(methods.default_fields(method)))
     config.search.update(methods.METHODS[method].job_fields)
     config.budget.p = p.get(method, p["ddnp"])
-    for chosen in (fields, *(forms[word] for word in words if word in forms)):
+    own = (of_method or {}).get(method, {})
+    for chosen in (own, fields, *(forms[word] for word in words if word in forms)):
         config.update_from_flattened_dict(chosen)
     config.variant = argument or "default"
     return config.lock()

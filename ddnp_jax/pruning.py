@@ -38,7 +38,7 @@ class Pruned:
       history: Every metric over the steps of the search, (steps,); empty of methods that need no images.
       budget: The budget that was met.
       verification: How near the smaller network is to the masked one.
-      notes: What is worth knowing of the search.
+      notes: What is worth knowing of the search, for example whether it has converged.
     """
 
     model: Any
@@ -168,7 +168,8 @@ def prune(
     selection = methods.select(search, state, budget)
     small = compact(model, variables, selection, topology, rebuild)
     verification = verify(model, variables, *small, selection, topology, images[:VERIFIED_IMAGES])
-    return Pruned(*small, selection, topology, history, budget, verification, search.notes)
+    notes = (*search.notes, *search.ended(state))
+    return Pruned(*small, selection, topology, history, budget, verification, notes)
 
 
 def _check_names(method: str, fields: Mapping[str, Any]) -> None:

@@ -140,7 +140,7 @@ class CifarMobileNetV2(nn.Module):
     """The DDNP and NPPM authors' MobileNetV2 for small images."""
 
     def __init__(
-        self, num_classes: int, widths: Iterator[int] | None, strides: Sequence[int] = (1, 1, 2, 2, 1, 2, 1)
+        self, num_classes: int, widths: Iterator[int] | None, strides: Sequence[int] = (1, 1, 1, 2, 1, 2, 1)
     ) -> None:
         super().__init__()
         self.conv1, self.bn1 = conv_norm(3, 32, 3)
@@ -227,6 +227,69 @@ class MobileNetV3Small(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps images (N, 3, H, W) to logits."""
         return self.classifier(self.features(x).mean(dim=(2, 3)))
+
+
+class SameConv2d(nn.Conv2d):
+    """A convolution without bias that is padded as TensorFlow's 'SAME' is."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__(inputs, outputs, kernel, stride, groups=groups, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, inputs, H, W) to (N, outputs, ceil(H / stride), ceil(W / stride))."""
+        missing = []
+        for side, kernel, stride in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
+            pixels = max((-(-side // stride) - 1) * stride + kernel - side, 0)
+            missing += [pixels // 2, pixels - pixels // 2]
+        return super().forward(nn.functional.pad(x, missing))
+
+
+LITE_NORM = functools.partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
+
+
+class EfficientNetLiteBlock(nn.Module):
+    """EfficientNet-Lite's block; `expands` False for the first one."""
+
+    def __init__(self, inputs: int, width: int, outputs: int, kernel: int, stride: int, expands: bool) -> None:
+        super().__init__()
+        if expands:
+            self._expand_conv, self._bn0 = SameConv2d(inputs, width, 1), LITE_NORM(width)
+        self._depthwise_conv, self._bn1 = SameConv2d(width, width, kernel, stride, width), LITE_NORM(width)
+        self._project_conv, self._bn2 = SameConv2d(width, outputs, 1), LITE_NORM(outputs)
+        self.expands, self.adds = expands, stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, inputs, H, W) to (N, outputs, ceil(H / stride), ceil(W / stride))."""
+        y = nn.functional.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
+        y = self._bn2(self._project_conv(nn.functional.relu6(self._bn1(self._depthwise_conv(y)))))
+        return x + y if self.adds else y
+
+
+class EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0 under the names of `efficientnet-lite-pytorch`; `widths` of all blocks but the first."""
+
+    KERNELS, STRIDES = (3, 3, 5, 3, 5, 5, 3), (1, 2, 2, 2, 1, 2, 1)
+    OUTPUTS, BLOCKS = (16, 24, 40, 80, 112, 192, 320), (1, 2, 2, 3, 3, 4, 1)
+
+    def __init__(self, num_classes: int, widths: Iterator[int] | None) -> None:
+        super().__init__()
+        self._conv_stem, self._bn0 = SameConv2d(3, 32, 3, 2), LITE_NORM(32)
+        blocks: list[nn.Module] = []
+        inputs = 32
+        for kernel, stride, outputs, count in zip(self.KERNELS, self.STRIDES, self.OUTPUTS, self.BLOCKS, strict=True):
+            for i in range(count):
+                width = (next(widths) if widths else 6 * inputs) if blocks else inputs
+                block = EfficientNetLiteBlock(inputs, width, outputs, kernel, 1 if i else stride, bool(blocks))
+                blocks.append(block)
+                inputs = outputs
+        self._blocks = nn.Sequential(*blocks)
+        self._conv_head, self._bn1 = SameConv2d(inputs, 1280, 1), LITE_NORM(1280)
+        self._fc = nn.Linear(1280, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps images (N, 3, H, W) to logits."""
+        x = self._blocks(nn.functional.relu6(self._bn0(self._conv_stem(x))))
+        return self._fc(nn.functional.relu6(self._bn1(self._conv_head(x))).mean(dim=(2, 3)))
 
 
 class ShuffleSqueezeExcite(nn.Module):
@@ -317,6 +380,7 @@ OTHERS = {
     "mobilenet_v2": MobileNetV2,
     "mobilenet_v2_cifar": CifarMobileNetV2,
     "mobilenet_v3_small": MobileNetV3Small,
+    "efficientnet_lite0": EfficientNetLite0,
 }
 
 

@@ -26,7 +26,8 @@ ODD = (45, 37, 3)
 CIFAR = ("resnet20", "mobilenet_v2_cifar")
 
 # MACs and parameters of torchvision's documentation and Megvii's README, which cuts its parameters off after the
-# first decimal: 5.137, 5.680 and 6.768 million are its 5.1, 5.6 and 6.7.
+# first decimal: 5.137, 5.680 and 6.768 million are its 5.1, 5.6 and 6.7. EfficientNet-Lite0's parameters are those of
+# its published weights; its MACs are counted in PyTorch in test_efficientnet_lite.py.
 KNOWN = {
     "resnet18": (1.814e9, 11.69e6),
     "resnet34": (3.664e9, 21.80e6),
@@ -34,6 +35,7 @@ KNOWN = {
     "resnet101": (7.801e9, 44.55e6),
     "mobilenet_v2": (300.8e6, 3.505e6),
     "mobilenet_v3_small": (56.5e6, 2.543e6),
+    "efficientnet_lite0": (385.2e6, 4.652e6),
     "shufflenet_v2_plus_small": (156e6, 5.137e6),
     "shufflenet_v2_plus_medium": (222e6, 5.680e6),
     "shufflenet_v2_plus_large": (360e6, 6.768e6),
@@ -94,9 +96,14 @@ def test_inverted_residuals_have_one_gate_on_both_sides_of_the_depthwise_convolu
     assert gate_names(cifar) == [f"layers_{i}/conv1" for i in range(17)]
     assert cifar.widths == (32, *topology.widths)
     shortcuts = [layer.name for layer in cifar.layers if "shortcut" in layer.name]
-    assert shortcuts == [f"layers_{i}/shortcut_0" for i in (0, 1, 10, 16)]
+    assert shortcuts == [f"layers_{i}/shortcut_0" for i in (0, 1, 3, 10, 16)]
     positions = {layer.name: layer.positions for layer in cifar.layers}
-    assert [positions[f"layers_{i}/conv3"] for i in (0, 2, 3, 6, 10, 13, 16)] == [1024, 1024, 256, 64, 64, 16, 16]
+    assert [positions[f"layers_{i}/conv3"] for i in (0, 2, 5, 6, 12, 13, 16)] == [1024, 1024, 1024, 256, 256, 64, 64]
+    assert flops.total(cifar) == 304_075_264  # the 304.08 M of both authors' network
+
+    lite = trace_whole("efficientnet_lite0")
+    assert gate_names(lite) == [f"_blocks_{i}/_expand_conv" for i in range(1, 16)]
+    assert lite.widths == (96, 144, 144, 240, 240, *[480] * 3, *[672] * 3, *[1152] * 4)
 
 
 def test_squeeze_excite_shrinks_with_the_channels_that_it_scales():
@@ -184,7 +191,9 @@ def test_logits_equal_pytorch(name):
     np.testing.assert_allclose(masked(nothing_masked), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_plus_small"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_lite0", "shufflenet_v2_plus_small"]
+)
 def test_logits_equal_pytorch_at_an_odd_size(name):
     reference, model, variables, _, _ = network(name)
     expected = torch_logits(reference, images(ODD))

@@ -1,4 +1,5 @@
 import functools
+import itertools
 
 import flax.linen as nn
 import jax
@@ -15,13 +16,20 @@ from torch.nn import functional
 import ddnp_jax
 from ddnp_jax import methods, parallel
 from ddnp_jax.cost.budget import Budget
-from ddnp_jax.methods import masks
+from ddnp_jax.methods import masks, searching
 from ddnp_jax.methods.ddnp import search as ddnp
 
 SIZE = 6
 CLASSES = 5
 WIDTHS = (8, 24)  # the first too narrow for a band, the second with a band of one rank
-AUTHORS = {"bidirectional": True, "layer_norm": True, "energy_weight": 0.5, "importance_average": 0.99}
+AUTHORS = {
+    "bidirectional": True,
+    "layer_norm": True,
+    "energy_weight": 0.5,
+    "importance_average": 0.99,
+    "importance": "generator",
+    "width": "linear",
+}
 
 
 class Tiny(nn.Module):
@@ -66,6 +74,15 @@ def make_problem(steps=10, p=0.4, model=None, **fields):
     return methods.Problem(model or Tiny(), VARIABLES, topology(), budget, make_config(**fields), steps)
 
 
+ENERGIES = tuple(np.float32(np.random.default_rng(2).uniform(0.1, 3, c)) for c in WIDTHS)  # summed over images
+
+
+def build(problem):
+    """The search, in the authors' form with the energies of a survey that found `ENERGIES`."""
+    search = ddnp.build(problem)
+    return search if search.survey is None else search.survey.then(ENERGIES)
+
+
 @functools.cache
 def compiled(search, devices=1):
     """The search's step over some devices."""
@@ -100,19 +117,19 @@ def leaves(tree):
 
 
 def reference_forward(factors):
-    """Logits with masks on what the layers read, and the feature energy of both gates' activations."""
+    """Logits with masks on what the layers read, and that of every image, (N, C, H, W) per gate."""
     weights = jax.tree.map(torch.tensor, VARIABLES)
     params, stats = weights["params"], weights["batch_stats"]
-    x, energies = torch.tensor(IMAGES).permute(0, 3, 1, 2), []
+    x, read = torch.tensor(IMAGES).permute(0, 3, 1, 2), []
     for i, factor in enumerate(factors, 1):
         conv, bn = params[f"conv{i}"]["kernel"].permute(3, 2, 0, 1), f"bn{i}"
         x = functional.conv2d(x, conv, padding=1)
         scale, bias = params[bn]["scale"], params[bn]["bias"]
         x = functional.relu(functional.batch_norm(x, stats[bn]["mean"], stats[bn]["var"], scale, bias, eps=1e-5))
         x = x.mean((2, 3), keepdim=True) if i == len(factors) else x  # the head reads the average
-        energies.append((x**2).sum((2, 3)).mean(0).detach())
+        read.append(x.detach())
         x = x * factor[:, None, None]
-    return x[..., 0, 0] @ params["head"]["kernel"] + params["head"]["bias"], energies
+    return x[..., 0, 0] @ params["head"]["kernel"] + params["head"]["bias"], read
 
 
 def reference_step(state, config, key, p):
@@ -135,8 +152,10 @@ def reference_step(state, config, key, p):
     output = {"sigmoid": torch.sigmoid, "abs": torch.abs, "square": torch.square}[config.output]
     weight = config.energy_weight
     importance = [
-        (1 - weight) * gate.detach() + weight * torch.tensor(np.asarray(e)) if weight else output(s.detach())
-        for s, gate, e in zip(scores, gates, state.energy, strict=True)
+        (1 - weight) * torch.sigmoid(s + g + 3).detach() + weight * torch.tensor(e / e.max())
+        if weight
+        else output(s.detach())
+        for s, g, e in zip(scores, noises, ENERGIES, strict=True)
     ]
     soft = [
         torch.tensor(reference_soft_top_k(k[i].item(), reference_ranks(s.tolist()), 0.05, 0.025), dtype=torch.float32)
@@ -144,7 +163,7 @@ def reference_step(state, config, key, p):
     ]
     for mask in soft:
         mask.requires_grad_()
-    logits, energies = reference_forward([mask * gate for mask, gate in zip(soft, gates, strict=True)])
+    logits, _ = reference_forward([mask * gate for mask, gate in zip(soft, gates, strict=True)])
     cross_entropy = functional.cross_entropy(logits, torch.tensor(LABELS))
 
     hard = [gate + ((gate >= 0.5).float() - gate).detach() for gate in gates]
@@ -172,7 +191,7 @@ def reference_step(state, config, key, p):
         "tie_loss": tie,
         "remaining": ratio,
     }
-    return {k: v.item() for k, v in terms.items()}, {k: v.grad.numpy() for k, v in params.items()}, energies, importance
+    return {k: v.item() for k, v in terms.items()}, {k: v.grad.numpy() for k, v in params.items()}, importance
 
 
 @pytest.mark.parametrize(
@@ -189,7 +208,7 @@ def test_one_step_matches_the_equations(fields, monkeypatch):
     # Plain gradient descent with rate 1: the step's change of the parameters is its gradient.
     monkeypatch.setattr(ddnp, "make_optimizer", lambda config, steps: optax.sgd(1.0))
     problem = make_problem(**fields)
-    search = ddnp.build(problem)
+    search = build(problem)
     state = make_state(search)
     rng = np.random.default_rng(5)
 
@@ -198,13 +217,16 @@ def test_one_step_matches_the_equations(fields, monkeypatch):
 
     scores = {name: np.float32(rng.normal(-2.5, 1, x.shape)) for name, x in state.params["importance"].items()}
     params = {"importance": scores, "width": {"k": np.float32([-2.2, -3.3])}}
-    energy = jax.tree.map(draw, state.energy) if problem.config.energy_weight else state.energy
-    state = state.replace(params=params, energy=energy, ranking=jax.tree.map(draw, state.ranking))
+    state = state.replace(params=params, ranking=jax.tree.map(draw, state.ranking))
 
     _, after, metrics = one_step(search, state, seed=11)
-    terms, gradients, energies, importance = reference_step(state, problem.config, jax.random.key(11), p=0.4)
+    terms, gradients, importance = reference_step(state, problem.config, jax.random.key(11), p=0.4)
     for name, value in terms.items():
         np.testing.assert_allclose(metrics[name], value, rtol=2e-5, err_msg=name)
+    often = [np.mean(1 - np.exp(-np.exp(np.float64(s) + 3))) for s in scores.values()]  # open at g >= -s - 3
+    gaps = np.abs(often - 1 / (1 + np.exp(-np.float64(params["width"]["k"]) - 3)))
+    found = metrics["width_gap"], metrics["largest_width_gap"]
+    np.testing.assert_allclose(found, [gaps.mean(), gaps.max()], rtol=1e-4)
     flat = {**after.params["importance"], **after.params["width"]}
     before = {**scores, **params["width"]}
     for name, gradient in gradients.items():
@@ -214,10 +236,6 @@ def test_one_step_matches_the_equations(fields, monkeypatch):
         decay = problem.config.importance_average
         wanted = decay * state.ranking[gate] + (1 - decay) * importance[gate].numpy()
         np.testing.assert_allclose(after.ranking[gate], wanted, atol=1e-6)
-        wanted = (
-            (energies[gate] / energies[gate].max()).numpy() if problem.config.energy_weight else np.zeros(WIDTHS[gate])
-        )
-        np.testing.assert_allclose(after.energy[gate], wanted, atol=1e-5)
     assert after.step == 1
 
 
@@ -225,12 +243,13 @@ def test_one_step_matches_the_equations(fields, monkeypatch):
 
 
 @pytest.mark.parametrize("importance", ["generator", "scalar", "l1"])
-@pytest.mark.parametrize("width", ["generator", "scalar", "half"])
+@pytest.mark.parametrize("width", ["generator", "linear", "scalar", "half"])
 def test_every_combination_learns_exactly_what_is_learned(importance, width):
     learned_inputs = (importance, width) in {("generator", "half"), ("l1", "generator")}
     search = ddnp.build(make_problem(importance=importance, width=width, learned_inputs=learned_inputs))
     before, after, metrics = one_step(search)
-    parts = {"generator": {"params"} if learned_inputs else {"params", "inputs"}, "scalar": {"params"}}
+    generated = {"params"} if learned_inputs else {"params", "inputs"}
+    parts = {"generator": generated, "linear": generated, "scalar": {"params"}}
     for part, kind in (("importance", importance), ("width", width)):
         held = {name for name, tree in (("params", before.params), ("inputs", before.inputs)) if tree[part]}
         assert held == parts.get(kind, set())
@@ -305,7 +324,7 @@ def weight_gradients(shapes):
 
 
 def test_no_weight_gradient_of_the_backbone_is_computed():
-    shapes = convolutions(ddnp.build(make_problem(importance="generator", width="generator", **AUTHORS)))
+    shapes = convolutions(build(make_problem(**AUTHORS)))
     assert len(shapes) == 3  # two forward, and back through the second to the first gate
     assert not weight_gradients(shapes)
 
@@ -326,7 +345,7 @@ def test_a_step_is_deterministic_and_follows_its_key():
 
 
 def test_four_devices_take_the_step_of_one():
-    search = ddnp.build(make_problem(energy_weight=0.5))
+    search = build(make_problem(energy_weight=0.5))
     state, one, metrics = one_step(search)
     four, metrics_of_four = compiled(search, devices=4)(state, VARIABLES, (IMAGES, LABELS), jax.random.key(7))
     for name in metrics:
@@ -347,8 +366,8 @@ def assert_a_step_keeps_shapes_and_types(search):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_step_keeps_shapes_and_types_so_that_it_can_be_scanned(dtype):
-    fields = {"importance": "generator", "width": "generator", **AUTHORS}
-    assert_a_step_keeps_shapes_and_types(ddnp.build(make_problem(model=Tiny(dtype), **fields)))
+    for fields in ({"importance": "generator", "width": "generator"}, AUTHORS):
+        assert_a_step_keeps_shapes_and_types(build(make_problem(model=Tiny(dtype), **fields)))
 
 
 # The search reaches its budget
@@ -370,6 +389,43 @@ def test_the_resource_term_alone_leads_to_the_budget(width, p):
     np.testing.assert_allclose(metrics["remaining"][0], start, atol={"scalar": 1e-6, "generator": 0.05}[width])
     np.testing.assert_allclose(metrics["remaining"][-1], p, atol=1e-3)
     assert problem.budget.cost(methods.select(search, state, problem.budget).widths) <= problem.budget.wanted
+
+
+# Whether it has converged
+
+
+def ended(k, opened, p, **fields):
+    """What the search says of widths k and as many open gates, (2,) each."""
+    search = ddnp.build(make_problem(p=p, **fields))
+    scores = {f"s{i}": np.where(np.arange(c) < n, 30, -30).astype(np.float32) for i, (c, n) in enumerate(opened)}
+    logits = np.float32(np.log(k) - np.log1p(-np.float64(k)) - 3)
+    return search.ended(make_state(search).replace(params={"importance": scores, "width": {"k": logits}}))
+
+
+def test_a_search_says_how_far_it_has_converged():
+    # T at (0.95 + 1) / 2 of 8 and 0.25 of 24 channels: 22,774.8 of 70,104.
+    found = (
+        "k and the open part of its gate differ by 0.025 on average and 0.050 at most (conv1), the tie Σ R_w is 0.049, "
+    )
+    opened = [(8, 8), (24, 6)]
+    assert ended([0.95, 0.25], opened, p=0.32) == (
+        f"The search has converged: {found}and R is 0.0151 at 0.3249 of the cost.",
+    )
+    assert ended([0.95, 0.25], opened, p=0.30) == (
+        f"The search has not converged: {found}and R is 0.0796 at 0.3249 of the cost. What helps: more steps; "
+        "resource_weight=4 raised, where R has stopped falling.",
+    )
+    (said,) = ended([0.95, 0.4], opened, p=0.9)
+    assert "not converged: k and the open part of its gate differ by 0.100 on average and 0.150 at most (conv2)" in said
+    assert said.endswith("What helps: width_optimizer.learning_rate=0.001 raised to 2e-3 or 3e-3; more steps.")
+    (said,) = ended([0.95, 0.4], opened, p=0.9, width_optimizer={"learning_rate": 3e-3})
+    assert said.endswith("What helps: more steps.")
+
+
+@pytest.mark.parametrize("fields", [{"tie_weight": 0.0}, {"width": "half"}, {"importance": "l1"}])
+def test_nothing_is_said_where_k_and_gates_need_not_meet(fields):
+    search = ddnp.build(make_problem(**fields))
+    assert search.ended(make_state(search)) == ()
 
 
 # Optimizers
@@ -398,14 +454,57 @@ def test_adamw_decays_importance_only_and_cosine_ends_at_zero():
 
 
 def test_ranking_average_literal():
-    search = ddnp.build(make_problem(importance_average=0.75, energy_weight=0.5))
+    search = ddnp.build(make_problem(importance_average=0.75, energy_weight=0.5)).survey.then(
+        tuple(np.full(c, 7.0) for c in WIDTHS)
+    )
     state = make_state(search)
-    params = state.params | {"importance": {"s0": np.full(8, 20, np.float32), "s1": np.full(24, 20, np.float32)}}
-    ranking, energy = (tuple(np.full(c, value, np.float32) for c in WIDTHS) for value in (0.9, 0.1))
-    _, after, _ = one_step(search, state.replace(params=params, ranking=ranking, energy=energy))
-    for gate in range(2):  # 0.75 * 0.9 + 0.25 * (0.5 * an open gate + 0.5 * 0.1)
-        np.testing.assert_allclose(after.ranking[gate], 0.8125, rtol=1e-6)
-        assert np.max(after.energy[gate]) == pytest.approx(1.0, abs=1e-6) and np.min(after.energy[gate]) >= 0
+    params = state.params | {"importance": {"s0": np.full(8, 30, np.float32), "s1": np.full(24, 30, np.float32)}}
+    _, after, _ = one_step(
+        search, state.replace(params=params, ranking=tuple(np.full(c, 0.9, np.float32) for c in WIDTHS))
+    )
+    for gate in range(2):  # 0.75 * 0.9 + 0.25 * (0.5 * an open gate + 0.5 * the largest energy)
+        np.testing.assert_allclose(after.ranking[gate], 0.925, rtol=1e-6)
+
+
+def test_the_importance_has_no_temperature_and_starts_without_noise():
+    search = build(make_problem(energy_weight=0.25))
+    scores = {"s0": np.linspace(-9, 3, 8, dtype=np.float32), "s1": np.zeros(24, np.float32)}
+    found = search.init.__self__.importance(tuple(scores.values()), tuple(s + 3 for s in scores.values()))
+    for importance, s, e in zip(found, scores.values(), ENERGIES, strict=True):
+        np.testing.assert_allclose(importance, 0.75 / (1 + np.exp(-(s + 3))) + 0.25 * e / e.max(), rtol=1e-6)
+
+
+def reference_energy():
+    """Mean over images of the channel's summed squared activation, divided by the gate's largest."""
+    _, read = reference_forward([torch.ones(c) for c in WIDTHS])
+    means = [(x**2).sum((2, 3)).mean(0).numpy() for x in read]
+    return [mean / mean.max() for mean in means]
+
+
+def test_the_energy_is_that_of_the_whole_network_over_all_images_whatever_the_batches(monkeypatch):
+    taken = []
+    monkeypatch.setattr(searching, "take_steps", lambda step, *_: (taken.append(step.__self__), {}))
+    uneven = [(IMAGES[:3], LABELS[:3]), (IMAGES[3:7], LABELS[3:7]), (IMAGES[7:], LABELS[7:])]
+    search = ddnp.build(make_problem(**AUTHORS))
+    methods.run_search(search, VARIABLES, uneven)
+    for found, wanted in zip(taken[0].energy, reference_energy(), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_endless_batches_are_surveyed_for_as_many_steps_as_there_are():
+    search = ddnp.build(make_problem(steps=2, **AUTHORS))
+    batches = itertools.repeat((IMAGES, LABELS))
+    state, history = methods.run_search(search, VARIABLES, batches, progress=False)
+    assert len(history["loss"]) == 2 and state.step == 2
+
+
+def test_the_energy_comes_before_the_first_step():
+    search = ddnp.build(make_problem(energy_weight=0.5))
+    for function in (search.init, search.step):
+        with pytest.raises(RuntimeError, match=r"go on with `search\.survey\.then"):
+            function(jax.random.key(0))
+    with pytest.raises(ValueError, match=r"^energy_weight=0.5 must be 0 where importance='l1': norms are fixed\.$"):
+        make_config(importance="l1", energy_weight=0.5)
 
 
 # Methods in general
@@ -433,7 +532,7 @@ def test_unknown_names_are_refused():
         methods.configure("ddnp", {"width_optimizer": {"lr": 1.0}})
     for field, choices in {
         "importance": "one of generator, scalar, l1",
-        "width": "one of generator, scalar, half",
+        "width": "one of generator, linear, scalar, half",
         "output": "one of sigmoid, abs, square",
         "resource_loss": "one of log_abs, log_max, abs, square",
     }.items():

@@ -76,7 +76,7 @@ def test_all_pairs_of_the_papers_are_there():
     }
 
 
-@pytest.mark.parametrize("model", ["resnet56", "resnet50", "mobilenet_v3_small"])
+@pytest.mark.parametrize("model", ["resnet56", "mobilenet_v2_cifar", "resnet50", "mobilenet_v3_small"])
 def test_readme_has_the_same_rows(model):
     network = traced(model)
     readme = [cells(line) for line in README.read_text().splitlines()]

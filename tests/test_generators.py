@@ -161,6 +161,23 @@ def test_width_generator_matches_numpy():
     np.testing.assert_allclose(module.apply(variables), wanted, atol=1e-6)
 
 
+def test_linear_width_is_one_map_of_a_fixed_input():
+    module = generators.LinearWidth(5)
+    assert names(shapes(module)) == {"params.fc.kernel": (5, 5), "inputs.x": (5,)}
+    variables = randomized(module)
+    kernel, x = variables["params"]["fc"]["kernel"], variables["inputs"]["x"]
+    np.testing.assert_allclose(module.apply(variables), 1 / (1 + np.exp(-(x @ kernel + 3.0))), rtol=1e-6)
+
+
+def test_linear_width_starts_as_pytorch_does():
+    variables = generators.LinearWidth(100).init(jax.random.key(0))
+    kernel = np.asarray(variables["params"]["fc"]["kernel"])
+    limit = torch.nn.Linear(100, 100, bias=False).weight.abs().max().item()
+    assert np.abs(kernel).max() == pytest.approx(limit, rel=0.01) == pytest.approx(0.1, rel=0.01)
+    assert np.std(kernel) == pytest.approx(0.1 / np.sqrt(3), rel=0.02)
+    assert np.std(variables["inputs"]["x"]) == pytest.approx(1.0, rel=0.25)
+
+
 def test_the_search_starts_from_an_almost_whole_network():
     k = np.array(
         jax.vmap(lambda key: generators.WidthGenerator(200).init_with_output(key)[0])(
@@ -199,7 +216,12 @@ def test_only_direction_and_scale_of_normalized_kernels_count(module):
 
 
 @pytest.mark.parametrize(
-    ("kind", "argument"), [(generators.ImportanceGenerator, WIDTHS), (generators.WidthGenerator, len(WIDTHS))]
+    ("kind", "argument"),
+    [
+        (generators.ImportanceGenerator, WIDTHS),
+        (generators.WidthGenerator, len(WIDTHS)),
+        (generators.LinearWidth, len(WIDTHS)),
+    ],
 )
 def test_inputs_are_learned_or_stay(kind, argument):
     fixed = shapes(kind(argument))

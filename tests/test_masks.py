@@ -178,3 +178,14 @@ def test_straight_through():
     np.testing.assert_array_equal(masks.straight_through(gates), [0, 0, 0, 1, 1, 1])
     upstream = jnp.arange(6.0)
     np.testing.assert_array_equal(jax.grad(lambda g: upstream @ masks.straight_through(g))(gates), upstream)
+
+
+def test_open_probability_is_how_often_gates_are_open():
+    logits = np.float32([-9, -4, -3.3665129, -2, 4])
+    drawn = jax.vmap(lambda key: masks.relaxed_bernoulli(jnp.asarray(logits), key))(
+        jax.random.split(jax.random.key(0), 20_000)
+    )
+    found = masks.open_probability(logits)
+    np.testing.assert_allclose(found, np.mean(np.asarray(drawn) >= 0.5, axis=0), atol=0.015)
+    np.testing.assert_allclose(found[2], 0.5, atol=1e-6)
+    assert pytest.approx(-3.3665129) == masks.OPEN_FROM

@@ -62,6 +62,20 @@ def test_weights_are_the_inverse_of_the_crowd_in_the_bin():
     np.testing.assert_array_equal(memory.weights(held, balanced=False), [1] * 8 + [0] * 2)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_bins_are_of_the_range_of_what_is_stored(seed):
+    accuracies = np.random.default_rng(seed).uniform(0.7, 0.8, 30)
+    counts, edges = np.histogram(accuracies, bins=10)  # from the lowest to the highest
+    wanted = 1 / counts[np.clip(np.searchsorted(edges, accuracies, side="right") - 1, 0, 9)]
+    np.testing.assert_allclose(memory.weights(filled(accuracies, 40), balanced=True), [*wanted, *[0] * 10], rtol=1e-5)
+    assert len(np.unique(wanted)) > 2
+
+
+def test_equal_accuracies_share_a_bin():
+    np.testing.assert_allclose(memory.weights(filled([0.5, 0.5], 3), balanced=True), [1 / 2, 1 / 2, 0])
+    np.testing.assert_allclose(memory.weights(filled([0.5], 2), balanced=True), [1, 0])
+
+
 def test_samples_come_with_the_weights():
     held = filled([0.05, 0.15, 0.15, 0.15], capacity=6)
     draws = 40_000

@@ -107,6 +107,7 @@ def test_report_says_what_the_pruned_network_does(finished, config):
     top1 = 100 * np.mean(np.argmax(model.apply(variables, images, train=False), -1) == dataset.test.labels)
     assert report["pruned_top1"] == pytest.approx(top1)
     assert report["test_images"] == 355
+    assert report["notes"][0].startswith("The search has not converged: k and the open part of its gate differ by 0.0")
     assert report["delta_top1"] == pytest.approx(report["pruned_top1"] - report["base_top1"])
     assert 0.97 * P < report["flops_prunable_after"] / report["flops_prunable_before"] <= P
     kernels = [variables["params"][f"layer{1 + i // 3}_{i % 3}"]["conv1"]["kernel"] for i in range(9)]
@@ -305,6 +306,26 @@ def test_killed_nppm_search_goes_on_bit_for_bit(data_dir, tmp_path, monkeypatch)
     jax.tree.map(np.testing.assert_array_equal, state_of_killed, state)
     assert int(state.memory.count) == 8
     assert ["predictor_loss" in line for line in log if "loss" in line] == [False] * 2 + [True] * 6
+
+
+def test_the_survey_of_the_authors_form_is_of_every_search_image_and_taken_once(data_dir, tmp_path, monkeypatch):
+    config = tiny(data_dir, "authors")
+    config.eval_batch_size = 64  # the last batch is filled up
+    job = pipeline.prepare(config, tmp_path, model=Own((20, 12)), rebuild=Own)
+    variables = job.network.model.init(jax.random.key(0), np.zeros((1, *job.dataset.image_shape)), train=False)
+    energy = stages._method(job, variables).init.__self__.energy
+
+    pixels = job.dataset.train.images[job.dataset.splits["search"]]
+    images = data.normalize(pixels, job.dataset.preprocessing.mean, job.dataset.preprocessing.std)
+    assert len(images) % 64
+    _, state = job.network.model.apply(variables, images, train=False, capture_intermediates=True)
+    first = np.maximum(state["intermediates"]["first"]["__call__"][0], 0)  # what the second convolution reads
+    means = np.mean(np.sum(np.square(first, dtype=np.float64), axis=(1, 2)), axis=0)
+    np.testing.assert_allclose(energy[0], means / means.max(), rtol=1e-5)
+
+    monkeypatch.setattr(stages, "image_sums", lambda *_: lambda *_: pytest.fail("taken again"))
+    again = stages._method(pipeline.prepare(config, tmp_path, model=Own((20, 12)), rebuild=Own), variables)
+    jax.tree.map(np.testing.assert_array_equal, again.init.__self__.energy, energy)
 
 
 def test_a_latency_table_is_not_written_into_the_workdir_of_another_run(config, tmp_path):
@@ -548,7 +569,11 @@ def test_unusable_weights_leave_the_workdir_to_the_corrected_command(config, tmp
 
 
 @pytest.mark.parametrize(
-    "name", ["cifar10_mbv2", "cifar10_r56", "imagenet_mbv2", "imagenet_r50", "imagenet_shufflenet"]
+    "name",
+    [
+        *("cifar10_mbv2", "cifar10_r56", "imagenet_efficientnet_lite0"),
+        *("imagenet_mbv2", "imagenet_r50", "imagenet_shufflenet"),
+    ],
 )
 def test_tiny_forms_fill_the_batches_of_every_stage(name):
     config = importlib.import_module(f"configs.{name}").get_config("nppm,tiny")

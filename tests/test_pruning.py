@@ -110,6 +110,7 @@ def test_the_same_network_of_three_kinds_is_pruned_to_the_same_channels(method):
     assert (pruned["nnx"].variables, pruned["function"].model) == (None, small_function)
     if steps:
         assert {len(values) for values in pruned["linen"].history.values()} == {6}
+        assert "The search has not converged: k and the open part" in pruned["linen"].describe()
 
 
 def test_an_nnx_module_is_left_as_it_was():

@@ -113,6 +113,18 @@ class Problem(NamedTuple):
         }
 
 
+class Survey(NamedTuple):
+    """What a search must know of all its images before its first step.
+
+    Attributes:
+      of: (variables, images (N, ...)) -> tuple of arrays (N, ...), values of each image.
+      then: Their sums over all images -> the search, which needs no survey any more.
+    """
+
+    of: Callable[[Any, jax.Array], tuple[jax.Array, ...]]
+    then: Callable[[Sequence[np.ndarray]], "Search"]
+
+
 class Search(NamedTuple):
     """A method's search over batches, as pure functions.
 
@@ -124,6 +136,8 @@ class Search(NamedTuple):
         from the importances.
       notes: Sentences for the report.
       widths: Importances and budget -> widths in channels, where `propose` gives none.
+      survey: What comes before the first step; None of most methods.
+      ended: State after the last step, on the host -> further sentences for the report.
     """
 
     steps: int
@@ -132,6 +146,8 @@ class Search(NamedTuple):
     propose: Callable[[Any], tuple[Importance, np.ndarray | None]]
     notes: tuple[str, ...] = ()
     widths: Callable[[Importance, Budget], tuple[int, ...]] | None = None
+    survey: Survey | None = None
+    ended: Callable[[Any], tuple[str, ...]] = lambda state: ()
 
 
 class Seeds(flax.struct.PyTreeNode):

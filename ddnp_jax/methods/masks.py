@@ -1,6 +1,7 @@
 """From importance and width to masks: ranking, soft top-k, relaxed Bernoulli gates, straight-through rounding."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -9,6 +10,8 @@ import numpy as np
 
 GATE_SHIFT = 3.0  # keeps every gate open at the start of a search
 GATE_TEMPERATURE = 0.4
+# Logits from which a relaxed Bernoulli gate is open more often than not: -3.3665, as the noise has the median 0.3665.
+OPEN_FROM = math.log(math.log(2)) - GATE_SHIFT
 
 
 def ranks(importance: jax.Array) -> jax.Array:
@@ -73,10 +76,25 @@ def _soft_top_k_backward(band: float, floor: float, _: None, gradient: jax.Array
 soft_top_k.defvjp(_soft_top_k_forward, _soft_top_k_backward)
 
 
+def noisy(logits: jax.Array, rng: jax.Array | None) -> jax.Array:
+    """`logits + g + 3` with g ~ Gumbel(0, 1); g = 0 without `rng`."""
+    noise = 0.0 if rng is None else jax.random.gumbel(rng, logits.shape, logits.dtype)
+    return logits + noise + GATE_SHIFT
+
+
+def relaxed(noisy: jax.Array) -> jax.Array:
+    """Relaxed Bernoulli gates of what `noisy` returns: `sigmoid((logits + g + 3) / 0.4)`."""
+    return jax.nn.sigmoid(noisy / GATE_TEMPERATURE)
+
+
 def relaxed_bernoulli(logits: jax.Array, rng: jax.Array | None) -> jax.Array:
     """Relaxed Bernoulli gates `sigmoid((logits + g + 3) / 0.4)` with g ~ Gumbel(0, 1); g = 0 without `rng`."""
-    noise = 0.0 if rng is None else jax.random.gumbel(rng, logits.shape, logits.dtype)
-    return jax.nn.sigmoid((logits + noise + GATE_SHIFT) / GATE_TEMPERATURE)
+    return relaxed(noisy(logits, rng))
+
+
+def open_probability(logits: jax.Array) -> jax.Array:
+    """How often relaxed Bernoulli gates of these logits are at least 1/2: P(g >= -logits - 3)."""
+    return -jnp.expm1(-jnp.exp(logits + GATE_SHIFT))
 
 
 def straight_through(gates: jax.Array) -> jax.Array:

@@ -1,13 +1,16 @@
 """A search outside of the job: on any batches, on one device."""
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from ddnp_jax import parallel
-from ddnp_jax.methods.base import Search
-from ddnp_jax.training.fitting import Check, History, take_steps
+from ddnp_jax.methods.base import Search, Survey
+from ddnp_jax.training.fitting import Check, History, checked_batch, take_steps
 from ddnp_jax.training.steps import Batch
 
 
@@ -20,6 +23,9 @@ def run_search(
     check: Check | None = None,
 ) -> tuple[Any, History]:
     """Runs a search to its end; the same seed and batches give what the job gives.
+
+    A search with a survey takes it first, over the batches from the first to the last; of endless ones, over as many as
+    it has steps.
 
     Args:
       search: Search, as returned by `methods.build`.
@@ -36,7 +42,21 @@ def run_search(
       ValueError: The batches end before the search does.
       FloatingPointError: The loss became NaN or infinite.
     """
+    if search.survey is not None:
+        sums = _sums(search.survey, variables, itertools.islice(batches, search.steps), check or checked_batch)
+        search = search.survey.then(sums)
     state = search.init(jax.random.key(seed))
     if not search.steps:
         return parallel.fetch(state), {}
     return take_steps(search.step, state, variables, batches, search.steps, seed, "search" if progress else "", check)
+
+
+def _sums(survey: Survey, variables: Any, batches: Iterable[Batch], check: Check) -> tuple[np.ndarray, ...]:
+    """The sums of a survey over the images of all batches."""
+
+    @jax.jit
+    def of_batch(variables: Any, images: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(jnp.sum(values, axis=0) for values in survey.of(variables, images))
+
+    found = [of_batch(variables, check(batch, number)[0]) for number, batch in enumerate(batches)]
+    return tuple(np.asarray(jax.device_get(parts), np.float64).sum(axis=0) for parts in zip(*found, strict=True))

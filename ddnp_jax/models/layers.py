@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -50,12 +50,15 @@ class ConvNorm:
       dtype: Data type of the computation.
       momentum: Share of the old running statistics in the new ones.
       epsilon: Added to the variance.
+      padding: 'SAME' pads as TensorFlow does; None by half the kernel on every side, as PyTorch's networks do. With a
+        stride the two differ.
     """
 
     train: bool
     dtype: Any
     momentum: float = 0.9
     epsilon: float = 1e-5
+    padding: Literal["SAME"] | None = None
 
     def __call__(
         self,
@@ -75,7 +78,7 @@ class ConvNorm:
             channels,
             (kernel, kernel),
             stride,
-            padding=kernel // 2,
+            padding=kernel // 2 if self.padding is None else self.padding,
             use_bias=False,
             dtype=self.dtype,
             name=names[0],

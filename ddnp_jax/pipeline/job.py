@@ -248,6 +248,9 @@ def _check_search(config: Config, network: Network, topology: Topology, budget: 
         search = methods.build(config.search.method, problem)
     except ValueError as error:
         raise ValueError(f"search.{error}") from error
+    if search.survey is not None:
+        values = jax.eval_shape(search.survey.of, variables, image)
+        search = search.survey.then([np.zeros(value.shape[1:]) for value in values])
     if search.steps:
         state = jax.eval_shape(search.init, jax.random.key(0))
         jax.eval_shape(search.step, state, variables, (image, label), jax.random.key(0))

@@ -16,7 +16,7 @@ from ddnp_jax.masking import apply_masked
 from ddnp_jax.networks import Network, as_network, picked
 from ddnp_jax.topology import Selection
 from ddnp_jax.training import loop
-from ddnp_jax.training.evaluation import evaluator
+from ddnp_jax.training.evaluation import evaluator, image_sums
 
 if TYPE_CHECKING:
     from ddnp_jax.pipeline.job import Run
@@ -41,7 +41,7 @@ def search(job: "Run", variables: Any) -> Selection:
         state = _run_stage(job, "search", method.step, state, variables, evaluate, job.made_from(variables))
     made_from = job.made_from(state)
     job.results.measured("proposed_p", made_from, lambda: _proposed_p(job, method, state))
-    job.results.measured("search_notes", made_from, lambda: method.notes)
+    job.results.measured("search_notes", made_from, lambda: (*method.notes, *method.ended(state)))
     job.results.measured("search_steps", made_from, lambda: method.steps)
     selection = methods.select(method, state, job.budget)
     parallel.on_first_process(lambda: selection.save(job.workdir / "selection.json"))
@@ -83,7 +83,23 @@ def _method(job: "Run", variables: Any) -> methods.Search:
     problem = methods.Problem(
         job.network.model, variables, job.topology, job.budget, fields, steps, outputs=job.outputs
     )
-    return methods.build(job.config.search.method, problem)
+    search = methods.build(job.config.search.method, problem)
+    return search if search.survey is None else _surveyed(job, search.survey, variables)
+
+
+def _surveyed(job: "Run", survey: methods.Survey, variables: Any) -> methods.Search:
+    """The search after its survey of the search images, which is taken once and kept for a run that resumes."""
+    config, images = job.config, job.dataset.train
+
+    def of(variables: Any, batch: training.Batch) -> tuple[jax.Array, ...]:
+        return survey.of(variables, batch[0])
+
+    sums = image_sums(of, images, config.eval_batch_size, config.parallel.mode, job.guard)
+
+    def take() -> list[Any]:
+        return [found.tolist() for found in sums(variables, job.stage_images("search"))]
+
+    return survey.then([*map(np.asarray, job.results.measured("survey", job.made_from(variables), take))])
 
 
 def _cut_evaluator(job: "Run", method: methods.Search, variables: Any) -> Callable[[Any], dict[str, float]]:

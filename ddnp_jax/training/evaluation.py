@@ -10,7 +10,7 @@ import optax
 
 from ddnp_jax import data, parallel
 from ddnp_jax.preemption import PreemptionGuard
-from ddnp_jax.training.steps import without_leading_axis
+from ddnp_jax.training.steps import Batch, without_leading_axis
 
 
 def evaluator(
@@ -33,27 +33,62 @@ def evaluator(
       (variables, indices of images) -> {"top1", "top5"} in percent and the mean cross-entropy "loss".
     """
 
-    def totals(sums: Any, constants: Any, host_batches: Any) -> tuple[Any, dict]:
-        host_batch, valid = without_leading_axis(host_batches)
-        pixels, labels = images.batch(constants["images"], host_batch, None)
-        counted = _counted(forward(constants["variables"], pixels).astype(jnp.float32), labels)
-        added = jax.tree.map(lambda x: parallel.sum_over_devices(jnp.sum(jnp.where(valid, x, 0.0))), counted)
-        return jax.tree.map(jnp.add, sums, added), {}
+    def counted(variables: Any, batch: Batch) -> dict[str, jax.Array]:
+        pixels, labels = batch
+        return _counted(forward(variables, pixels).astype(jnp.float32), labels)
 
-    add_batch = parallel.data_parallel(totals, mode=mode)
+    sums = image_sums(counted, images, batch_size, mode, guard)
 
     def evaluate(variables: Any, indices: np.ndarray) -> dict[str, float]:
+        return {name: float(value) / len(indices) for name, value in sums(variables, indices).items()}
+
+    return evaluate
+
+
+def image_sums(
+    of: Callable[[Any, Batch], Any],
+    images: data.Images,
+    batch_size: int,
+    mode: str,
+    guard: PreemptionGuard | None = None,
+) -> Callable[[Any, np.ndarray], Any]:
+    """Sums over images, every image counted once.
+
+    Args:
+      of: (variables, (normalized images, labels)) -> pytree of arrays (N, ...), values of each image.
+      images: Where the images are from; the other arguments as of `evaluator`.
+      batch_size: See there.
+      mode: See there.
+      guard: See there.
+
+    Returns:
+      (variables, indices of images) -> pytree of the sums (...), float64.
+    """
+
+    def add(state: Any, constants: Any, host_batches: Any) -> tuple[Any, Any]:
+        host_batch, valid = without_leading_axis(host_batches)
+
+        def total(values: jax.Array) -> jax.Array:
+            is_real = valid.reshape(-1, *[1] * (values.ndim - 1))
+            return parallel.sum_over_devices(jnp.sum(jnp.where(is_real, values, 0.0), axis=0))
+
+        batch = images.batch(constants["images"], host_batch, None)
+        return state, jax.tree.map(total, of(constants["variables"], batch))
+
+    add_batch = parallel.data_parallel(add, mode=mode)
+
+    def sums(variables: Any, indices: np.ndarray) -> Any:
         batches = data.evaluation_batches(indices, batch_size, process=parallel.process())
         constants = {"images": images.on_devices, "variables": parallel.replicate(variables)}
-        sums = parallel.replicate({"top1": np.float32(0), "top5": np.float32(0), "loss": np.float32(0)})
+        found = []
         with data.read_ahead(batches, lambda b: (images.read(b[0], None), b[1]), images.threads, 1) as chunks:
             for host_batches in chunks:
                 if guard is not None:
                     guard.check("stopped in an evaluation; the same command resumes from the last checkpoint.")
-                sums, _ = add_batch(sums, constants, parallel.shard_batches(host_batches))
-        return {name: float(value) / len(indices) for name, value in parallel.fetch(sums).items()}
+                found.append(add_batch((), constants, parallel.shard_batches(host_batches))[1])
+        return jax.tree.map(lambda *parts: np.sum(parts, axis=0, dtype=np.float64), *parallel.fetch(found))
 
-    return evaluate
+    return sums
 
 
 def _counted(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:

@@ -114,6 +114,27 @@ class WidthGenerator(nn.Module):
         return nn.sigmoid(weight_norm(nn.Dense(self.gates), name="fc2")(x) + WIDTH_SHIFT)
 
 
+class LinearWidth(nn.Module):
+    """g_k of the authors' published code: k = sigmoid(W x + 3), x (L) at random and W (L, L) alone, not Table A3's two.
+
+    W starts as PyTorch's linear layers do.
+
+    Attributes:
+      gates: L.
+      learned_inputs: Whether the input x is learned.
+    """
+
+    gates: int
+    learned_inputs: bool = False
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        """Returns k, (L,) in (0, 1)."""
+        x = _inputs(self, nn.initializers.normal(1.0), (self.gates,), self.learned_inputs)
+        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # within 1 / sqrt(L) of 0
+        return nn.sigmoid(nn.Dense(self.gates, use_bias=False, kernel_init=init, name="fc")(x) + WIDTH_SHIFT)
+
+
 class ScalarWidth(nn.Module):
     """One free parameter per gate; k = sigmoid(k̄ + 3)."""
 

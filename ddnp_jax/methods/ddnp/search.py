@@ -5,6 +5,8 @@ loosely by the third term of the objective, eq. (9).
 """
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -15,8 +17,9 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from ddnp_jax import losses
+from ddnp_jax.masking import apply_masked
 from ddnp_jax.methods import masks
-from ddnp_jax.methods.base import AdamW, Measured, Problem, ResourceFields, Search, check_choices
+from ddnp_jax.methods.base import AdamW, Problem, ResourceFields, Search, Survey, check_choices
 from ddnp_jax.methods.ddnp import generators
 from ddnp_jax.methods.ddnp.generators import Learner
 from ddnp_jax.methods.scores import Evidence, magnitude
@@ -25,10 +28,13 @@ from ddnp_jax.parallel import ONE_DEVICE, Devices
 OUTPUTS = {"sigmoid": jax.nn.sigmoid, "abs": jnp.abs, "square": jnp.square}
 CHOICES = {
     "importance": ("generator", "scalar", "l1"),
-    "width": ("generator", "scalar", "half"),
+    "width": ("generator", "linear", "scalar", "half"),
     "output": tuple(OUTPUTS),
     "resource_loss": losses.RESOURCE,
 }
+
+# A search has not converged whose k is this far from the open part of a gate, or that is this far above its budget.
+FAR, ABOVE = 0.1, 1.05
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,19 +43,21 @@ class Fields(ResourceFields):
 
     Attributes:
       importance: s: 'generator' (g_s), 'scalar' per channel, or 'l1' (norms, fixed).
-      width: k: 'generator' (g_k), 'scalar' per gate, or 'half' (0.5, fixed).
+      width: k: 'generator' (g_k), 'linear' (authors' form of g_k), 'scalar' per gate, or 'half' (0.5, fixed).
       output: Importance from s̄: 'sigmoid', 'abs' or 'square'.
       learned_inputs: Whether x_s and x_k are learned.
       bidirectional: Authors' form: g_s also runs backward over the gates.
       layer_norm: Authors' form: layer norm of the GRU's outputs.
-      energy_weight: Authors' form 0.5: share of feature energy in the importance.
+      energy_weight: Authors' form 0.5: share of the feature energy E in the importance; the rest is that of
+        sigmoid(s̄ + g + 3), where g is the noise of the gates.
       importance_average: Authors' form 0.99: decay of the average that ranks channels for evaluation.
       tie_weight: ρ; 0 disentangles importance and width completely.
       tie_noise: Half the range of u.
       band: Half-width of the soft top-k's edge, as a fraction of the channels.
       floor: Smallest mask during the search.
       importance_optimizer: AdamW of the importance; scalars need a rate of about 5e-2.
-      width_optimizer: AdamW of the widths, the rate with cosine decay to 0.
+      width_optimizer: AdamW of the widths, the rate with cosine decay to 0. A search of a few hundred steps needs a
+        rate of 2e-3 to 3e-3: the widths first rise with the tie and must come back through a saturated sigmoid.
     """
 
     importance: str = "generator"
@@ -69,6 +77,8 @@ class Fields(ResourceFields):
 
     def __post_init__(self) -> None:
         check_choices(self, CHOICES)
+        if self.importance == "l1" and self.energy_weight:
+            raise ValueError(f"energy_weight={self.energy_weight} must be 0 where importance='l1': norms are fixed.")
 
 
 class State(flax.struct.PyTreeNode):
@@ -79,7 +89,6 @@ class State(flax.struct.PyTreeNode):
       params: {"importance", "width"}: the learned variables of g_s and g_k.
       inputs: {"importance", "width"}: their variables that stay.
       opt_state: State of AdamW.
-      energy: (C_l,) per gate: feature energy at the last step, in [0, 1] (authors' form).
       ranking: (C_l,) per gate: the running average of the importance, which ranks channels outside of the search.
     """
 
@@ -87,7 +96,6 @@ class State(flax.struct.PyTreeNode):
     params: Any
     inputs: Any
     opt_state: Any
-    energy: tuple[jax.Array, ...]
     ranking: tuple[jax.Array, ...]
 
 
@@ -109,11 +117,13 @@ def importance_learner(problem: Problem) -> Learner:
 
 
 def width_learner(problem: Problem) -> Learner:
-    """g_k, one scalar per gate, or 0.5 everywhere ("Fix k")."""
+    """g_k in either form, one scalar per gate, or 0.5 everywhere ("Fix k")."""
     config, gates = problem.config, len(problem.topology.gates)
     match config.width:
         case "generator":
             return generators.learned(generators.WidthGenerator(gates, config.learned_inputs))
+        case "linear":
+            return generators.learned(generators.LinearWidth(gates, config.learned_inputs))
         case "scalar":
             return generators.learned(generators.ScalarWidth(gates))
     return generators.fixed(np.full(gates, 0.5, np.float32))
@@ -146,10 +156,17 @@ def soft_masks(
     )
 
 
-def _feature_energy(activation: jax.Array) -> jax.Array:
-    """Mean over images of the channel's summed squared activation: (N, ..., C) -> (C,)."""
-    activation = activation.astype(jnp.float32)
-    return jnp.sum(jnp.square(activation), range(activation.ndim - 1)) / activation.shape[0]
+def feature_energies(problem: Problem, variables: Any, images: jax.Array) -> tuple[jax.Array, ...]:
+    """The summed squared activation of every channel of the whole network, (N, C_l) per gate."""
+    found: dict[int, jax.Array] = {}
+
+    def observe(gate: int, activation: jax.Array) -> None:
+        squares = jnp.square(activation.astype(jnp.float32))
+        found.setdefault(gate, jnp.sum(squares, range(1, squares.ndim - 1)))  # of the first layer that reads the gate
+
+    ones = tuple(jnp.ones(channels) for channels in problem.topology.widths)
+    apply_masked(problem.model, variables, images, ones, problem.topology, observe=observe)
+    return tuple(found[gate] for gate in sorted(found))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,11 +177,14 @@ class _DDNP:
       problem: What is to be pruned, and how.
       learners: {"importance", "width"}.
       optimizer: Optimizer of their parameters.
+      energy: E, (C_l,) per gate in [0, 1], of the authors' form: the mean over all images of `feature_energies`,
+        divided by the gate's largest; None of Table A2's form.
     """
 
     problem: Problem
     learners: dict[str, Learner]
     optimizer: optax.GradientTransformation
+    energy: tuple[np.ndarray, ...] | None = None
 
     @property
     def learns_from_data(self) -> bool:
@@ -178,14 +198,18 @@ class _DDNP:
         )
         return scores, k
 
-    def importance(
-        self, scores: tuple[jax.Array, ...], gates: tuple[jax.Array, ...], energy: tuple[jax.Array, ...]
-    ) -> tuple[jax.Array, ...]:
-        """What ranks the channels, detached: the output function of s̄, or the authors' mean of gate and energy."""
+    def importance(self, scores: tuple[jax.Array, ...], noisy: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """What ranks the channels, detached: the output function of s̄, or the authors' mean of gate and energy.
+
+        Args:
+          scores: s̄_l, (C_l,) per gate.
+          noisy: s̄_l + g + 3, (C_l,) per gate.
+        """
         config = self.problem.config
-        if self.uses_energy:
+        if self.energy is not None:
             weight = config.energy_weight
-            ranking = tuple((1.0 - weight) * gate + weight * e for gate, e in zip(gates, energy, strict=True))
+            pairs = zip(noisy, self.energy, strict=True)
+            ranking = tuple((1.0 - weight) * jax.nn.sigmoid(s) + weight * energy for s, energy in pairs)
         else:  # L1 norms are importances already: they keep their order
             ranking = tuple(map(OUTPUTS[config.output if self.learns_from_data else "sigmoid"], scores))
         return jax.lax.stop_gradient(ranking)
@@ -200,36 +224,67 @@ class _DDNP:
             return widths
         return (widths + jnp.stack([jnp.sum(masks.straight_through(gate)) for gate in gates])) / 2
 
-    def task(self, soft: tuple[jax.Array, ...], variables: Any, batch: Any) -> tuple[Measured, tuple[jax.Array, ...]]:
-        """First term of eq. (9), with the accuracy, and the feature energies where they are used."""
-        energy: dict[int, jax.Array] = {}
-        observe = (lambda gate, x: energy.setdefault(gate, _feature_energy(x))) if self.uses_energy else None
-        measured = self.problem.measure(soft, variables, batch, observe)
-        return measured, tuple(energy[gate] for gate in sorted(energy))
-
-    @property
-    def uses_energy(self) -> bool:
-        """Whether the feature energy is part of the importance."""
-        return self.problem.config.energy_weight > 0
-
     def objective(
-        self, values: tuple[tuple[jax.Array, ...], jax.Array], state: State, variables: Any, batch: Any, rng: jax.Array
+        self, values: tuple[tuple[jax.Array, ...], jax.Array], variables: Any, batch: Any, rng: jax.Array
     ) -> tuple[jax.Array, Any]:
-        """Eq. (9) at the learned values (s̄, k); returns the loss and (metrics, feature energies, importance)."""
+        """Eq. (9) at the learned values (s̄, k); returns the loss and (metrics, importance)."""
         config = self.problem.config
-        *gate_rngs, tie_rng = jax.random.split(rng, len(state.energy) + 1)
         scores, k = values
-        gates = tuple(map(masks.relaxed_bernoulli, scores, gate_rngs))
-        importance = self.importance(scores, gates, state.energy)
+        *gate_rngs, tie_rng = jax.random.split(rng, len(scores) + 1)
+        noisy = tuple(map(masks.noisy, scores, gate_rngs))
+        gates = tuple(map(masks.relaxed, noisy))
+        importance = self.importance(scores, noisy)
         metrics = self.problem.resource(self.widths(gates, k))
         metrics["tie_loss"] = losses.tie(gates, k, tie_rng, config.tie_noise)
+        gaps = self.gaps(scores, k)
+        metrics |= {"width_gap": jnp.mean(gaps), "largest_width_gap": jnp.max(gaps)}
         loss = config.resource_weight * metrics["resource_loss"] + config.tie_weight * metrics["tie_loss"]
-        energy: tuple[jax.Array, ...] = ()
         if self.learns_from_data:
-            measured, energy = self.task(soft_masks(importance, gates, k, config), variables, batch)
+            measured = self.problem.measure(soft_masks(importance, gates, k, config), variables, batch)
             metrics |= measured.metrics
             loss = loss + measured.loss
-        return loss, (metrics | {"loss": loss}, energy or state.energy, importance)
+        return loss, (metrics | {"loss": loss}, importance)
+
+    def gaps(self, scores: tuple[jax.Array, ...], k: jax.Array) -> jax.Array:
+        """How far k_l is from the expected part of gate l that is open, (L,)."""
+        return jnp.abs(self.open_parts(scores) - k)
+
+    def open_parts(self, scores: tuple[jax.Array, ...]) -> jax.Array:
+        """The expected part of every gate that is open, (L,)."""
+        return jnp.stack([jnp.mean(masks.open_probability(s)) for s in scores])
+
+    def ended(self, state: State) -> tuple[str, ...]:
+        """Whether the search has converged, by how much, and what helps where it has not.
+
+        Nothing is said of a search without the tie, or one of whose sides is fixed: there the two need not meet.
+        """
+        config, topology = self.problem.config, self.problem.topology
+        if config.tie_weight == 0 or not self.learns_from_data or config.width == "half":
+            return ()
+        scores, k = self.learned_values(state.params, state.inputs)
+        gaps = np.asarray(self.gaps(scores, k))
+        widths = (self.open_parts(scores) + k) / 2 * np.asarray(topology.widths, np.float32)
+        cost = {name: float(value) for name, value in self.problem.resource(widths).items()}
+        found = (
+            f"k and the open part of its gate differ by {gaps.mean():.3f} on average and {gaps.max():.3f} at most "
+            f"({topology.gates[int(gaps.argmax())].name}), the tie Σ R_w is {np.log1p(gaps).sum():.3f}, and R is "
+            f"{cost['resource_loss']:.4f} at {cost['remaining']:.4f} of the cost."
+        )
+        if remedies := self.remedies(float(gaps.max()), cost["remaining"]):
+            return (f"The search has not converged: {found} What helps: {'; '.join(remedies)}.",)
+        return (f"The search has converged: {found}",)
+
+    def remedies(self, gap: float, remaining: float) -> list[str]:
+        """What helps a search that ended with this largest gap and this part of the cost; nothing where all is well."""
+        config, found = self.problem.config, []
+        rate, is_above = config.width_optimizer.learning_rate, remaining > ABOVE * self.problem.budget.p
+        if gap > FAR and rate < 2e-3:
+            found.append(f"width_optimizer.learning_rate={rate:g} raised to 2e-3 or 3e-3")
+        if gap > FAR or is_above:
+            found.append("more steps")
+        if is_above:  # gates far from 1/2 feel no gradient, so that R can stand still above its goal
+            found.append(f"resource_weight={config.resource_weight:g} raised, where R has stopped falling")
+        return found
 
     def init(self, rng: jax.Array) -> State:
         """The state before the first step."""
@@ -237,10 +292,9 @@ class _DDNP:
         variables = {name: self.learners[name].init(key) for name, key in rngs}
         params = {name: values.get("params", {}) for name, values in variables.items()}
         inputs = {name: {c: v for c, v in values.items() if c != "params"} for name, values in variables.items()}
-        energy = tuple(jnp.zeros(channels) for channels in self.problem.topology.widths)
         scores, _ = self.learned_values(params, inputs)
-        ranking = self.importance(scores, tuple(masks.relaxed_bernoulli(s, None) for s in scores), energy)
-        return State(jnp.int32(0), params, inputs, self.optimizer.init(params), energy, ranking)
+        ranking = self.importance(scores, tuple(masks.noisy(s, None) for s in scores))
+        return State(jnp.int32(0), params, inputs, self.optimizer.init(params), ranking)
 
     def step(
         self, state: State, variables: Any, batch: Any, rng: jax.Array, devices: Devices = ONE_DEVICE
@@ -251,9 +305,9 @@ class _DDNP:
         # after them, and their gradient is formed after the mean over devices, of one vector.
         values, batch = jax.lax.optimization_barrier((values, batch))
         gradient = jax.grad(self.objective, has_aux=True)
-        gradients, (metrics, energy, importance) = gradient(values, state, variables, batch, rng)
-        mine, unravel = ravel_pytree((gradients, metrics, energy))
-        gradients, metrics, energy = unravel(devices.mean(mine))
+        gradients, (metrics, importance) = gradient(values, variables, batch, rng)
+        mine, unravel = ravel_pytree((gradients, metrics))
+        gradients, metrics = unravel(devices.mean(mine))
         (gradients,) = generators_vjp(gradients)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         decay = self.problem.config.importance_average
@@ -261,7 +315,6 @@ class _DDNP:
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             opt_state=opt_state,
-            energy=tuple(e / (jnp.max(e) + 1e-12) for e in energy),
             ranking=tuple(decay * r + (1.0 - decay) * i for r, i in zip(state.ranking, importance, strict=True)),
         ), metrics
 
@@ -271,7 +324,26 @@ class _DDNP:
 
 
 def build(problem: Problem) -> Search:
-    """The search of `problem.config`, a `Fields`."""
+    """The search of `problem.config`, a `Fields`; in the authors' form it first surveys the feature energies."""
     learners = {"importance": importance_learner(problem), "width": width_learner(problem)}
-    search = _DDNP(problem, learners, make_optimizer(problem.config, problem.steps))
-    return Search(problem.steps, search.init, search.step, search.propose)
+    ddnp = _DDNP(problem, learners, make_optimizer(problem.config, problem.steps))
+    if not problem.config.energy_weight:
+        return _search(ddnp)
+
+    def with_energies(sums: Sequence[np.ndarray]) -> Search:
+        energy = tuple(np.asarray(e / max(np.max(e), 1e-12), np.float32) for e in sums)
+        return _search(dataclasses.replace(ddnp, energy=energy))
+
+    survey = Survey(functools.partial(feature_energies, problem), with_energies)
+    return Search(problem.steps, _too_early, _too_early, ddnp.propose, survey=survey, ended=ddnp.ended)
+
+
+def _search(ddnp: _DDNP) -> Search:
+    return Search(ddnp.problem.steps, ddnp.init, ddnp.step, ddnp.propose, ended=ddnp.ended)
+
+
+def _too_early(*_: Any, **__: Any) -> Any:
+    raise RuntimeError(
+        "this search ranks by feature energies of all images: go on with `search.survey.then(sums)`, where `sums` are "
+        "those of `search.survey.of`, or run it by `methods.run_search`, which takes the survey."
+    )

@@ -4,7 +4,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-BINS = 10  # equal parts of the accuracies [0, 1], for sampling
+BINS = 10  # equal parts of the stored accuracies' range, for sampling
 
 
 class Memory(flax.struct.PyTreeNode):
@@ -73,13 +73,18 @@ def _store(memory: Memory, steps: int) -> Memory:
 def weights(memory: Memory, balanced: bool) -> jax.Array:
     """Relative frequency (K,) with which `sample` draws each pair.
 
-    Balanced, 1 / (number of pairs in the same of 10 equal accuracy bins), so that rare accuracies are seen as often as
-    common ones; otherwise the same for all. Places that hold no pair have 0.
+    Balanced, 1 / (number of pairs in the same bin), so that rare accuracies are seen as often as common ones; otherwise
+    the same for all. Places that hold no pair have 0. The bins are 10 equal parts from the lowest to the highest stored
+    accuracy, as in the authors' code; the paper does not say of what. Of [0, 1] a late search fills four or fewer.
     """
-    stored = (jnp.arange(len(memory.accuracy)) < memory.count).astype(jnp.float32)
+    is_stored = jnp.arange(len(memory.accuracy)) < memory.count
+    stored = is_stored.astype(jnp.float32)
     if not balanced:
         return stored
-    bins = jnp.clip((memory.accuracy * BINS).astype(jnp.int32), 0, BINS - 1)
+    low = jnp.min(memory.accuracy, where=is_stored, initial=jnp.inf)
+    high = jnp.max(memory.accuracy, where=is_stored, initial=-jnp.inf)
+    place = (memory.accuracy - low) / jnp.where(high > low, high - low, 1.0)
+    bins = jnp.clip((place * BINS).astype(jnp.int32), 0, BINS - 1)
     return stored / jnp.maximum(jnp.zeros(BINS).at[bins].add(stored), 1.0)[bins]
 
 

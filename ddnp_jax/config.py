@@ -120,7 +120,7 @@ class SearchConfig:
     """The search; on the command line, and in config.json, the method's own fields stand beside the others."""
 
     method: str = choice("ddnp", *methods.METHODS)
-    epochs: int = number(200, least=1)  # passes over the search images
+    epochs: int = number(200, least=1)  # passes over the search images; of methods that score channels always 1
     batch_size: int = number(256, least=1)  # images per step, over all devices
     augment: bool = False  # random crops and flips, as `data` says
     chunk_steps: int = number(10, least=1)  # steps per dispatch
@@ -265,7 +265,8 @@ def _completed(search: SearchConfig) -> SearchConfig:
         known = ", ".join(methods.default_fields(search.method))
         raise ValueError(f"search.{unknown[0]} is no field of the method {search.method!r}; its fields are {known}.")
     own = dataclasses.asdict(search.method_fields())
-    return dataclasses.replace(search, fields={**shared_search_fields(), **search.fields, **own})
+    epochs = methods.find(search.method).passes or search.epochs
+    return dataclasses.replace(search, epochs=epochs, fields={**shared_search_fields(), **search.fields, **own})
 
 
 def check(config: Config) -> None:

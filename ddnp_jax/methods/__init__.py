@@ -65,17 +65,19 @@ class Method(NamedTuple):
       build: Makes its search of a problem.
       steps: Steps that it takes where its user says nothing; 0 of methods that need no images.
       job_fields: Fields of the job's `search` section that have other defaults with this method.
+      passes: How often it reads the job's search images, where that is no choice: a score needs every image once.
     """
 
     fields: Callable[[], Any]
     build: Callable[[Problem], Search]
     steps: int
     job_fields: Mapping[str, Any] = {}
+    passes: int | None = None
 
 
-def _scoring(name: str, steps: int = 0, allocation: str = "uniform", **job_fields: Any) -> Method:
+def _scoring(name: str, steps: int = 0, allocation: str = "uniform") -> Method:
     fields = functools.partial(scores.Fields, allocation=allocation)
-    return Method(fields, functools.partial(scores.build, SCORES[name]), steps, job_fields)
+    return Method(fields, functools.partial(scores.build, SCORES[name]), steps, passes=1)
 
 
 METHODS: dict[str, Method] = {
@@ -86,10 +88,10 @@ METHODS: dict[str, Method] = {
     "bn_scale": _scoring("bn_scale"),
     "fpgm": _scoring("fpgm"),
     "lamp": _scoring("lamp", allocation="global"),
-    "taylor": _scoring("taylor", steps=50, epochs=1),
-    "hrank": _scoring("hrank", steps=10, epochs=1),
-    "chip": _scoring("chip", steps=10, epochs=1),
-    "cc": _scoring("cc", steps=10, allocation="cc", epochs=1),
+    "taylor": _scoring("taylor", steps=50),
+    "hrank": _scoring("hrank", steps=10),
+    "chip": _scoring("chip", steps=10),
+    "cc": _scoring("cc", steps=10, allocation="cc"),
 }
 
 

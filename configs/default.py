@@ -121,5 +121,6 @@ def choose(
     own = (of_method or {}).get(method, {})
     for chosen in (own, fields, *(forms[word] for word in words if word in forms)):
         config.update_from_flattened_dict(chosen)
+    config.search.epochs = methods.METHODS[method].passes or config.search.epochs
     config.variant = argument or "default"
     return config.lock()

@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from ddnp_jax import data, files, parallel, pipeline
-from ddnp_jax.config import typed
+from ddnp_jax.config import FinetuneConfig, typed
 from ddnp_jax.cost import flops
 from ddnp_jax.pipeline import report
 from ddnp_jax.pipeline.report import Report
@@ -141,9 +141,7 @@ def markdown(config: ConfigDict, rows: Sequence[Row]) -> str:
         f"Base: {first.base_top1:.2f} % top-1, {first.base_top5:.2f} % top-5 of {first.test_images:,} test images, "
         f"{first.flops_total_before / 1e6:,.2f} M multiply-accumulates, {first.params_before:,} parameters."
         + (f" Fine-tuned in the same way: {mean(controls)} %." if controls else ""),
-        f"Fine-tuning of every row: {recipe.epochs} epochs of {_images(first)} images, batch {recipe.batch_size}, SGD "
-        f"with momentum {recipe.momentum:g}, learning rate {recipe.learning_rate:g} ({recipe.schedule}, "
-        f"{recipe.warmup_epochs:g} epochs of warm-up), weight decay {recipe.weight_decay:g}; the last epoch counts.",
+        _recipe(recipe, first),
         "Several seeds: mean ± sample standard deviation. Δ: to the base. Latency: of a batch of "
         f"{first.latency_ms.batch}, base and pruned network in turn, on {first.devices}.",
     ]
@@ -152,8 +150,15 @@ def markdown(config: ConfigDict, rows: Sequence[Row]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _images(first: Report) -> str:
-    return f"{first.training['finetune'].images:,}" if "finetune" in first.training else "no"
+def _recipe(recipe: FinetuneConfig, first: Report) -> str:
+    if not recipe.epochs:
+        return "No row is fine-tuned."
+    return (
+        f"Fine-tuning of every row: {recipe.epochs} epochs of {first.training['finetune'].images:,} images, batch "
+        f"{recipe.batch_size}, SGD with momentum {recipe.momentum:g}, learning rate {recipe.learning_rate:g} "
+        f"({recipe.schedule}, {recipe.warmup_epochs:g} epochs of warm-up), weight decay {recipe.weight_decay:g}; the "
+        "last epoch counts."
+    )
 
 
 def _cells(row: Row, has_published: bool) -> list[str]:

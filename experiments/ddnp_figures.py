@@ -1,4 +1,4 @@
-"""DDNP's Figure A1 for one network: searches over λ, ρ, what is learned, and the generators' inputs.
+"""DDNP's Figure A1, and the outputs of its Figure 4, for one network: searches over λ, ρ, what is learned, and how.
 
     python -m experiments.ddnp_figures --config=configs/cifar10_r56.py --workdir=runs/ddnp_figures --seeds=3
 
@@ -19,20 +19,25 @@ BASE = {
     "search.importance": "generator",
     "search.width": "generator",
     "search.learned_inputs": False,
+    "search.output": "sigmoid",
 }
 LAMBDAS = {f"λ = {value:g}": {**BASE, "search.resource_weight": value} for value in (0.25, 1.0, 16.0)}
 RHOS = {f"ρ = {value:g}": {**BASE, "search.tie_weight": value} for value in (0.0, 0.1, 10.0)}
+SCALARS = default.SEARCHES["scalar"][1]
 FORMS = {
     "Fix S": {**BASE, "search.importance": "l1"},
     "Fix k": {**BASE, "search.width": "half"},
-    "channel-wise-ks": {**BASE, **default.SEARCHES["scalar"][1]},
+    "channel-wise-s": {**BASE, **{name: value for name, value in SCALARS.items() if "importance" in name}},
+    "layer-wise-k": {**BASE, **{name: value for name, value in SCALARS.items() if "width" in name}},
+    "channel-wise-ks": {**BASE, **SCALARS},
 }
 INPUTS = {"learned inputs": {**BASE, "search.learned_inputs": True}}
-SETTINGS = {FULL: BASE, **LAMBDAS, **RHOS, **FORMS, **INPUTS}
+OUTPUTS = {name: {**BASE, "search.output": output} for name, output in (("|s̄|", "abs"), ("s̄²", "square"))}
+SETTINGS = {FULL: BASE, **LAMBDAS, **RHOS, **FORMS, **INPUTS, **OUTPUTS}
 
 
 def panels(config: ConfigDict) -> tuple[Panel, ...]:
-    """The pictures; R is normalized by its value for the whole network, log(1 / p) for the default form.
+    """The plots; R is normalized by its value for the whole network, log(1 / p) for the default form.
 
     Raises:
       ValueError: That value is 0.
@@ -46,6 +51,7 @@ def panels(config: ConfigDict) -> tuple[Panel, ...]:
         Panel("(c) tie ρ", *sweep.TEST_TOP1, (FULL, *RHOS)),
         Panel("(d) what is learned", *sweep.TEST_TOP1, (FULL, *FORMS)),
         Panel("(e) inputs of the generators", *sweep.TEST_TOP1, (FULL, *INPUTS)),
+        Panel("Fig. 4: output function", *sweep.TEST_TOP1, (FULL, *OUTPUTS)),
     )
 
 

@@ -21,6 +21,7 @@ SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
             "search.bidirectional": True,
             "search.layer_norm": True,
             "search.width": "linear",
+            "search.width_optimizer.learning_rate": 1e-3,
             "search.energy_weight": 0.5,
             "search.importance_average": 0.99,
         },

@@ -594,6 +594,20 @@ def test_configurations_are_locked_and_name_their_variants():
         cifar10_r56.get_config("nppn")
 
 
+@pytest.mark.parametrize(
+    ("module", "argument", "rate"),
+    [
+        (digits_r20, "", 3e-3),
+        (digits_r20, "authors", 1e-3),
+        (digits_r20, "scalar", 5e-2),
+        (cifar10_r56, "", 1e-3),
+        (cifar10_r56, "authors", 1e-3),
+    ],
+)
+def test_a_short_search_has_a_faster_rate_of_widths(module, argument, rate):
+    assert module.get_config(argument).search.width_optimizer.learning_rate == rate
+
+
 def test_cpu_devices_share_every_batch(config, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))

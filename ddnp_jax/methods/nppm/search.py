@@ -48,9 +48,9 @@ class Fields(ResourceFields):
     """The fields of NPPM; values are the authors' for CIFAR-10.
 
     Attributes:
-      initial_deviation: Standard deviation of θ at the start, around 0.
       optimizer: AdamW of the gates, the rate x0.1 at `decay_at`.
       decay_at: Fraction of the search.
+      initial_deviation: Standard deviation of θ at the start, around 0.
       predictor: PN: 'gru' (Table 2), 'authors' (their code), 'linear' (LR), or 'none' (DG).
       predictor_loss: 'absolute' or 'squared'.
       predictor_batch_size: Pairs per step of PN; PN takes part once the memory has more.
@@ -63,9 +63,9 @@ class Fields(ResourceFields):
     """
 
     resource_loss: str = "log_max"
-    initial_deviation: float = 1.0
     optimizer: AdamW = dataclasses.field(default=AdamW(learning_rate=5e-2, weight_decay=1e-2))
     decay_at: float = 0.8
+    initial_deviation: float = 1.0
     predictor: str = "gru"
     predictor_loss: str = "absolute"
     predictor_batch_size: int = 64

@@ -209,7 +209,9 @@ def _end_one_of_several(error: Exception, relay: "Relay") -> NoReturn:
     from ddnp_jax import ending
 
     sentence = _sentence_of(error)
-    if sentence is None and isinstance(error, RuntimeError) and relay.is_broken():
+    # JAX's RuntimeErrors come as ValueErrors out of some functions, and begin with a code in any case.
+    is_of_jax = isinstance(error, RuntimeError | ValueError) and re.match("[A-Z_]+: ", str(error))
+    if is_of_jax and relay.is_broken():
         ending.leave_to_resume(f"another process of the run ended ({_first_line(error)})")
     ending.leave(1, sentence or "".join(traceback.format_exception(error)))
 

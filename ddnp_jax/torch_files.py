@@ -57,15 +57,15 @@ def source_of(path_or_state_dict: Any) -> str:
     return "the state dict" if isinstance(path_or_state_dict, Mapping) else str(path_or_state_dict)
 
 
-def check_exists(path: str | os.PathLike) -> None:
-    """Raises FileNotFoundError where there is no such file."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no PyTorch checkpoint {path}; give the path of an existing file.")
+def check(path: str | os.PathLike) -> None:
+    """Raises as `read` does for a file that is missing or damaged, whatever the network."""
+    _read(Path(path))
 
 
 def _read(path: Path) -> Any:
     """What a file holds."""
-    check_exists(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no PyTorch checkpoint {path}; give the path of an existing file.")
     tensors_only = path.suffix == ".safetensors"
     try:
         if tensors_only:

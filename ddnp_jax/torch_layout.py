@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddnp_jax.networks import LeafPath, Network, as_network, flatten
+from ddnp_jax.networks import LeafPath, ModulePath, Network, as_network, flatten
 from ddnp_jax.topology import Flattened, Topology, trace, variable_shapes
 
 LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
@@ -94,10 +94,12 @@ class Layout(NamedTuple):
     Attributes:
       topology: Topology of the network, for one shape of images.
       tensors: The tensors by PyTorch's name.
+      group_norms: Number of groups of the group normalizations by PyTorch's name.
     """
 
     topology: Topology
     tensors: Mapping[str, Tensor]
+    group_norms: Mapping[str, int]
 
 
 def torch_network(model: Any) -> Network:
@@ -117,8 +119,13 @@ def torch_network(model: Any) -> Network:
 
 def _torch_name(network: Network, path: LeafPath) -> str:
     """PyTorch's name of a leaf."""
-    modules, leaf = network.module_of(path), path[-1]
-    return ".".join([*(re.sub(r"_(\d+)(?=_|$)", r".\1", module) for module in modules), LEAVES.get(leaf, leaf)])
+    module, leaf = _torch_module(network.module_of(path)), path[-1]
+    return ".".join([*filter(None, [module]), LEAVES.get(leaf, leaf)])
+
+
+def _torch_module(path: ModulePath) -> str:
+    """PyTorch's name of a module."""
+    return ".".join(re.sub(r"_(\d+)(?=_|$)", r".\1", module) for module in path)
 
 
 def weights_by_name(network: Network, variables: Any) -> dict[str, tuple[LeafPath, Any]]:
@@ -166,7 +173,8 @@ def layout_at(network: Network, input_shape: Sequence[int]) -> Layout:
         name: Tensor(path, leaf.shape, flattened[path], transposed.get(path))
         for name, (path, leaf) in weights_by_name(network, shapes).items()
     }
-    return Layout(topology, tensors)
+    group_norms = {_torch_module(path): count for path, count in network.group_norms(shapes, images).items()}
+    return Layout(topology, tensors, group_norms)
 
 
 def _images(input_shape: Sequence[int]) -> jax.ShapeDtypeStruct:

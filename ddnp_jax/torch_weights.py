@@ -210,6 +210,10 @@ def _layer_sizes(layout: Layout) -> dict[str, dict[str, int]]:
             sizes[name] = {"in_features": inputs, "out_features": outputs}
         elif tensor.path[-1] == "mean":
             sizes[name] = {"num_features": outputs}
+        elif name in layout.group_norms:
+            sizes[name] = {"num_channels": outputs}
+    for name, count in layout.group_norms.items():
+        sizes[name] = {"num_groups": count, **sizes.get(name, {})}
     return sizes
 
 

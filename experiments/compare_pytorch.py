@@ -98,9 +98,10 @@ def compare(config: "Config", checkpoint: str) -> dict[str, Any]:
     import torch
     from tqdm import tqdm
 
-    from ddnp_jax import data, parallel
+    from ddnp_jax import data, parallel, torch_files
 
     parallel.check_batch(config.eval_batch_size, "eval_batch_size")
+    torch_files.check(checkpoint)
     dataset = data.load(config.data)
     on_gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
     sides = {
@@ -177,10 +178,9 @@ def summary(figures: Mapping[str, Any]) -> str:
 
 def main(config: ConfigDict, workdir: str | None) -> str:
     """Compares, and keeps the figures where there is a workdir."""
-    from ddnp_jax import files, pipeline, torch_files
+    from ddnp_jax import files, pipeline
     from ddnp_jax.config import typed
 
-    torch_files.check_exists(_CHECKPOINT.value)
     with pipeline.locked(workdir) if workdir else contextlib.nullcontext():
         figures = compare(typed(config), _CHECKPOINT.value)
         if workdir:

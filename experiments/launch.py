@@ -212,6 +212,7 @@ def run(
 
             logging.set_verbosity(logging.WARNING)
             logging.get_absl_logger().addFilter(_is_not_of_orbax)
+            sys.unraisablehook = _print_unless_of_orbax
             relay = parallel.initialize(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         except (ValueError, ImportError) as error:
             raise SystemExit(f"error: {error}") from error
@@ -219,28 +220,28 @@ def run(
             parallel.check_devices()
             print(job(config.value, _WORKDIR.value))
         except Exception as error:
-            if relay is not None:
-                _end_one_of_several(error, relay)
-            if sentence := _sentence_of(error):
-                raise SystemExit(sentence) from error
-            raise
+            _end(error, relay)
 
     with _interruptible():
         app.run(main, flags_parser=_parse)
 
 
-def _end_one_of_several(error: Exception, relay: "Relay") -> NoReturn:
-    """Ends a process of several at an error, at once: in order, it would wait for the others, and they for it."""
+def _end(error: Exception, relay: "Relay | None") -> NoReturn:
+    """Ends a run at an error, at once: orbax's threads would go on about it, and other processes wait for this one."""
     from ddnp_jax import ending
 
-    sentence = _sentence_of(error)
-    if sentence is None and isinstance(error, RuntimeError) and relay.is_broken():
+    # JAX's RuntimeErrors come as ValueErrors out of some functions, and begin with a code in any case.
+    is_of_jax = isinstance(error, RuntimeError | ValueError) and re.match("[A-Z_]+: ", str(error))
+    if is_of_jax and relay is not None and relay.is_broken():
         ending.leave_to_resume(f"another process of the run ended ({_first_line(error)})")
-    ending.leave(1, sentence or "".join(traceback.format_exception(error)))
+    ending.leave(1, _sentence_of(error) or "".join(traceback.format_exception(error)).rstrip())
 
 
 def _sentence_of(error: Exception) -> str | None:
     """What a run ends with at an error that says it all; None for one that needs its traceback."""
+    if of_system := re.search(r"\[os_error_code='(\d+)'\]", str(error)):  # of orbax's, with a page about where
+        code = int(of_system[1])
+        error = OSError(code, os.strerror(code))
     match error:
         case OSError():
             return f"error: {_of_system(error)}"
@@ -264,6 +265,12 @@ class Parser(argparse.ArgumentParser):
 def _is_not_of_orbax(record: LogRecord) -> bool:
     """Orbax logs a page for an error that it raises as well."""
     return "orbax" not in Path(record.pathname).parts
+
+
+def _print_unless_of_orbax(unraisable: "sys.UnraisableHookArgs") -> None:
+    """After an error of one write, every other one that orbax has begun says that nobody waits for it any more."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 @contextlib.contextmanager

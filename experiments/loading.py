@@ -122,7 +122,13 @@ def _records(data_dir: str) -> Any:
         return [{"image": _photograph(i), "label": 0} for i in range(COUNT)]
     from ddnp_jax.data import prepared
 
-    return prepared.open_records(prepared.open_builder("imagenet2012", data_dir), "train")
+    try:
+        return prepared.open_records(prepared.open_builder("imagenet2012", data_dir), "train")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--data_dir={data_dir} holds no imagenet2012 that TFDS has prepared as array_record; give the folder that "
+            "does, or leave it out for synthetic photographs."
+        ) from error
 
 
 def _photograph(seed: int) -> bytes:

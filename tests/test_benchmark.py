@@ -185,7 +185,7 @@ def test_a_wrong_flag_ends_in_one_sentence(monkeypatch, argument, message):
 def test_a_missing_folder_of_photographs_ends_in_one_sentence(capfd, tmp_path):
     with pytest.raises(SystemExit, match=r"^1$"):
         interleaved.Worker(benchmark.photographs, "this project", str(tmp_path), 8)
-    assert f"\nerror: data.data_dir='{tmp_path}' holds no prepared imagenet2012" in f"\n{capfd.readouterr().err}"
+    assert f"\nerror: --data_dir={tmp_path} holds no imagenet2012 that TFDS has" in f"\n{capfd.readouterr().err}"
 
 
 def test_a_refusal_of_a_measured_process_is_seen(capfd):

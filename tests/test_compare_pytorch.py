@@ -73,3 +73,13 @@ def test_bad_input_ends_in_a_sentence(tmp_path, arguments, message):
     assert done.returncode != 0
     assert message in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_a_damaged_checkpoint_is_named_before_data_are_read(tmp_path):
+    weights = tmp_path / "weights.pth"
+    torch.save(pytorch_models.create("resnet20", 10, channels=1).state_dict(), weights)
+    weights.write_bytes(weights.read_bytes()[:9000])
+    done = run(tmp_path, f"--torch_checkpoint={weights}", "--config.data.name=folder", "--config.data.data_dir=nowhere")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {weights} cannot be read: it is damaged, or holds more than tensors (")
+    assert done.stderr.count("\n") == 1

@@ -96,3 +96,25 @@ def test_ctrl_c_while_everything_is_imported_ends_in_a_sentence(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "interrupted; the same command resumes what was saved.\n")
+
+
+FULL = """
+from experiments import launch
+
+def job(config, workdir):
+    class Waiter:
+        def __del__(self):
+            raise RuntimeError("Event loop is closed")
+    Waiter()
+    raise ValueError("Error writing: Failed to write [os_error_code='28'] [tensorstore_spec='...']")
+
+launch.run("configs/digits_r20.py", job)
+"""
+
+
+def test_a_full_disk_ends_in_a_sentence_whatever_orbax_says_of_it(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", FULL, "--workdir=run"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    sentence = "error: [Errno 28] No space left on device; what was saved before stays as it is.\n"
+    assert (done.returncode, done.stderr) == (1, sentence)

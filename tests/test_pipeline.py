@@ -390,8 +390,8 @@ def test_a_workdir_without_its_configuration_is_refused(config, tmp_path):
         ("search", "", "search is a file where the run keeps a folder; move it away."),
         (
             "finetune/seconds.json",
-            "[]",
-            "finetune/seconds.json holds [], which is no number of seconds; put a good copy back, or delete it.",
+            '{"seconds": 12.5, "checksum": "of another number"}',
+            "finetune/seconds.json is damaged: its checksum is wrong; put a good copy back, or delete it.",
         ),
     ],
 )

@@ -32,6 +32,24 @@ def job(config, workdir):
 relay.GRACE_SECONDS = 0
 launch.run("configs/digits_r20.py", job)
 """
+TALKS = """
+import builtins, os, sys
+from ddnp_jax import parallel
+from experiments import launch
+
+def job(config, workdir):
+    for _ in range(3):  # gloo connects them
+        parallel.any_process(False)
+    if parallel.process()[0] == int(os.environ["KILLED"]):
+        os.kill(os.getpid(), 9)
+    try:
+        while True:
+            parallel.any_process(False)
+    except RuntimeError as error:
+        raise getattr(builtins, os.environ["KIND"])(*error.args)
+
+launch.run("configs/digits_r20.py", job)
+"""
 
 
 def start(code, *arguments):
@@ -102,3 +120,15 @@ def test_an_error_of_one_process_is_said_by_it_and_ends_the_other(pair):
         ending.RESUMABLE,
         "another process of the run ended; start all of them again to resume.\n",
     )
+
+
+@pytest.mark.parametrize(("killed", "kind"), [(0, "RuntimeError"), (1, "ValueError")])
+def test_what_all_processes_do_fails_with_one_sentence(pair, monkeypatch, killed, kind):
+    monkeypatch.setenv("KILLED", str(killed))
+    monkeypatch.setenv("KIND", kind)
+    address = f"--coordinator_address=127.0.0.1:{free_port()}"
+    flags = ["--workdir=unused", "--distributed", "--num_processes=2", address]
+    code, said = ended(pair(TALKS, [(*flags, f"--process_id={number}") for number in (0, 1)])[1 - killed])
+    assert code == ending.RESUMABLE
+    assert said.startswith("another process of the run ended") and said.endswith("start all of them again to resume.\n")
+    assert said.count("\n") == 1

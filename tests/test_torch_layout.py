@@ -488,6 +488,60 @@ def test_nnx_modules_without_a_flatten_need_no_input_shape():
     np.testing.assert_allclose(loaded(x), expected, rtol=0, atol=1e-5)
 
 
+# Group normalization
+
+
+class GroupNet(nn.Module):
+    sizes: dict
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.GroupNorm(**self.sizes, epsilon=1e-5, name="norm")(nn.Conv(12, (3, 3), name="conv")(x))
+        x = nn.GroupNorm(num_groups=1, epsilon=1e-5, name="last")(nn.Conv(8, (3, 3), name="conv2")(nn.relu(x)))
+        return nn.Dense(5, name="fc")(x.mean((1, 2)))
+
+
+class NnxGroupNet(nnx.Module):
+    def __init__(self, rngs):
+        self.conv, self.conv2 = nnx.Conv(3, 12, (3, 3), rngs=rngs), nnx.Conv(12, 8, (3, 3), rngs=rngs)
+        self.norm = nnx.GroupNorm(12, num_groups=4, epsilon=1e-5, rngs=rngs)
+        self.last = nnx.GroupNorm(8, num_groups=1, epsilon=1e-5, rngs=rngs)
+        self.fc = nnx.Linear(8, 5, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.conv(x)))
+        return self.fc(self.last(self.conv2(x)).mean((1, 2)))
+
+
+class TorchGroupNet(tnn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.conv2 = tnn.Conv2d(3, 12, 3, padding=1), tnn.Conv2d(12, 8, 3, padding=1)
+        self.norm, self.last = tnn.GroupNorm(4, 12), tnn.GroupNorm(1, 8)
+        self.fc = tnn.Linear(8, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.conv(x)))
+        return self.fc(self.last(self.conv2(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("sizes", [{"num_groups": 4}, {"num_groups": None, "group_size": 3}, None], ids=str)
+def test_cut_group_normalization_goes_to_pytorch(tmp_path, sizes, twice):
+    x = noise(3, 8, 8, 3)
+    model = NnxGroupNet(nnx.Rngs(0)) if sizes is None else GroupNet(sizes)
+    loaded = torch_weights.load(seeded(TorchGroupNet()).state_dict(), model)
+    model, variables = (loaded, None) if sizes is None else (model, loaded)
+    for groups in (3, 1) if twice else (3,):
+        topology = trace(model, (8, 8, 3), variables=variables)
+        assert topology.widths == (4 if groups == 3 else 3,)  # whole groups
+        model, variables = compact(model, variables, Selection((tuple(range(1, 1 + groups)),)), topology)
+    small = saved_and_read(tmp_path, model, variables, TorchGroupNet())
+    assert small.norm.num_groups == groups
+    expected = model(x) if sizes is None else model.apply(variables, x)
+    np.testing.assert_allclose(torch_outputs(small, x), expected, rtol=0, atol=1e-5)
+
+
 # Refusals
 
 

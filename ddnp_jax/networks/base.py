@@ -161,6 +161,11 @@ class Network(abc.ABC):
         del variables, images
         return {}
 
+    def group_norms(self, variables: Any, images: Any) -> Mapping[ModulePath, int]:
+        """Number of groups of the group normalizations that modules name as such; arguments as of `transposed`."""
+        del variables, images
+        return {}
+
     def bind(self, variables: Any) -> tuple[Any, Any]:
         """(model, variables) as their user holds them: the variables of an nnx module are inside of it."""
         return self.model, variables

@@ -168,6 +168,16 @@ class LinenNetwork(Network):
             if issubclass(call.kind, nn.ConvTranspose)
         }
 
+    def group_norms(self, variables: Any, images: Any) -> Mapping[ModulePath, int]:
+        """Every `GroupNorm` that is called with an array."""
+        resized = dict(map(_as_mapping, self.saved_sizes()))
+        found: dict[ModulePath, int] = {}
+        for path, call in self._calls(variables, images).items():
+            if issubclass(call.kind, nn.GroupNorm) and call.channels is not None:
+                own = {**call.attributes, **resized.get(path, {})}
+                found[path] = own["num_groups"] or call.channels // own["group_size"]
+        return found
+
     def with_sizes(self, sizes: Sizes) -> nn.Module:
         """The module in a wrapper that holds the sizes."""
         return Resized.of(self.module, sizes) if sizes else self.module

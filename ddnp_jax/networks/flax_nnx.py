@@ -112,6 +112,15 @@ class NnxNetwork(Network):
             if isinstance(module, nnx.ConvTranspose)
         }
 
+    def group_norms(self, variables: Any, images: Any) -> Mapping[ModulePath, int]:
+        """Every `GroupNorm` inside."""
+        del variables, images
+        return {
+            path: module.num_groups
+            for path, module in _modules(self.model).items()
+            if isinstance(module, nnx.GroupNorm)
+        }
+
     def bind(self, variables: Any) -> tuple[Any, Any]:
         """(a module with the variables inside, None)."""
         return self._module(variables), None

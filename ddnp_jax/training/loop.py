@@ -205,7 +205,7 @@ class _Clock:
 
     def save(self) -> None:
         if jax.process_index() == 0:
-            files.write_json(self._path, self._before + time.monotonic() - self._started)
+            files.write_sealed(self._path, {"seconds": self._before + time.monotonic() - self._started})
 
 
 def seconds(folder: Path) -> float:
@@ -215,7 +215,4 @@ def seconds(folder: Path) -> float:
       ValueError: The file that says so is damaged.
     """
     path = folder / "seconds.json"
-    found = files.read_json(path) if path.exists() else 0.0
-    if not isinstance(found, int | float) or isinstance(found, bool):
-        raise ValueError(f"{path} holds {found!r}, which is no number of seconds; put a good copy back, or delete it.")
-    return found
+    return files.read_sealed(path)["seconds"] if path.exists() else 0.0

@@ -20,8 +20,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.base.update(epochs=20, batch_size=64, schedule="cosine", warmup_epochs=1.0, chunk_steps=15)
     config.search.update(epochs=200, batch_size=128, save_every=4)
     config.finetune.update(epochs=10, batch_size=64, schedule="cosine", warmup_epochs=0.0, learning_rate=0.02)
-    # The batch statistics of the cut network before it is fine-tuned: they say more of the kept channels than those that
-    # the whole network left.
+    # Batch statistics of the cut network, in place of those of the whole one.
     config.finetune.update(chunk_steps=15, control=True, recalibration_steps=60)
     # 800 steps: with the 1e-3 of 2,000 steps k does not always come back to the open gates.
     of_method = {"ddnp": {"search.width_optimizer.learning_rate": 3e-3}}

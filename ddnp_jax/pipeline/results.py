@@ -101,7 +101,13 @@ def summarize(job: "Run", selection: Selection) -> Report:
         devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         latency_ms=Latency(**results["latency_ms"]),
         verification=Verification(**results["verification"]),
-        notes=(*config.notes, *job.dataset.notes, *results["search_notes"], *_fitted(job, results["proposed_p"])),
+        notes=(
+            *config.notes,
+            *job.dataset.notes,
+            *results["search_notes"],
+            *_fitted(job, results["proposed_p"]),
+            *_recalibrated(config.finetune.recalibration_steps, config.finetune.batch_size),
+        ),
     )
 
 
@@ -138,6 +144,15 @@ def _learning_rates(config: Config, stage: Stage) -> dict[str, float]:
         return {"sgd": section.learning_rate}
     fields = vars(section.method_fields())
     return {name: value.learning_rate for name, value in fields.items() if isinstance(value, AdamW)}
+
+
+def _recalibrated(steps: int, batch_size: int) -> list[str]:
+    if not steps:
+        return []
+    return [
+        f"The batch statistics of the cut network were re-estimated over {steps} batches of {batch_size} images before "
+        "it was measured and fine-tuned."
+    ]
 
 
 def _fitted(job: "Run", proposed: float | None) -> list[str]:

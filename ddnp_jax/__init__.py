@@ -4,7 +4,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from ddnp_jax import config, methods, models, torch_weights
+from ddnp_jax import config, export, methods, models, torch_weights
 from ddnp_jax.compact import Verification, compact, verify
 from ddnp_jax.cost import flops
 from ddnp_jax.cost.budget import Budget, Cost
@@ -33,6 +33,7 @@ __all__ = [
     "apply_masked",
     "compact",
     "config",
+    "export",
     "fit",
     "flops",
     "load_pruned",

@@ -208,17 +208,30 @@ def verify(
         [np.asarray(leaf) for leaf in jax.tree.leaves(found if outputs is None else picked(found, outputs))]
         for found in (masked(variables, images), cut(small_variables, images))
     ]
-    return _compared(list(zip(*pairs, strict=True)), tolerance)
+    return compare_outputs(list(zip(*pairs, strict=True)), tolerance, "the smaller network", "the masked one")
 
 
-def _compared(pairs: list[tuple[np.ndarray, np.ndarray]], tolerance: float) -> Verification:
+def compare_outputs(
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]], tolerance: float, which: str, reference: str
+) -> Verification:
+    """Compares the outputs of two forms of a network.
+
+    Args:
+      pairs: Per output, its reference and what was found, of the same shape.
+      tolerance: Largest difference that is allowed, relative to the output's largest absolute value.
+      which: What to call the network that is compared, in a message.
+      reference: What to call the one that it is compared with.
+
+    Raises:
+      ValueError: An output differs by more, or is not finite.
+    """
     differences = [float(np.max(np.abs(masked - cut))) for masked, cut in pairs]
     agreement = float(np.mean(np.concatenate([np.ravel(a.argmax(-1) == b.argmax(-1)) for a, b in pairs])))
     for (masked, _), difference in zip(pairs, differences, strict=True):
         allowed = tolerance * float(np.max(np.abs(masked)))
         if not difference <= allowed:  # NaN too
             raise ValueError(
-                f"the smaller network does not compute what the masked one does: logits differ by up to "
+                f"{which} does not compute what {reference} does: logits differ by up to "
                 f"{difference:.3g} (allowed: {allowed:.3g}), and {agreement:.2%} of the predictions agree."
             )
     return Verification(max(differences), agreement)

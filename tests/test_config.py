@@ -101,7 +101,7 @@ def test_a_configuration_of_the_command_line_may_change_its_method_where_the_fie
     assert typed(config).search.method_fields().allocation == "global"
     assert typed(config).search.epochs == 1  # a score reads every image once
     config.search.method = "nppm"
-    refused(config, "search.method='nppm' needs search.initial_deviation, which this configuration lacks; choose")
+    refused(config, "search.method='nppm' needs search.optimizer, which this configuration lacks; choose")
 
 
 def test_values_become_plain_ones_of_their_types():

@@ -40,7 +40,7 @@ def tiny(data_dir, argument=""):
     config.base.update(epochs=1, warmup_epochs=0.5, batch_size=128, chunk_steps=1, save_every=2)
     config.search.update(epochs=1, batch_size=256, chunk_steps=1, save_every=2)
     config.finetune.update(epochs=1, batch_size=256, chunk_steps=2, save_every=1, distillation_weight=0.5)
-    config.finetune.control = False
+    config.finetune.update(control=False, recalibration_steps=0)
     config.budget.p = P
     return config
 

@@ -237,12 +237,19 @@ def _check_cut(network: Network, rebuild: Rebuild | None, topology: Topology, bu
     rehearse(network.model, drawn, topology, budget.smallest_widths, rebuild)
 
 
+def _zeros(leaf: jax.ShapeDtypeStruct) -> Any:
+    """Zeros of a leaf's shape; of a random key, some key."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return jnp.broadcast_to(jax.random.key(0), leaf.shape)
+    return np.zeros(leaf.shape, leaf.dtype)
+
+
 def _check_search(config: Config, network: Network, topology: Topology, budget: Budget, outputs: Outputs) -> None:
     """Raises for a network that the method cannot search; no step is computed."""
     fields = config.search.method_fields()
     image = jax.ShapeDtypeStruct((1, *topology.input_shape), jnp.float32)
     label = jax.ShapeDtypeStruct((1,), jnp.int32)
-    variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variable_shapes(network, image))
+    variables = jax.tree.map(_zeros, variable_shapes(network, image))
     problem = methods.Problem(network.model, variables, topology, budget, fields, steps=1, outputs=outputs)
     try:
         search = methods.build(config.search.method, problem)

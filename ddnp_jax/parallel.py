@@ -5,7 +5,6 @@ is known in this file alone: a step is given `Devices`.
 """
 
 import os
-import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -92,7 +91,8 @@ def initialize(
         return None
     if missing:
         given = _found(given)
-    if not re.fullmatch(r".+:\d+", given["coordinator_address"]):
+    host, _, port = given["coordinator_address"].rpartition(":")
+    if not host or not port.isdecimal() or int(port) >= 2**16:
         raise ValueError(f"coordinator_address={coordinator_address!r} must be the host:port of process 0.")
     way = relay.Relay(given["coordinator_address"], given["process_id"])
     address = {"coordinator_address": way.address, "coordinator_bind_address": way.address}

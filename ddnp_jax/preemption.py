@@ -38,10 +38,12 @@ class PreemptionGuard:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Puts the old handlers back."""
+        """Puts the old handlers back, and says why the run was stopped: now progress bars and files are closed."""
         for number, handler in self._old.items():
             # None: it was not set from Python (jax.distributed sets one of its own), and cannot be put back from here.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if isinstance(error, Preempted):
+            print(error.message, file=sys.stderr, flush=True)
 
     def stop_requested(self) -> bool:
         """Whether any process of the run was asked to stop; all processes ask at the same point, and agree."""
@@ -51,13 +53,12 @@ class PreemptionGuard:
         """Ends the run if it was asked to stop; all processes call at the same point.
 
         Args:
-          message: What was saved, for the person who reads it.
+          message: What is saved, for the person who reads it; said on standard error when the guard is left.
 
         Raises:
-          Preempted: It was asked to stop; the message is on standard error.
+          Preempted: It was asked to stop.
         """
         if self.stop_requested():
-            print(message, file=sys.stderr, flush=True)
             raise Preempted(message)
 
     def _request(self, number: int, frame: FrameType | None) -> None:

@@ -209,7 +209,7 @@ WRONG_LABELS = {
     ),
     "too few": (LABELS[:-1], "the labels of train have shape (39,); give one for each of its 40 images."),
     "one": (np.int64(3), "the labels of train have shape (); give one for each of its 40 images."),
-    "negative": (relabelled(11, -1), "label 11 of train is -1; with 4 classes it must be from 0 to 3."),
+    "negative": (relabelled(11, -1), "label 11 of train is -1; give whole numbers from 0."),
 }
 
 

@@ -154,8 +154,15 @@ def test_wrong_settings_end_in_a_sentence():
         parallel.data_parallel(sgd, mode="pjit")
     with pytest.raises(ValueError, match="num_processes and process_id missing: set all of"):
         parallel.initialize(True, "127.0.0.1:1234")
-    with pytest.raises(ValueError, match=r"^coordinator_address='first' must be the host:port of process 0\.$"):
-        parallel.initialize(True, "first", 2, 0)
+    for address in ("first", "first:", ":1234", "first:65536"):
+        with pytest.raises(
+            ValueError, match=rf"^coordinator_address='{address}' must be the host:port of process 0\.$"
+        ):
+            parallel.initialize(True, address, 2, 0)
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"^the first process cannot listen on port {port} \(.*\); give another "):
+            parallel.initialize(True, f"127.0.0.1:{port}", 2, 0)
     with pytest.raises(ValueError, match="process_id is set but distributed is False"):
         parallel.initialize(False, process_id=0)
     parallel.initialize(False)  # the one-machine run touches nothing

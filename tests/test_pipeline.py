@@ -524,13 +524,13 @@ def test_unknown_data(config, tmp_path):
 def test_held_out_images_are_enough(config, tmp_path):
     few = refused(config, tmp_path, **{"data.search_fraction": 0.1})
     assert few == (
-        "data.search_fraction=0.1 of data.train_split='train' leaves 144 images to search, fewer than "
-        "search.batch_size=256; divide the images differently, or take smaller batches."
+        "search_fraction and validation_fraction leave 144 of the 1442 training images of digits to search, fewer than "
+        "search.batch_size=256; change them, or take smaller batches."
     )
     fewer = refused(config, tmp_path, **{"data.search_fraction": 0.9, "data.validation_fraction": 0.05})
-    assert "leaves 72 images to base, fewer than base.batch_size=128" in fewer
+    assert "leave 72 of the 1442 training images of digits to base, fewer than base.batch_size=128" in fewer
     none = refused(config, tmp_path, **{"data.search_fraction": 0.6, "data.validation_fraction": 0.0})
-    assert "data.validation_fraction=0.0 holds out no image" in none
+    assert "validation_fraction holds out none of the 1442 training images of digits to choose the best" in none
 
 
 def test_missing_data_folder(tmp_path):

@@ -130,6 +130,8 @@ def _labels(given: Any, count: int, part: str) -> np.ndarray:
         raise ValueError(
             f"the labels of {part} are of type {labels.dtype}, the first is {given[0]!r}; give whole numbers from 0."
         )
+    if labels.min() < 0:
+        raise ValueError(f"label {labels.argmin()} of {part} is {labels.min()}; give whole numbers from 0.")
     return labels
 
 

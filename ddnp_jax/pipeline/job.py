@@ -280,14 +280,14 @@ def _check_splits(config: Config, dataset: data.Dataset) -> None:
         found, batch_size = len(_indices(dataset, section)), config.stage(section).batch_size
         if found < batch_size:
             raise ValueError(
-                f"data.search_fraction={config.data.search_fraction} of data.train_split={config.data.train_split!r} "
-                f"leaves {found} images to {section}, fewer than {section}.batch_size={batch_size}; divide the images "
-                "differently, or take smaller batches."
+                f"search_fraction and validation_fraction leave {found} of the {len(dataset.train)} training images of "
+                f"{dataset.name} to {section}, fewer than {section}.batch_size={batch_size}; change them, or take "
+                "smaller batches."
             )
     if not len(dataset.splits["validation"]):
         raise ValueError(
-            f"data.validation_fraction={config.data.validation_fraction} holds out no image to choose the best "
-            "checkpoint by; hold out some."
+            f"validation_fraction holds out none of the {len(dataset.train)} training images of {dataset.name} to "
+            "choose the best checkpoint by; make it larger."
         )
 
 

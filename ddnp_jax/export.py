@@ -78,11 +78,11 @@ def onnx(path: str | Path, model: Any, variables: Any, images: Any, *, serving: 
     Inputs stay (N, H, W, C). The metadata are a property of the file, in JSON.
 
     Args:
-      path: Path of the file.
-      model: The network, of any kind that `trace` takes; evaluation mode is exported.
-      variables: Variables of the network; None of an nnx module, which holds them.
-      images: Images (N, H, W, C) to compare with: as the network takes them, or pixels where there is `serving`.
-      serving: What must be done to an image first; None of nothing.
+      path: Path of the file; the other arguments as of `stablehlo`.
+      model: See there.
+      variables: See there.
+      images: See there.
+      serving: See there.
 
     Returns:
       How near the outputs of the file are to those of the network.

@@ -11,7 +11,6 @@ are written after every run. `finetune.control` fine-tunes the base too, once fo
 
 import dataclasses
 import re
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,7 +139,7 @@ def markdown(config: ConfigDict, rows: Sequence[Row]) -> str:
         "",
         f"Base: {first.base_top1:.2f} % top-1, {first.base_top5:.2f} % top-5 of {first.test_images:,} test images, "
         f"{first.flops_total_before / 1e6:,.2f} M multiply-accumulates, {first.params_before:,} parameters."
-        + (f" Fine-tuned in the same way: {mean(controls)} %." if controls else ""),
+        + (f" Fine-tuned in the same way: {report.mean(controls)} %." if controls else ""),
         _recipe(recipe, first),
         "Several seeds: mean ± sample standard deviation. Δ: to the base. Latency: of a batch of "
         f"{first.latency_ms.batch}, base and pruned network in turn, on {first.devices}.",
@@ -162,19 +161,13 @@ def _recipe(recipe: FinetuneConfig, first: Report) -> str:
 
 
 def _cells(row: Row, has_published: bool) -> list[str]:
-    cells = [row.name, str(len(row.runs)), *(mean([of(run) for run in row.runs]) for of in FIGURES.values())]
+    cells = [row.name, str(len(row.runs)), *(report.mean([of(run) for run in row.runs]) for of in FIGURES.values())]
     if has_published and row.published is None:
         cells += ["-"] * 4
     elif row.published is not None:
         base, top1, top5, reduction = row.published
         cells += [f"{top1:.2f}", f"{top5:.2f}", f"{top1 - base:+.2f}", f"{reduction:.1f}"]
     return cells
-
-
-def mean(values: Sequence[float]) -> str:
-    """Mean, and the sample standard deviation of several."""
-    found = f"{statistics.fmean(values):.2f}"
-    return f"{found} ± {statistics.stdev(values):.2f}" if len(values) > 1 else found
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from test_ddnp import IMAGES, LABELS, VARIABLES, WIDTHS, Tiny, compiled, topolog
 import ddnp_jax
 from ddnp_jax import methods
 from ddnp_jax.cost.budget import Budget
-from ddnp_jax.methods import scores
+from ddnp_jax.methods import allocations, scores
+from ddnp_jax.methods.evidence import Evidence
 
 
 def make_search(method, p=0.5, steps=2, multiple=1, **fields):
@@ -56,7 +57,7 @@ def test_a_gate_without_normalization_is_named():
     variables = Plain().init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
     found = ddnp_jax.trace(Plain(), (4, 4, 3))
     with pytest.raises(ValueError, match=r"^gate first has no normalization with a scale; score"):
-        scores.bn_scale(scores.Evidence(found, variables), 0)
+        scores.bn_scale(Evidence(found, variables), 0)
 
 
 def test_fpgm_is_the_sum_of_distances_to_the_other_filters():
@@ -114,7 +115,7 @@ def test_a_score_of_features_is_one_function(monkeypatch):
         return jnp.mean(features, range(features.ndim - 1))
 
     monkeypatch.setitem(scores.SCORES, "mean", scores.Score(mean_feature, needs_images=True))
-    problem = methods.Problem(Tiny(), VARIABLES, topology(), Budget(topology(), 0.5), scores.Fields(), 2)
+    problem = methods.Problem(Tiny(), VARIABLES, topology(), Budget(topology(), 0.5), allocations.Fields(), 2)
     search = scores.build(scores.SCORES["mean"], problem)
     state, history = methods.run_search(search, VARIABLES, batches(), progress=False)
     _, seen = Tiny().apply(VARIABLES, IMAGES, capture_intermediates=True, mutable=["intermediates"])
@@ -133,8 +134,8 @@ def feature_maps():
 
 
 def evidence():
-    problem = methods.Problem(Tiny(), VARIABLES, topology(), Budget(topology(), 0.5), scores.Fields(), 1)
-    return scores.Evidence(topology(), VARIABLES, problem=problem, batch=(IMAGES, LABELS))
+    problem = methods.Problem(Tiny(), VARIABLES, topology(), Budget(topology(), 0.5), allocations.Fields(), 1)
+    return Evidence(topology(), VARIABLES, problem=problem, batch=(IMAGES, LABELS))
 
 
 def test_hrank_is_the_mean_rank_of_the_feature_maps():
@@ -213,8 +214,8 @@ def test_a_residual_stream_is_scored_by_the_mean_over_its_blocks(score):
     model, found, names = residual_network()
     images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
     variables = model.init(jax.random.key(0), images)
-    problem = methods.Problem(model, variables, found, Budget(found, 0.5), scores.Fields(), 1)
-    evidence = scores.Evidence(found, variables, problem=problem, batch=(images, np.zeros(2, np.int32)))
+    problem = methods.Problem(model, variables, found, Budget(found, 0.5), allocations.Fields(), 1)
+    evidence = Evidence(found, variables, problem=problem, batch=(images, np.zeros(2, np.int32)))
     _, seen = model.apply(variables, images, capture_intermediates=True, mutable=["intermediates"])
     outputs = [seen["intermediates"][f"layer2_{i}"]["__call__"][0] for i in range(4)]  # behind the addition and ReLU
     maps = [np.float64(np.asarray(each)).transpose(0, 3, 1, 2) for each in outputs]
@@ -272,10 +273,10 @@ def test_every_gate_keeps_its_smallest_width():
     scores_of = (np.arange(8.0), 100 + np.arange(24.0))
     budget = Budget(topology(), 0.5)
     # The cost of widths (a, b) is 972 a + 324 a b + 5 b, that of all 70,104.
-    fields = scores.Fields(allocation="global")
-    assert scores.over_all_gates(scores_of, budget, fields) == (3, 24)  # 26,364 of 35,052; (4, 24) would be 35,112
-    assert scores.over_all_gates(scores_of, Budget(topology(), 0.1), fields) == (1, 18)  # 6,894 of 7,010
-    assert scores.over_all_gates(scores_of, Budget(topology(), 1.0), fields) == WIDTHS
+    fields = allocations.Fields(allocation="global")
+    assert allocations.over_all_gates(scores_of, budget, fields) == (3, 24)  # 26,364 of 35,052; (4, 24) would be 35,112
+    assert allocations.over_all_gates(scores_of, Budget(topology(), 0.1), fields) == (1, 18)  # 6,894 of 7,010
+    assert allocations.over_all_gates(scores_of, Budget(topology(), 1.0), fields) == WIDTHS
 
 
 def test_global_widths_are_multiples():
@@ -316,13 +317,13 @@ def test_fitted_losses_have_the_same_slope_at_cc_widths():
     costs = [float(budget.cost(fractions(slope) * WIDTHS)) for slope in slopes]
     best = slopes[np.argmax(np.array(costs) <= budget.wanted)]
     assert all(0.05 < k < 1 for k in fractions(best))  # neither is clipped: the slopes are the same
-    assert scores.by_fitted_losses(importance, budget, scores.Fields()) == budget.fit(fractions(best))
+    assert allocations.by_fitted_losses(importance, budget, allocations.Fields()) == budget.fit(fractions(best))
 
 
 def test_losses_without_a_curve_have_widths():
     budget = Budget(topology(), 0.5)
     for importance in ((np.zeros(8), np.ones(24)), (np.zeros(8), np.zeros(24)), (np.eye(8)[0], np.eye(24)[0])):
-        widths = scores.by_fitted_losses(importance, budget, scores.Fields())
+        widths = allocations.by_fitted_losses(importance, budget, allocations.Fields())
         assert budget.cost(widths) <= budget.wanted
 
 

@@ -14,7 +14,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from ddnp_jax.methods import scores
+from ddnp_jax.methods import allocations, scores
 from ddnp_jax.methods.base import (
     AdamW,
     Importance,
@@ -76,7 +76,7 @@ class Method(NamedTuple):
 
 
 def _scoring(name: str, steps: int = 0, allocation: str = "uniform") -> Method:
-    fields = functools.partial(scores.Fields, allocation=allocation)
+    fields = functools.partial(allocations.Fields, allocation=allocation)
     return Method(fields, functools.partial(scores.build, SCORES[name]), steps, passes=1)
 
 

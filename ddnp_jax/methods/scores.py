@@ -1,11 +1,10 @@
-"""Methods that score channels: one function per score, and how widths follow from scores.
+"""Methods that score channels, one function per score.
 
 A score is a function of (evidence, gate) that returns (C_l,), the larger the more a channel matters. What it can be
-computed from is in `Evidence`. To add one, write the function and its line in `SCORES`. How many channels each gate
-then keeps is its allocation, one function of `ALLOCATIONS`; any score goes with any of them.
+computed from is in `Evidence`. To add one, write the function and its line in `SCORES`. Any score goes with any of the
+allocations of widths.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -16,123 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddnp_jax.cost.budget import Budget
-from ddnp_jax.methods.base import Importance, Measured, Problem, Search, check_choices
-from ddnp_jax.networks import flatten, replace_leaves
+from ddnp_jax.methods.allocations import ALLOCATIONS
+from ddnp_jax.methods.base import Importance, Measured, Problem, Search
+from ddnp_jax.methods.evidence import Evidence
 from ddnp_jax.parallel import ONE_DEVICE, Devices
-from ddnp_jax.topology import Gate, Slice, Topology
 
 _LOG_STEP = 0.5  # of the integral in `nuclear_losses`
-_MOST_REMOVED = 0.95  # of a gate's channels, in CC's allocation
-
-
-@dataclasses.dataclass(frozen=True)
-class Evidence:
-    """What the channels of a network can be judged by. Only what a score asks for is computed.
-
-    Attributes:
-      topology: Topology of the network.
-      variables: Its variables.
-      rng: Source of random numbers, for scores that need no images.
-      problem: What is to be pruned, for scores that need images.
-      batch: (images, targets), for scores that need images.
-    """
-
-    topology: Topology
-    variables: Any
-    rng: np.random.Generator | None = None
-    problem: Problem | None = None
-    batch: Any = None
-
-    @functools.cached_property
-    def leaves(self) -> dict[tuple[str, ...], Any]:
-        """The variables by their path."""
-        return flatten(self.variables)
-
-    def filters(self, gate: int) -> list[np.ndarray]:
-        """The kernels that produce a gate's channels, each as float64 (C_l, weights of a channel)."""
-        found = self.topology.gates[gate]
-        return [_by_channel(np.float64(self.leaves[piece.path]), piece, found) for piece in found.producers]
-
-    def norm_scales(self, gate: int) -> list[np.ndarray]:
-        """The scales of normalizations of a gate's channels, each (C_l,)."""
-        found = self.topology.gates[gate]
-        pieces = [piece for piece in found.slices if piece.path[-1] == "scale"]
-        return [_by_channel(np.float64(self.leaves[piece.path]), piece, found)[:, 0] for piece in pieces]
-
-    def consuming_kernels(self, gate: int) -> list[Slice]:
-        """Where the kernels of the layers that read a gate hold its channels; depthwise convolutions left out."""
-        found, layers = self.topology.gates[gate], self.topology.layers
-        paths = {layers[consumer.layer].path for consumer in found.consumers if layers[consumer.layer].groups == 1}
-        return [piece for piece in found.slices if piece.path in paths and piece not in found.producers]
-
-    @functools.cached_property
-    def features(self) -> tuple[tuple[jax.Array, ...], ...]:
-        """The features of every gate's channels, each (N, ..., C_l): one of every tensor that layers read."""
-        return self._observed[0]
-
-    @functools.cached_property
-    def _observed(self) -> tuple[tuple[tuple[jax.Array, ...], ...], Measured]:
-        seen: list[list[jax.Array]] = [[] for _ in self.topology.gates]
-        measured = self._problem.measure(
-            self._ones, self.variables, self.batch, lambda gate, features: seen[gate].append(features)
-        )
-        return tuple(map(tuple, seen)), measured
-
-    @functools.cached_property
-    def gradients(self) -> tuple[jax.Array, ...]:
-        """The gradient of each image's loss with respect to the masks of the whole network, (N, C_l) per gate."""
-        return self._differentiated[0]
-
-    @functools.cached_property
-    def _differentiated(self) -> tuple[tuple[jax.Array, ...], Measured]:
-        def one(masks: tuple[jax.Array, ...], image_and_target: Any) -> tuple[jax.Array, Measured]:
-            measured = self._problem.measure(masks, self.variables, jax.tree.map(lambda x: x[None], image_and_target))
-            return measured.loss, measured
-
-        gradients, measured = jax.vmap(jax.grad(one, has_aux=True), in_axes=(None, 0))(self._ones, self.batch)
-        return gradients, jax.tree.map(jnp.mean, measured)
-
-    def kernel_effects(self, gate: int) -> list[jax.Array]:
-        """The kernels W that read a gate times the batch's gradients in them, g ⊙ W, each (C_l, n)."""
-        found, gradients = self.topology.gates[gate], self._kernel_gradients[0]
-        return [
-            _by_channel(gradients[piece.path] * self.leaves[piece.path], piece, found)
-            for piece in self.consuming_kernels(gate)
-        ]
-
-    @functools.cached_property
-    def _kernel_gradients(self) -> tuple[dict[tuple[str, ...], jax.Array], Measured]:
-        gates = range(len(self.topology.gates))
-        kernels = {piece.path: self.leaves[piece.path] for gate in gates for piece in self.consuming_kernels(gate)}
-
-        def loss(kernels: dict[tuple[str, ...], jax.Array]) -> tuple[jax.Array, Measured]:
-            variables = replace_leaves(self.variables, {**self.leaves, **kernels})
-            measured = self._problem.measure(self._ones, variables, self.batch)
-            return measured.loss, measured
-
-        return jax.grad(loss, has_aux=True)(kernels)
-
-    @property
-    def _problem(self) -> Problem:
-        if self.problem is None:
-            raise ValueError("this score needs images; give it the problem and a batch.")
-        return self.problem
-
-    @property
-    def _ones(self) -> tuple[jax.Array, ...]:
-        return tuple(jnp.ones(channels) for channels in self.topology.widths)
-
-    def measured(self) -> Measured:
-        """What the whole network does on the batch, at no further cost."""
-        known = [name for name in ("_differentiated", "_kernel_gradients") if name in self.__dict__]
-        return getattr(self, known[0] if known else "_observed")[1]
-
-
-def _by_channel(leaf: Any, piece: Slice, gate: Gate) -> Any:
-    """The part of a leaf that belongs to each of a gate's channels, (C_l, n)."""
-    others = [axis for axis in range(leaf.ndim) if axis != piece.axis]
-    return leaf.transpose(piece.axis, *others)[piece.span.positions(gate.channels)].reshape(gate.channels, -1)
 
 
 # ---- the scores
@@ -220,13 +108,7 @@ def chip(evidence: Evidence, gate: int) -> jax.Array:
 
 def cc(evidence: Evidence, gate: int) -> list[jax.Array]:
     """What the channel half of CC (Li et al. 2021) is computed from; see `information_loss`."""
-    return evidence.kernel_effects(gate)
-
-
-def _like_cc(evidence: Evidence, gate: int) -> list[Any]:
-    found = evidence.topology.gates[gate]
-    pieces = evidence.consuming_kernels(gate)
-    return [_by_channel(np.asarray(evidence.leaves[piece.path]), piece, found) for piece in pieces]
+    return evidence.consuming_kernels(gate, evidence.kernel_effects)
 
 
 def information_loss(effects: list[jax.Array]) -> np.ndarray:
@@ -304,120 +186,8 @@ SCORES: dict[str, Score] = {
     "taylor": Score(taylor, needs_images=True),
     "hrank": Score(hrank, needs_images=True),
     "chip": Score(chip, needs_images=True),
-    "cc": Score(cc, needs_images=True, like=_like_cc, of_mean=information_loss),
+    "cc": Score(cc, needs_images=True, like=Evidence.consuming_kernels, of_mean=information_loss),
 }
-
-
-# ---- widths from scores
-
-
-def uniform_widths(importance: Importance, budget: Budget, fields: "Fields") -> tuple[int, ...]:
-    """Widths that are the same fraction of every gate."""
-    return budget.fit(np.ones(len(importance)))
-
-
-def by_rates(importance: Importance, budget: Budget, fields: "Fields") -> tuple[int, ...]:
-    """Widths that given rates leave, all scaled by one factor to the budget."""
-    return budget.fit(1 - np.array(fields.rates))
-
-
-def by_fitted_losses(importance: Importance, budget: Budget, fields: "Fields") -> tuple[int, ...]:
-    """CC's widths: where the least importance is lost, if what a gate loses grows exponentially with what it removes.
-
-    What gate l loses with a fraction c of its channels is fitted by p1 exp(p2 c), weighted by the root of the loss. The
-    sum over all gates is least where the slopes are the same λ: c = ln(λ / (p1 p2)) / p2, in [0, 0.95]; λ is searched
-    by bisection. The importances must add up, as those of `cc` do.
-    """
-    fits = [_exponential(np.sort(np.asarray(scores, np.float64))) for scores in importance]
-
-    def fractions(log_slope: float) -> np.ndarray:
-        rates = [(log_slope - log_p1 - math.log(p2)) / p2 for log_p1, p2 in fits]
-        return 1 - np.clip(rates, 0.0, _MOST_REMOVED)
-
-    low = min(log_p1 + math.log(p2) for log_p1, p2 in fits)
-    high = max(log_p1 + math.log(p2) + p2 for log_p1, p2 in fits)
-    for _ in range(64):
-        middle = (low + high) / 2
-        met = budget.cost(jnp.asarray(fractions(middle) * budget.topology.widths, jnp.float32)) <= budget.wanted
-        low, high = (low, middle) if met else (middle, high)
-    return budget.fit(fractions(high))
-
-
-def _exponential(ascending: np.ndarray) -> tuple[float, float]:
-    """The fit p1 exp(p2 c), as (ln p1, p2), of what is lost with channels whose importances are in ascending order."""
-    losses = np.cumsum(ascending)
-    rates = np.arange(1, len(losses) + 1) / len(losses)
-    known = losses > 0
-    if np.unique(losses[known]).size < 2:  # no curve: one that costs what removing everything does
-        return math.log(max(losses[-1], np.finfo(float).tiny)) - 1.0, 1.0
-    weights = np.sqrt(losses[known] / losses[-1])
-    p2, log_p1 = np.polyfit(rates[known], np.log(losses[known]), 1, w=weights)
-    return float(log_p1), float(p2)
-
-
-def over_all_gates(importance: Importance, budget: Budget, fields: "Fields") -> tuple[int, ...]:
-    """Widths by one ranking of the channels of all gates: the most of the best-ranked that meet the budget.
-
-    Every gate keeps at least its smallest width, and widths are rounded down to multiples where the budget says so.
-    """
-    gates = np.repeat(np.arange(len(importance)), [len(scores) for scores in importance])
-    order = gates[np.argsort(-np.concatenate(importance), kind="stable")]
-    whole = np.asarray(budget.topology.widths)
-
-    def widths(kept: int) -> tuple[int, ...]:
-        counts = np.bincount(order[:kept], minlength=len(importance))
-        rounded = np.where(counts == whole, whole, counts // budget.multiple * budget.multiple)
-        return tuple(map(int, np.maximum(rounded, budget.smallest_widths)))
-
-    met, missed = 0, len(order) + 1
-    while missed - met > 1:
-        middle = (met + missed) // 2
-        if budget.cost(widths(middle)) <= budget.wanted:
-            met = middle
-        else:
-            missed = middle
-    return widths(met)
-
-
-ALLOCATIONS: dict[str, Callable[[Importance, Budget, "Fields"], tuple[int, ...]]] = {
-    "uniform": uniform_widths,
-    "global": over_all_gates,
-    "rates": by_rates,
-    "cc": by_fitted_losses,
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Fields:
-    """Fields of the methods that score channels.
-
-    Attributes:
-      allocation: How many channels each gate keeps: 'uniform', the same fraction of every gate; 'global', by one
-        ranking of the channels of all gates; 'rates', as `rates` says; 'cc', where the fitted loss of importance is
-        least.
-      rates: Fraction of each gate's channels that is removed, in the order of `topology.gates`, for allocation 'rates':
-        published rates, for example. All widths are then scaled by one factor to the budget.
-    """
-
-    allocation: str = "uniform"
-    rates: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_choices(self, {"allocation": tuple(ALLOCATIONS)})
-        if wrong := [rate for rate in self.rates if not 0 <= rate < 1]:
-            raise ValueError(f"rates holds {wrong[0]!r}; give fractions of channels to remove, in [0, 1).")
-
-    def check(self, topology: Topology) -> None:
-        """Raises for rates of another network.
-
-        Raises:
-          ValueError: Their number is not that of the gates.
-        """
-        if self.allocation == "rates" and len(self.rates) != len(topology.gates):
-            raise ValueError(
-                f"rates has {len(self.rates)} entries and the network {len(topology.gates)} gates; give one for each, "
-                "in the order in which `trace(...).describe()` lists them."
-            )
 
 
 # ---- scores as searches

@@ -22,7 +22,8 @@ from ddnp_jax.methods import masks
 from ddnp_jax.methods.base import AdamW, Problem, ResourceFields, Search, Survey, check_choices
 from ddnp_jax.methods.ddnp import generators
 from ddnp_jax.methods.ddnp.generators import Learner
-from ddnp_jax.methods.scores import Evidence, magnitude
+from ddnp_jax.methods.evidence import Evidence
+from ddnp_jax.methods.scores import magnitude
 from ddnp_jax.parallel import ONE_DEVICE, Devices
 
 OUTPUTS = {"sigmoid": jax.nn.sigmoid, "abs": jnp.abs, "square": jnp.square}

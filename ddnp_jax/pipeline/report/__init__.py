@@ -7,7 +7,7 @@ from ddnp_jax.pipeline.report.compare import compare
 from ddnp_jax.pipeline.report.figures import COLORS, plain_axes, write_figure
 from ddnp_jax.pipeline.report.schema import Cost, Latency, PerStage, Report, Training, Verification
 from ddnp_jax.pipeline.report.storage import read, write
-from ddnp_jax.pipeline.report.tables import table
+from ddnp_jax.pipeline.report.tables import mean, table
 from ddnp_jax.pipeline.report.text import CONVENTIONS
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Training",
     "Verification",
     "compare",
+    "mean",
     "plain_axes",
     "read",
     "table",

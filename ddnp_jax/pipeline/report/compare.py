@@ -1,12 +1,11 @@
 """One table over several runs."""
 
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from ddnp_jax.config import STAGES
 from ddnp_jax.pipeline.report.schema import Report
-from ddnp_jax.pipeline.report.tables import table
+from ddnp_jax.pipeline.report.tables import mean, table
 
 _HEADER = (
     *("method", "model", "data set", "p", "FLOPs as", "fine-tuning epochs", "seeds"),
@@ -55,22 +54,13 @@ def _row(runs: Sequence[Report]) -> list[str]:
         *(first.method_name, first.model, first.dataset, first.p_name, first.flops_convention),
         f"{first.epochs.finetune:g}" if first.was_run("finetune") else "-",
         str(len(runs)),
-        _mean([run.flops_reduction for run in runs]),
-        _mean([run.params_reduction for run in runs]),
-        _mean([run.base_top1 for run in runs]),
-        _mean([run.unfinetuned_top1 for run in runs]),
-        _mean([run.pruned_top1 for run in runs]),
-        _mean([run.delta_top1 for run in runs], "+z.2f"),
-        _mean([run.control_top1 for run in runs]),
-        _mean([run.delta_control_top1 for run in runs], "+z.2f"),
-        _mean([run.seconds.base + run.seconds.search + run.seconds.finetune for run in runs], ".0f"),
+        mean([run.flops_reduction for run in runs]),
+        mean([run.params_reduction for run in runs]),
+        mean([run.base_top1 for run in runs]),
+        mean([run.unfinetuned_top1 for run in runs]),
+        mean([run.pruned_top1 for run in runs]),
+        mean([run.delta_top1 for run in runs], "+z.2f"),
+        mean([run.control_top1 for run in runs]),
+        mean([run.delta_control_top1 for run in runs], "+z.2f"),
+        mean([run.seconds.base + run.seconds.search + run.seconds.finetune for run in runs], ".0f"),
     ]
-
-
-def _mean(values: Sequence[float | None], form: str = ".2f") -> str:
-    """Mean and deviation; "-" where a run has not measured the value."""
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
-        return "-"
-    mean = format(statistics.fmean(known), form)
-    return f"{mean} ± {format(statistics.stdev(known), form.lstrip('+z'))}" if len(known) > 1 else mean

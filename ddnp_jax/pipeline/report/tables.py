@@ -1,5 +1,6 @@
 """The tables of a report, in Markdown."""
 
+import statistics
 from collections.abc import Sequence
 
 from ddnp_jax.config import STAGES, Stage
@@ -24,6 +25,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: in
         for line in (header, rule, *rows)
     ]
     return "\n".join(f"| {line} |" for line in lines)
+
+
+def mean(values: Sequence[float | None], form: str = ".2f") -> str:
+    """Mean, and of several values the sample standard deviation; "-" where one of them is None."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "-"
+    found = format(statistics.fmean(known), form)
+    return f"{found} ± {format(statistics.stdev(known), form.lstrip('+z'))}" if len(known) > 1 else found
 
 
 def change(before: float, after: float) -> str:

@@ -1,0 +1,123 @@
+"""How many channels each gate keeps, from the scores of all channels and a budget: one function per allocation."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+
+from ddnp_jax.cost.budget import Budget
+from ddnp_jax.methods.base import Importance, check_choices
+from ddnp_jax.topology import Topology
+
+_MOST_REMOVED = 0.95  # of a gate's channels, in CC's allocation
+
+
+def uniform_widths(importance: Importance, budget: Budget, fields: "Fields") -> tuple[int, ...]:
+    """Widths that are the same fraction of every gate."""
+    return budget.fit(np.ones(len(importance)))
+
+
+def by_rates(importance: Importance, budget: Budget, fields: "Fields") -> tuple[int, ...]:
+    """Widths that given rates leave, all scaled by one factor to the budget."""
+    return budget.fit(1 - np.array(fields.rates))
+
+
+def by_fitted_losses(importance: Importance, budget: Budget, fields: "Fields") -> tuple[int, ...]:
+    """CC's widths: where the least importance is lost, if what a gate loses grows exponentially with what it removes.
+
+    What gate l loses with a fraction c of its channels is fitted by p1 exp(p2 c), weighted by the root of the loss. The
+    sum over all gates is least where the slopes are the same λ: c = ln(λ / (p1 p2)) / p2, in [0, 0.95]; λ is searched
+    by bisection. The importances must add up, as those of `cc` do.
+    """
+    fits = [_exponential(np.sort(np.asarray(scores, np.float64))) for scores in importance]
+
+    def fractions(log_slope: float) -> np.ndarray:
+        rates = [(log_slope - log_p1 - math.log(p2)) / p2 for log_p1, p2 in fits]
+        return 1 - np.clip(rates, 0.0, _MOST_REMOVED)
+
+    low = min(log_p1 + math.log(p2) for log_p1, p2 in fits)
+    high = max(log_p1 + math.log(p2) + p2 for log_p1, p2 in fits)
+    for _ in range(64):
+        middle = (low + high) / 2
+        met = budget.cost(jnp.asarray(fractions(middle) * budget.topology.widths, jnp.float32)) <= budget.wanted
+        low, high = (low, middle) if met else (middle, high)
+    return budget.fit(fractions(high))
+
+
+def _exponential(ascending: np.ndarray) -> tuple[float, float]:
+    """The fit p1 exp(p2 c), as (ln p1, p2), of what is lost with channels whose importances are in ascending order."""
+    losses = np.cumsum(ascending)
+    rates = np.arange(1, len(losses) + 1) / len(losses)
+    known = losses > 0
+    if np.unique(losses[known]).size < 2:  # no curve: one that costs what removing everything does
+        return math.log(max(losses[-1], np.finfo(float).tiny)) - 1.0, 1.0
+    weights = np.sqrt(losses[known] / losses[-1])
+    p2, log_p1 = np.polyfit(rates[known], np.log(losses[known]), 1, w=weights)
+    return float(log_p1), float(p2)
+
+
+def over_all_gates(importance: Importance, budget: Budget, fields: "Fields") -> tuple[int, ...]:
+    """Widths by one ranking of the channels of all gates: the most of the best-ranked that meet the budget.
+
+    Every gate keeps at least its smallest width, and widths are rounded down to multiples where the budget says so.
+    """
+    gates = np.repeat(np.arange(len(importance)), [len(scores) for scores in importance])
+    order = gates[np.argsort(-np.concatenate(importance), kind="stable")]
+    whole = np.asarray(budget.topology.widths)
+
+    def widths(kept: int) -> tuple[int, ...]:
+        counts = np.bincount(order[:kept], minlength=len(importance))
+        rounded = np.where(counts == whole, whole, counts // budget.multiple * budget.multiple)
+        return tuple(map(int, np.maximum(rounded, budget.smallest_widths)))
+
+    met, missed = 0, len(order) + 1
+    while missed - met > 1:
+        middle = (met + missed) // 2
+        if budget.cost(widths(middle)) <= budget.wanted:
+            met = middle
+        else:
+            missed = middle
+    return widths(met)
+
+
+ALLOCATIONS: dict[str, Callable[[Importance, Budget, "Fields"], tuple[int, ...]]] = {
+    "uniform": uniform_widths,
+    "global": over_all_gates,
+    "rates": by_rates,
+    "cc": by_fitted_losses,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fields:
+    """Fields of the methods that score channels.
+
+    Attributes:
+      allocation: How many channels each gate keeps: 'uniform', the same fraction of every gate; 'global', by one
+        ranking of the channels of all gates; 'rates', as `rates` says; 'cc', where the fitted loss of importance is
+        least.
+      rates: Fraction of each gate's channels that is removed, in the order of `topology.gates`, for allocation 'rates':
+        published rates, for example. All widths are then scaled by one factor to the budget.
+    """
+
+    allocation: str = "uniform"
+    rates: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_choices(self, {"allocation": tuple(ALLOCATIONS)})
+        if wrong := [rate for rate in self.rates if not 0 <= rate < 1]:
+            raise ValueError(f"rates holds {wrong[0]!r}; give fractions of channels to remove, in [0, 1).")
+
+    def check(self, topology: Topology) -> None:
+        """Raises for rates of another network.
+
+        Raises:
+          ValueError: Their number is not that of the gates.
+        """
+        if self.allocation == "rates" and len(self.rates) != len(topology.gates):
+            raise ValueError(
+                f"rates has {len(self.rates)} entries and the network {len(topology.gates)} gates; give one for each, "
+                "in the order in which `trace(...).describe()` lists them."
+            )

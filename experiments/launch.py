@@ -162,7 +162,8 @@ def with_arguments(words: str) -> ConfigDict:
     try:
         config.update_from_flattened_dict(config_flags.get_override_values(holder))
     except KeyError as error:
-        raise ValueError(f"with {words!r} the configuration lacks a field that is given ({error.args[0]}).") from error
+        name = str(error.args[0]).partition(" does not exist")[0].removeprefix("Key ").strip('"')
+        raise ValueError(f"with {words!r} the configuration lacks a field that is given ({name!r}).") from error
     return config
 
 

@@ -1,6 +1,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 
 import flax.linen as nn
@@ -358,9 +359,9 @@ def test_top5_of_fewer_than_five_classes_is_everything():
 # The loop of a stage
 
 
-def run_stage(folder, chunk=None, evaluate=None):
+def run_stage(folder, chunk=None, evaluate=None, made_from=""):
     """Ten steps in chunks of three, with a checkpoint every second chunk."""
-    stage = loop.Stage("search", folder / "search", 10, 3, batch_size=16, chunk_steps=3, save_every=2)
+    stage = loop.Stage("search", folder / "search", 10, 3, 16, chunk_steps=3, save_every=2, made_from=made_from)
     guard = preemption.PreemptionGuard()
     with guard:
         return _fitted(stage, folder, chunk, evaluate, guard)
@@ -450,6 +451,14 @@ def test_a_finished_stage_is_not_run_again(tmp_path):
     again = run_stage(tmp_path, chunk=lambda *_: fail(), evaluate=lambda _: fail())
     jax.tree.map(np.testing.assert_array_equal, again, first)
     assert loop.seconds(tmp_path / "search") > 0
+
+
+def test_seconds_of_another_run_are_refused(tmp_path):
+    run_stage(tmp_path / "a", made_from="a")
+    run_stage(tmp_path / "b", made_from="b")
+    shutil.copy(tmp_path / "b/search/seconds.json", tmp_path / "a/search")
+    with pytest.raises(ValueError, match=r"a/search/seconds\.json was made from other weights, data or settings"):
+        run_stage(tmp_path / "a", made_from="a")
 
 
 def nan_loss(*arguments):

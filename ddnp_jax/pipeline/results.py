@@ -93,7 +93,7 @@ def summarize(job: "Run", selection: Selection) -> Report:
         gate_names=tuple(gate.name for gate in topology.gates),
         widths_before=topology.widths,
         widths=widths,
-        seconds=PerStage(**{stage: loop.seconds(job.workdir / stage) for stage in STAGES}),
+        seconds=PerStage(**{s: loop.seconds(job.workdir / s) if s in training else 0.0 for s in STAGES}),
         epochs=PerStage(**{stage: config.stage(stage).epochs for stage in STAGES}),
         training=training,
         batch_norm="synced" if config.parallel.sync_batch_norm else "per device",

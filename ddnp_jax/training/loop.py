@@ -20,6 +20,7 @@ with extras.needed_by("ddnp_jax.training.loop"):
     from tqdm import tqdm
 
 Chunk = Callable[[Any, Any, Any], tuple[Any, Any]]
+_SECONDS = "seconds.json"  # in the folder of a stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +83,14 @@ def fit_stage(
     Raises:
       FloatingPointError: The loss or the state became NaN or infinite.
       Preempted: SIGTERM came; the same command resumes the stage.
-      ValueError: The checkpoints of the stage are damaged, or were made from something else.
+      ValueError: The checkpoints or the seconds of the stage are damaged, or were made from something else.
     """
     with Checkpoints(stage.folder, made_from=stage.made_from) as checkpoints:
         step, state = checkpoints.restore(state) or (0, state)
+        clock = _Clock(stage)
         if step == stage.steps:
             return state
         log.rewind(stage.name, step)
-        clock = _Clock(stage.folder / "seconds.json")
         state = parallel.replicate(state)
         with host_batches(step) as chunks, _progress(stage, step) as bar:
             ready = _to_devices(next(chunks))
@@ -198,14 +199,22 @@ def _dispatch(chunk: Chunk, state: Any, constants: Any, parts: list[Any]) -> tup
 class _Clock:
     """Seconds that a stage took over all its runs, up to the last checkpoint of each."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._before = seconds(path.parent)
+    def __init__(self, stage: Stage) -> None:
+        self._path = stage.folder / _SECONDS
+        self._made_from = stage.made_from
+        known = _read_seconds(stage.folder)
+        if known.get("made_from", stage.made_from) != stage.made_from:
+            raise ValueError(
+                f"{self._path} was made from other weights, data or settings than those that the run has now; put back "
+                "the run's own, or delete it, and the report counts from here."
+            )
+        self._before = known["seconds"]
         self._started = time.monotonic()
 
     def save(self) -> None:
+        spent = self._before + time.monotonic() - self._started
         if jax.process_index() == 0:
-            files.write_sealed(self._path, {"seconds": self._before + time.monotonic() - self._started})
+            files.write_sealed(self._path, {"seconds": spent, "made_from": self._made_from})
 
 
 def seconds(folder: Path) -> float:
@@ -214,5 +223,9 @@ def seconds(folder: Path) -> float:
     Raises:
       ValueError: The file that says so is damaged.
     """
-    path = folder / "seconds.json"
-    return files.read_sealed(path)["seconds"] if path.exists() else 0.0
+    return _read_seconds(folder)["seconds"]
+
+
+def _read_seconds(folder: Path) -> dict[str, Any]:
+    path = folder / _SECONDS
+    return files.read_sealed(path) if path.exists() else {"seconds": 0.0}

@@ -8,6 +8,7 @@ from ddnp_jax import config, export, methods, models, torch_weights
 from ddnp_jax.compact import Verification, compact, verify
 from ddnp_jax.cost import flops
 from ddnp_jax.cost.budget import Budget, Cost
+from ddnp_jax.cpu import configure_cpu
 from ddnp_jax.masking import apply_masked
 from ddnp_jax.networks import Resized
 from ddnp_jax.pruning import Pruned, prune
@@ -33,6 +34,7 @@ __all__ = [
     "apply_masked",
     "compact",
     "config",
+    "configure_cpu",
     "export",
     "fit",
     "flops",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from ddnp_jax import methods, parallel
+from ddnp_jax import cpu, methods, parallel
 from ddnp_jax.cost import flops
 from ddnp_jax.fields import check_limits, choice, filled, names, number
 from ddnp_jax.training.steps import SCHEDULES
@@ -175,8 +175,7 @@ class ParallelConfig:
 
     mode: str = choice("shard_map", *parallel.MODES)  # the same numbers
     sync_batch_norm: bool = True  # batch statistics of the whole batch; else of each device
-    # What XLA:CPU may fuse; '' leaves it to XLA. 'eltwise' halves a training step on small images.
-    cpu_fusions: str = "individual_convolution,individual_dot,dot,eltwise,reduce"
+    cpu_fusions: str = cpu.AUTO  # what XLA:CPU may fuse, as for `configure_cpu`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -82,3 +82,8 @@ def read_sealed(path: str | Path) -> dict[str, Any]:
     if not isinstance(fields, dict) or fields.pop(_SEAL, None) != checksum(fields):
         raise ValueError(f"{path} is damaged: its checksum is wrong; put a good copy back, or delete it.")
     return fields
+
+
+def user_cache() -> Path:
+    """Folder of what this library keeps for a user, beside every run."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddnp_jax"

@@ -75,7 +75,7 @@ def ours(
     """
     config = importlib.import_module(f"configs.{experiment}").get_config(argument)
     config.update_from_flattened_dict({BATCH_SIZE[stage]: batch_size})
-    os.environ["XLA_FLAGS"] = launch.cpu_flags(config)  # before JAX starts its devices
+    launch.configure(config)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share a GPU
     import jax
 

@@ -13,7 +13,6 @@ from logging import LogRecord
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import jaxlib
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -22,8 +21,8 @@ if TYPE_CHECKING:
 
 CHECKOUT = Path(__file__).parents[1]
 _CONFIG_FLAGS = ("--config", "-config")
-_FUSIONS = ("individual_convolution", "individual_dot", "dot", "eltwise", "reduce")  # that XLA:CPU knows
 _READ_HERE = ("eval_batch_size", "base", "search", "finetune", "parallel")  # of the configuration
+_CACHED_FROM = 0.2  # seconds that a program takes to compile; by JAX's default 1
 _INTERRUPTED = 130  # exit code, as of a shell whose command was interrupted
 _REQUIRED = {"workdir": "give the folder of the run", "torch_checkpoint": "give a file of PyTorch weights"}
 
@@ -34,12 +33,8 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the r
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, unless JAX finds it.")
 
 
-def cpu_flags(config: ConfigDict, processes: int = 1) -> str:
-    """XLA flags that make a run without accelerator faster; they change nothing on an accelerator.
-
-    Every core becomes a device of its own, as far as the batches can be shared: XLA:CPU uses cores better so than
-    within one operation (a search step takes 0.7 of the time). A version of jaxlib that does not know the flag of the
-    fusions would refuse to start, so only versions that were measured get it.
+def configure(config: ConfigDict, processes: int = 1) -> None:
+    """Prepares JAX, which has not started its devices: for a CPU, and with a cache of compiled programs.
 
     Args:
       config: Configuration, with the batch sizes and `parallel.cpu_fusions`.
@@ -48,24 +43,31 @@ def cpu_flags(config: ConfigDict, processes: int = 1) -> str:
     Raises:
       ValueError: A fusion is unknown.
     """
-    fusions = config.parallel.cpu_fusions
-    if unknown := [name for name in fusions.split(",") if name and name not in _FUSIONS]:
-        raise ValueError(
-            f"parallel.cpu_fusions names {unknown[0]!r}, which is unknown; join some of {', '.join(_FUSIONS)} by "
-            "commas."
-        )
+    import jax
+
+    from ddnp_jax import cpu, files
+
+    try:
+        cpu.configure_cpu(cpu_devices(config, processes), config.parallel.cpu_fusions)
+    except ValueError as error:
+        raise ValueError(f"parallel.cpu_{error}") from error
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(files.user_cache() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _CACHED_FROM)
+
+
+def cpu_devices(config: ConfigDict, processes: int = 1) -> int:
+    """Number of devices that are best on a CPU; arguments as of `configure`.
+
+    With oneDNN it is one. Without, every core is a device, as far as the batches can be shared: XLA:CPU uses cores
+    better so than within one operation (a search step takes 0.7 of the time).
+    """
+    from ddnp_jax import cpu
+
     sections = (config.base, config.search, config.finetune)
     batches = (config.eval_batch_size, *(s.batch_size // max(s.get("micro_batches", 1), 1) for s in sections))
-    devices = max((n for n in range(1, _cores() + 1) if math.gcd(*batches) % (n * processes) == 0), default=1)
-    added = [f"--xla_force_host_platform_device_count={devices}"]
-    if fusions and jaxlib.__version__.startswith("0.10."):
-        added.append(f"--xla_cpu_experimental_ynn_fusion_type={fusions}")
-    given = os.environ.get("XLA_FLAGS", "")
-    return " ".join([given, *(flag for flag in added if flag.split("=")[0] not in given)]).strip()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = 1 if cpu.capabilities().onednn else cpu.cores()
+    return max((n for n in range(1, most + 1) if math.gcd(*batches) % (n * processes) == 0), default=1)
 
 
 @contextlib.contextmanager
@@ -205,10 +207,7 @@ def run(
             raise SystemExit("error: --workdir is empty; give the folder of the run.")
         try:
             _check_sections(config.value)
-            # Before JAX starts its devices.
-            os.environ["XLA_FLAGS"] = cpu_flags(config.value, _NUM_PROCESSES.value or 1)
-            # XLA's threads: with one for each device, linear algebra on all of them (HRank, CHIP) waits for itself.
-            os.environ.setdefault("NPROC", str(_cores() + 1))
+            configure(config.value, _NUM_PROCESSES.value or 1)
             from ddnp_jax import parallel
 
             logging.set_verbosity(logging.WARNING)

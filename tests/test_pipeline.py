@@ -15,7 +15,7 @@ import torch
 from flax import nnx
 
 from configs import cifar10_r56, default, digits_r20
-from ddnp_jax import data, pipeline, preemption
+from ddnp_jax import cpu, data, pipeline, preemption
 from ddnp_jax.checkpoint import Checkpoints
 from ddnp_jax.config import typed
 from ddnp_jax.cost import latency
@@ -609,20 +609,13 @@ def test_a_short_search_has_a_faster_rate_of_widths(module, argument, rate):
 
 
 def test_cpu_devices_share_every_batch(config, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(cpu, "capabilities", lambda: cpu.Capabilities(onednn=False, fusions=True))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
     config.update({"eval_batch_size": 96, "base": {"batch_size": 36}, "finetune": {"batch_size": 72}})
     config.search.batch_size = 48
-    assert launch.cpu_flags(config).startswith("--xla_force_host_platform_device_count=12")
+    assert launch.cpu_devices(config) == 12
     config.search.batch_size = 128
-    assert launch.cpu_flags(config).startswith("--xla_force_host_platform_device_count=4")
-    assert launch.cpu_flags(config, processes=2).startswith("--xla_force_host_platform_device_count=2")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
-    assert launch.cpu_flags(config).count("device_count") == 1
-    monkeypatch.setattr(launch.jaxlib, "__version__", "0.10.2")
-    assert launch.cpu_flags(config).endswith("_fusion_type=individual_convolution,individual_dot,dot,eltwise,reduce")
-    config.parallel.cpu_fusions = ""
-    assert "fusion" not in launch.cpu_flags(config)
-    config.parallel.cpu_fusions = "dot"
-    monkeypatch.setattr(launch.jaxlib, "__version__", "0.12.0")
-    assert "fusion" not in launch.cpu_flags(config)
+    assert launch.cpu_devices(config) == 4
+    assert launch.cpu_devices(config, processes=2) == 2
+    monkeypatch.setattr(cpu, "capabilities", lambda: cpu.Capabilities(onednn=True, fusions=True))
+    assert launch.cpu_devices(config) == 1

@@ -1,0 +1,117 @@
+"""Makes XLA faster on a machine without accelerator; called before JAX starts its devices.
+
+    import ddnp_jax
+    ddnp_jax.configure_cpu()
+
+What is best depends on what the installed jaxlib can do, which a child process finds out once and keeps in the user's
+cache folder. Measured with ResNet-56 (docs/performance.md): convolutions of oneDNN are fastest on one device that has
+all cores; without them, one device per core is. The same calls change nothing on an accelerator.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+
+import jax
+import jaxlib
+
+from ddnp_jax import fields, files
+
+AUTO = "auto"
+FUSIONS = ("individual_convolution", "individual_dot", "dot", "eltwise", "reduce")  # that XLA:CPU knows
+
+ONEDNN = "--xla_cpu_experimental_onednn_custom_call=true"
+FUSION_TYPE = "--xla_cpu_experimental_ynn_fusion_type="
+_DEVICE_COUNT = "--xla_force_host_platform_device_count"
+
+# A convolution that oneDNN takes where it can; XLA ends the process at a flag that it does not know.
+_PROBE = """
+import jax
+import jax.numpy as jnp
+x, kernel = jnp.ones((8, 16, 16, 16)), jnp.ones((3, 3, 16, 16))
+arguments = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+convolution = jax.jit(lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, **arguments))
+print(convolution.lower(x, kernel).compile().as_text())
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Capabilities:
+    """What an installed jaxlib can do on a CPU.
+
+    Attributes:
+      onednn: Whether convolutions are computed by oneDNN when a flag asks for it.
+      fusions: Whether it knows the flag of the YNN fusions.
+    """
+
+    onednn: bool
+    fusions: bool
+
+
+def configure_cpu(devices: int = 1, fusions: str = AUTO) -> None:
+    """Sets XLA's flags and threads for this process, as was measured to be fastest; what XLA_FLAGS has stays.
+
+    Args:
+      devices: Devices that the cores are shared by.
+      fusions: What XLA may fuse: some of `FUSIONS`, joined by commas; "" for nothing, "auto" for what is fastest.
+
+    Raises:
+      ValueError: A fusion is unknown.
+      RuntimeError: JAX has started its devices.
+    """
+    if unknown := [name for name in fusions.split(",") if name and name not in (*FUSIONS, AUTO)]:
+        raise ValueError(
+            f"fusions names {unknown[0]!r}, which is unknown; join some of {', '.join(FUSIONS)} by commas."
+        )
+    given = os.environ.get("XLA_FLAGS", "")
+    if _DEVICE_COUNT not in given:
+        try:
+            jax.config.update("jax_num_cpu_devices", devices)
+        except RuntimeError as error:
+            raise RuntimeError("configure_cpu() comes too late: JAX has started; call it before any array.") from error
+    added = [flag for flag in flags(capabilities(), fusions) if flag.split("=")[0] not in given]
+    os.environ["XLA_FLAGS"] = " ".join([given, *added]).strip()
+    # XLA's threads: with one for each device, linear algebra on all of them (HRank, CHIP) waits for itself.
+    os.environ.setdefault("NPROC", str(cores() + 1))
+
+
+def flags(can: Capabilities, fusions: str) -> list[str]:
+    """XLA flags for fusions as in `configure_cpu`, as far as jaxlib has them."""
+    if fusions == AUTO:
+        fusions = "dot,reduce" if can.onednn else ",".join(FUSIONS)
+    return [ONEDNN] * can.onednn + [FUSION_TYPE + fusions] * (can.fusions and fusions != "")
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def capabilities() -> Capabilities:
+    """What the installed jaxlib can do; found out by child processes, some seconds, and kept for the next time.
+
+    Raises:
+      RuntimeError: A child process failed in another way than by not knowing a flag.
+    """
+    path = files.user_cache() / f"cpu-{platform.machine()}-{jaxlib.__version__}.json"
+    try:
+        return fields.built(Capabilities, json.loads(path.read_text()))
+    except (OSError, ValueError):
+        found = Capabilities(onednn="onednn" in _probed(ONEDNN), fusions=bool(_probed(FUSION_TYPE + "dot")))
+    with contextlib.suppress(OSError):  # where a home cannot be written to, it is found out each time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(path, dataclasses.asdict(found))
+    return found
+
+
+def _probed(flag: str) -> str:
+    """The program that XLA makes of a convolution with a flag; "" where it does not know the flag."""
+    environment = {**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    done = subprocess.run([sys.executable, "-c", _PROBE], env=environment, capture_output=True, text=True)
+    if done.returncode and "Unknown flag" not in done.stderr:
+        raise RuntimeError(f"JAX cannot compute on this CPU: {done.stderr.strip()[-400:]}")
+    return done.stdout

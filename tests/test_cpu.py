@@ -1,0 +1,85 @@
+"""Flags of XLA on a CPU, and what the installed jaxlib can do."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jaxlib
+import pytest
+
+from ddnp_jax import cpu
+
+ONEDNN = "--xla_cpu_experimental_onednn_custom_call=true"
+FUSION = "--xla_cpu_experimental_ynn_fusion_type="
+
+
+def in_a_process(code, tmp_path, **environment):
+    """Runs lines in a process whose JAX has not started; returns what they print."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "XLA_FLAGS": "", "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_flags_for_what_a_jaxlib_can_do():
+    everything = "individual_convolution,individual_dot,dot,eltwise,reduce"
+    for onednn, fusions, wanted, flags in (
+        (True, True, "auto", [ONEDNN, FUSION + "dot,reduce"]),
+        (False, True, "auto", [FUSION + everything]),
+        (False, True, "dot", [FUSION + "dot"]),
+        (True, True, "", [ONEDNN]),
+        (True, False, "auto", [ONEDNN]),
+        (False, False, "auto", []),
+    ):
+        assert cpu.flags(cpu.Capabilities(onednn, fusions), wanted) == flags
+
+
+def test_the_installed_jaxlib_computes_with_the_flags(tmp_path):
+    code = (
+        "import jax, os, ddnp_jax; ddnp_jax.configure_cpu(2); print(os.environ['XLA_FLAGS']); "
+        "print(jax.device_count(), float(jax.jit(lambda x: x @ x)(jax.numpy.ones((3, 3)))[0, 0]))"
+    )
+    done = in_a_process(code, tmp_path)
+    flags, computed = done.stdout.splitlines()
+    assert computed == "2 3.0"
+    (kept,) = (tmp_path / "ddnp_jax").iterdir()
+    assert jaxlib.__version__ in kept.name
+    found = cpu.Capabilities(**json.loads(kept.read_text()))
+    assert flags.split() == cpu.flags(found, "auto")
+    assert found.onednn == (tuple(map(int, jaxlib.__version__.split(".")[:2])) >= (0, 12))
+
+
+def test_what_was_found_out_is_not_found_out_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpu, "_probed", {cpu.ONEDNN: "custom-call onednn", cpu.FUSION_TYPE + "dot": ""}.get)
+    assert cpu.capabilities() == cpu.Capabilities(onednn=True, fusions=False)
+    monkeypatch.delattr(cpu, "_probed")
+    assert cpu.capabilities() == cpu.Capabilities(onednn=True, fusions=False)
+    (kept,) = (tmp_path / "ddnp_jax").iterdir()
+    kept.write_text("{}")  # damaged: found out again
+    monkeypatch.setattr(cpu, "_probed", lambda flag: "", raising=False)
+    assert cpu.capabilities() == cpu.Capabilities(onednn=False, fusions=False)
+
+
+def test_a_flag_that_xla_does_not_know_is_not_given(monkeypatch):
+    assert cpu._probed("--xla_cpu_of_a_later_version=true") == ""
+    monkeypatch.setattr(cpu, "_PROBE", "raise SystemExit('no memory')")
+    with pytest.raises(RuntimeError, match="JAX cannot compute on this CPU: no memory"):
+        cpu._probed(cpu.ONEDNN)
+
+
+def test_it_is_refused_after_jax_has_started(tmp_path):
+    done = in_a_process("import jax, ddnp_jax; jax.devices(); ddnp_jax.configure_cpu()", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("RuntimeError: configure_cpu() comes too late")
+
+
+def test_given_flags_stay(tmp_path):
+    given = f"--xla_force_host_platform_device_count=3 {FUSION}reduce"
+    code = "import jax, os, ddnp_jax; ddnp_jax.configure_cpu(2); print(jax.device_count(), os.environ['XLA_FLAGS'])"
+    devices, *flags = in_a_process(code, tmp_path, XLA_FLAGS=given).stdout.split()
+    assert devices == "3" and flags[:2] == given.split()
+    assert [flag for flag in flags[2:] if flag != ONEDNN] == []

@@ -1,10 +1,10 @@
 """Speed and memory of the steps beside the same steps in PyTorch, and of loading photographs beside plain loops.
 
-    python -m experiments.benchmark [--only=search,training,evaluation,data] [--batch_size=128] [--rounds=10] \
-        [--data_dir=DIR] [--json=PATH]
+    python -m experiments.benchmark [--network=resnet56] [--only=search,training,evaluation,data] [--batch_size=128] \
+        [--precision=float32] [--rounds=10] [--data_dir=DIR] [--json=PATH]
 
-The steps are those of ResNet-56 on synthetic images of CIFAR's size. What is loaded, `experiments.loading` says; its
-seconds are those of a core, all threads of the process together.
+The steps are those of one of `NETWORKS` on synthetic images. What is loaded, `experiments.loading` says; its seconds
+are those of a core, all threads of the process together.
 
 Everything measured is a process of its own (`experiments.interleaved`), started with the flags that
 `experiments.launch` gives a run. A round is one step on CPU and ten elsewhere, where they are one dispatch. Images/s
@@ -12,10 +12,11 @@ come from the median round, ratios are medians of each round's ratio, and peak m
 process (interpreter, libraries and compiler included), on a GPU the most bytes in use on the device.
 
 Ours is the run's own code: the search step with learners, soft top-k, optimizer and all losses, the training step with
-augmentation, the evaluation with its counting. PyTorch's (eager, channels_last, float32) is what the backbone asks for,
-with the normalized batch lying ready: forward and backward to the masks of the frozen network; forward, backward and
-SGD with momentum; forward. It is left out where PyTorch is not installed. On a machine with several GPUs set
-CUDA_VISIBLE_DEVICES to one, because PyTorch uses one. Runs on GPUs by design, but was measured on CPU only.
+augmentation, the evaluation with its counting. PyTorch's (eager, channels_last, for bfloat16 under `torch.autocast`) is
+what the backbone asks for, with the normalized batch lying ready: forward and backward to the masks of the frozen
+network; forward, backward and SGD with momentum; forward. It is left out where PyTorch is not installed. On a machine
+with several GPUs set CUDA_VISIBLE_DEVICES to one, because PyTorch uses one. Runs on GPUs by design, but was measured on
+CPU only.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -38,7 +39,32 @@ if TYPE_CHECKING:
 
 # JAX and PyTorch are imported in the measured processes only, as `experiments.interleaved` says.
 
-# What is measured: stage -> name of the row -> argument of configs/cifar10_r56.py
+
+class Network(NamedTuple):
+    """What the steps are measured on.
+
+    Attributes:
+      experiment: Module of `configs`.
+      image_shape: Shape of an image.
+      batch_size: Images per step, unless the command line says so.
+      classes: Classes of the images.
+      attributes: Of the network in PyTorch.
+    """
+
+    experiment: str
+    image_shape: tuple[int, int, int]
+    batch_size: int
+    classes: int = 1000
+    attributes: Mapping[str, Any] = {}
+
+
+NETWORKS = {
+    "resnet56": Network("cifar10_r56", (32, 32, 3), 128, 10, {"shortcut": "avgpool"}),
+    "mobilenet_v2": Network("imagenet_mbv2", (224, 224, 3), 16),
+    "resnet50": Network("imagenet_r50", (224, 224, 3), 16),
+}
+PRECISIONS = ("float32", "bfloat16")
+# What is measured: stage -> name of the row -> argument of the configuration
 OURS = {
     "search": {"search step, generators": "", "search step, scalars": "scalar"},
     "training": {"training step": ""},
@@ -48,8 +74,6 @@ DATA = "data"
 STAGES = (*OURS, DATA)
 BATCH_SIZE = {"search": "search.batch_size", "training": "base.batch_size", "evaluation": "eval_batch_size"}
 PYTORCH = "PyTorch"
-IMAGE_SHAPE = (32, 32, 3)
-CLASSES = 10
 
 
 def steps_per_turn(platform: str) -> int:
@@ -57,24 +81,17 @@ def steps_per_turn(platform: str) -> int:
     return 1 if platform == "cpu" else 10
 
 
-def ours(
-    stage: str,
-    argument: str,
-    batch_size: int,
-    experiment: str = "cifar10_r56",
-    image_shape: tuple[int, int, int] = IMAGE_SHAPE,
-) -> Candidate:
+def ours(stage: str, argument: str, network: Network, precision: str = "float32") -> Candidate:
     """Our candidate of a stage, as `pipeline.run` would run it.
 
     Args:
       stage: A key of `OURS`.
       argument: Argument of the configuration.
-      batch_size: Images per step, over all devices.
-      experiment: A module of `configs`.
-      image_shape: Shape of the synthetic images.
+      network: What it is measured on; its images are shared by all devices.
+      precision: One of `PRECISIONS`.
     """
-    config = importlib.import_module(f"configs.{experiment}").get_config(argument)
-    config.update_from_flattened_dict({BATCH_SIZE[stage]: batch_size})
+    config = importlib.import_module(f"configs.{network.experiment}").get_config(argument)
+    config.update_from_flattened_dict({BATCH_SIZE[stage]: network.batch_size, "precision": precision})
     launch.configure(config)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share a GPU
     import jax
@@ -83,7 +100,7 @@ def ours(
     from ddnp_jax.config import typed
 
     parallel.check_devices()
-    parallel.check_batch(batch_size, "--batch_size")
+    parallel.check_batch(network.batch_size, "--batch_size")
     device = jax.local_devices()[0]
     steps = steps_per_turn(device.platform)
 
@@ -95,12 +112,10 @@ def ours(
         "device": f"{jax.device_count()} x {device.device_kind}",
         "version": f"JAX {jax.__version__}",
     }
-    return Candidate(_our_round(stage, typed(config), batch_size, image_shape, steps), steps, peak_bytes, about)
+    return Candidate(_our_round(stage, typed(config), network, steps), steps, peak_bytes, about)
 
 
-def _our_round(
-    stage: str, config: "Config", batch_size: int, image_shape: tuple[int, int, int], steps: int
-) -> Callable[[], Any]:
+def _our_round(stage: str, config: "Config", network: Network, steps: int) -> Callable[[], Any]:
     import jax
 
     from ddnp_jax import data, models, parallel, training
@@ -108,19 +123,20 @@ def _our_round(
     from ddnp_jax.training.evaluation import evaluator
 
     rng = np.random.default_rng(0)
+    batch_size, classes = network.batch_size, network.classes
     count = steps * batch_size
-    pixels = rng.integers(0, 256, (count, *image_shape), np.uint8)
+    pixels = rng.integers(0, 256, (count, *network.image_shape), np.uint8)
     preprocessing = data.Preprocessing.of(data.complete(config.data))
-    images = data.InMemory(pixels, rng.integers(0, CLASSES, count, np.int32), preprocessing)
-    model = models.create(config.model.name, CLASSES, **config.model.attributes)
-    variables = jax.jit(model.init)(jax.random.key(config.seed), np.zeros((1, *image_shape), np.float32))
+    images = data.InMemory(pixels, rng.integers(0, classes, count, np.int32), preprocessing)
+    model = models.create(config.model.name, classes, **{**config.model.attributes, "dtype": config.dtype})
+    variables = jax.jit(model.init)(jax.random.key(config.seed), np.zeros((1, *network.image_shape), np.float32))
     if stage == "evaluation":
         mode = config.parallel.mode
         evaluate = evaluator(as_network(model).evaluate, images, batch_size, mode)
         return lambda: evaluate(variables, np.arange(count))
 
     if stage == "search":
-        step, state = _search(config, model, variables, image_shape)
+        step, state = _search(config, model, variables, network.image_shape)
         constants, augment = variables, False  # NPPM's would count as its step's
     else:
         step, state = _training(config, model, variables)
@@ -167,12 +183,14 @@ def _training(config: "Config", model: Any, variables: Any) -> tuple[Callable[..
     return step, training.init_state(network, variables, optimizer)
 
 
-def pytorch(stage: str, batch_size: int, platform: str) -> Candidate:
+def pytorch(stage: str, name: str, network: Network, precision: str, platform: str) -> Candidate:
     """PyTorch's candidate of a stage.
 
     Args:
       stage: A key of `OURS`.
-      batch_size: Images per step.
+      name: The network's name.
+      network: What it is measured on.
+      precision: One of `PRECISIONS`.
       platform: Platform of JAX, "cpu" or "gpu".
 
     Raises:
@@ -187,12 +205,14 @@ def pytorch(stage: str, batch_size: int, platform: str) -> Candidate:
             "JAX_PLATFORMS=cpu to compare on the CPU."
         )
     torch.backends.cudnn.benchmark = True  # convolution algorithms by trial, as XLA chooses them
-    step = _pytorch_step(stage, batch_size, torch.device("cuda" if on_gpu else "cpu"))
+    device = torch.device("cuda" if on_gpu else "cpu")
+    step = _pytorch_step(stage, name, network, device)
     steps = steps_per_turn(platform)
 
     def run_round() -> None:
         for _ in range(steps):
-            step()
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                step()
         if on_gpu:
             torch.cuda.synchronize()
 
@@ -204,20 +224,21 @@ def pytorch(stage: str, batch_size: int, platform: str) -> Candidate:
     return Candidate(run_round, steps, torch.cuda.max_memory_allocated if on_gpu else resident_bytes, about)
 
 
-def _pytorch_step(stage: str, batch_size: int, device: Any) -> Callable[[], Any]:
+def _pytorch_step(stage: str, name: str, network: Network, device: Any) -> Callable[[], Any]:
     import torch
 
-    from experiments.pytorch_resnet import CifarResNet, mask_gradients
+    from experiments import pytorch_models
 
-    model = CifarResNet(56, "avgpool").to(device, memory_format=torch.channels_last)
-    height, width, channels = IMAGE_SHAPE
-    images = torch.randn(batch_size, channels, height, width, device=device).to(memory_format=torch.channels_last)
-    labels = torch.randint(CLASSES, (batch_size,), device=device)
+    model = pytorch_models.create(name, network.classes, **network.attributes)
+    model = model.to(device, memory_format=torch.channels_last)
+    batch, (height, width, channels) = network.batch_size, network.image_shape
+    images = torch.randn(batch, channels, height, width, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(network.classes, (batch,), device=device)
     if stage == "search":
         model.eval().requires_grad_(False)
-        widths = [block.conv2.in_channels for block in model.blocks()]
-        masks = [torch.full((width,), 0.9, device=device, requires_grad=True) for width in widths]
-        return lambda: mask_gradients(model, images, labels, masks)
+        layers = pytorch_models.masked_layers(model)
+        masks = [torch.full((layer.in_channels,), 0.9, device=device, requires_grad=True) for layer in layers]
+        return lambda: pytorch_models.mask_gradients(model, images, labels, layers, masks)
     if stage == "evaluation":
         model.eval()
         return torch.inference_mode()(lambda: model(images))
@@ -256,16 +277,16 @@ def measure(
     Returns:
       By name, and for `PYTORCH` if it takes part: the measurement, and what the process says of itself.
     """
-    batch_size = flags.batch_size
+    network = NETWORKS[flags.network]._replace(batch_size=flags.batch_size)
     if stage == DATA:
         names = [n for n in (loading.OURS, *loading.LOOPS) if flags.data_dir or n != loading.READING]
-        candidates = {name: (photographs, name, flags.data_dir, batch_size) for name in names}
+        candidates = {name: (photographs, name, flags.data_dir, flags.batch_size) for name in names}
     else:
-        candidates = {name: (ours, stage, variant, batch_size) for name, variant in OURS[stage].items()}
+        candidates = {row: (ours, stage, form, network, flags.precision) for row, form in OURS[stage].items()}
 
     def others(platform: str) -> dict[str, tuple[Any, ...]]:
         compared = with_pytorch and stage != DATA and platform in ("cpu", "gpu")
-        return {PYTORCH: (pytorch, stage, batch_size, platform)} if compared else {}
+        return {PYTORCH: (pytorch, stage, flags.network, network, flags.precision, platform)} if compared else {}
 
     return interleave(candidates, flags.rounds, stage, others)
 
@@ -334,7 +355,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """
     parser = launch.Parser(prog="python -m experiments.benchmark", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(STAGES), help="stages to measure, separated by commas")
-    parser.add_argument("--batch_size", type=int, default=128, help="images per step")
+    parser.add_argument("--network", default="resnet56", help=f"one of {', '.join(NETWORKS)}")
+    parser.add_argument("--precision", default=PRECISIONS[0], help=f"one of {', '.join(PRECISIONS)}")
+    parser.add_argument("--batch_size", type=int, help="images per step; by default 128 of CIFAR's size, else 16")
     parser.add_argument("--rounds", type=int, default=10, help="rounds of each process")
     parser.add_argument("--data_dir", default="", help="prepared imagenet2012; without it photographs are synthetic")
     parser.add_argument("--json", type=Path, help="also write every figure, and the seconds of each round, there")
@@ -343,6 +366,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for stage in flags.only:
         if stage not in STAGES:
             raise ValueError(f"--only={stage!r} is unknown; use {', '.join(STAGES)}, separated by commas.")
+    for name, known in (("network", NETWORKS), ("precision", PRECISIONS)):
+        if getattr(flags, name) not in known:
+            raise ValueError(f"--{name}={getattr(flags, name)!r} is unknown; use one of {', '.join(known)}.")
+    if flags.batch_size is None:
+        flags.batch_size = NETWORKS[flags.network].batch_size
     for name in ("batch_size", "rounds"):
         if getattr(flags, name) < 1:
             raise ValueError(f"--{name}={getattr(flags, name)} must be at least 1.")
@@ -372,9 +400,11 @@ def main() -> None:
         for stage in details.values()
         for candidate in stage.values()
     }
-    print(f"Batch {flags.batch_size}, {flags.rounds} rounds; {'; '.join(candidates)}.\n\n{table(stages)}")
+    what = f"{flags.network}, {flags.precision}, batch {flags.batch_size}, {flags.rounds} rounds"
+    print(f"{what}; {'; '.join(candidates)}.\n\n{table(stages)}")
     if flags.json:
-        content = {"batch_size": flags.batch_size, "rounds": flags.rounds, "stages": details}
+        measured_on = {name: getattr(flags, name) for name in ("network", "precision", "batch_size")}
+        content = {**measured_on, "rounds": flags.rounds, "stages": details}
         flags.json.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -9,24 +9,15 @@ for ResNet-50 on ImageNet (x1.065), on its hardware.
 
 from collections.abc import Mapping
 from statistics import median
-from typing import NamedTuple
 
 from ddnp_jax.pipeline.report import table
 from experiments import benchmark, interleaved, launch
 from experiments.interleaved import Measurement
 
-
-class Network(NamedTuple):
-    """A network's measurement: module of `configs`, image shape, images per step."""
-
-    experiment: str
-    image_shape: tuple[int, int, int]
-    batch_size: int
-
-
 NETWORKS = {
-    "resnet56": Network("cifar10_r56", (32, 32, 3), 256),
-    "resnet50": Network("imagenet_r50", (64, 64, 3), 64),  # small images, so that a CPU can
+    "resnet56": benchmark.NETWORKS["resnet56"]._replace(batch_size=256),
+    # Small images, so that a CPU can.
+    "resnet50": benchmark.NETWORKS["resnet50"]._replace(image_shape=(64, 64, 3), batch_size=64),
 }
 SCALARS, GENERATORS, DG, NPPM = "DDNP, scalars", "DDNP, generators", "DG", "NPPM"
 STEPS = {SCALARS: "scalar", GENERATORS: "ddnp", DG: "dg", NPPM: "nppm"}  # row -> configuration's argument
@@ -40,10 +31,7 @@ RATIOS = {
 def measure(name: str, rounds: int) -> str:
     """Measures a network of `NETWORKS`; returns Markdown."""
     network = NETWORKS[name]
-    candidates = {
-        step: (benchmark.ours, "search", argument, network.batch_size, network.experiment, network.image_shape)
-        for step, argument in STEPS.items()
-    }
+    candidates = {step: (benchmark.ours, "search", argument, network) for step, argument in STEPS.items()}
     measured, about = interleaved.interleave(candidates, rounds, name)
     size = "x".join(map(str, network.image_shape[:2]))
     where = f"{about[SCALARS]['device']}, {about[SCALARS]['version']}"

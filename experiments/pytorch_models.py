@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.pytorch_resnet import CifarResNet
+from experiments.pytorch_resnet import Block, CifarResNet
 
 
 def conv_norm(
@@ -413,3 +414,43 @@ def _create(name: str, num_classes: int, widths: Sequence[int] | None, attribute
         arguments = {"shortcut": "subsample", **attributes}
         return CifarResNet(int(name.removeprefix("resnet")), widths=widths, num_classes=num_classes, **arguments)
     raise ValueError(f"model {name!r} has no PyTorch form here.")
+
+
+def masked_layers(model: nn.Module) -> list[nn.Module]:
+    """The convolutions that read what a gate has masked, in the order of the gates."""
+    return [layer for block in model.modules() for layer in _masked_layers(block)]
+
+
+def _masked_layers(block: nn.Module) -> list[nn.Module]:
+    match block:
+        case Block():
+            return [block.conv2]
+        case ResidualBlock():
+            return [getattr(block, f"conv{i}") for i in range(2, block.depth + 1)]
+        case InvertedResidual():
+            return [block.conv[-2]] if len(block.conv) == 4 else []  # the first block has nothing to expand
+    return []
+
+
+def mask_gradients(
+    model: nn.Module, images: Tensor, labels: Tensor, layers: Sequence[nn.Module], masks: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """What the backbone contributes to a search step: the gradients of the mean cross-entropy to the masks alone.
+
+    Args:
+      model: Frozen (`requires_grad_(False)`) and in evaluation mode.
+      images: (N, 3, H, W).
+      labels: (N,).
+      layers: `masked_layers` of the model.
+      masks: (channels,) for what each of them reads, leaves that require gradients.
+    """
+
+    def masked(mask: Tensor) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
+        return lambda _, read: (read[0] * mask[:, None, None],)
+
+    hooks = [layer.register_forward_pre_hook(masked(mask)) for layer, mask in zip(layers, masks, strict=True)]
+    try:
+        return torch.autograd.grad(F.cross_entropy(model(images), labels), masks)
+    finally:
+        for hook in hooks:
+            hook.remove()

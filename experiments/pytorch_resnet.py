@@ -31,11 +31,9 @@ class Block(nn.Module):
         assert self.shortcut == "avgpool"
         return torch.cat([F.avg_pool2d(x, 2), x.new_zeros(n, self.added, h // 2, w // 2)], dim=1)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Maps (N, inputs, H, W) to (N, outputs, H / stride, W / stride); `mask` (inner,) is before `conv2`."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
         y = torch.relu(self.bn1(self.conv1(x)))
-        if mask is not None:
-            y = y * mask[:, None, None]
         return torch.relu(self.bn2(self.conv2(y)) + self.identity(x))
 
 
@@ -62,29 +60,11 @@ class CifarResNet(nn.Module):
         self.classifier = classifier
         self.add_module(classifier, nn.Linear(64, num_classes))
 
-    def blocks(self) -> list[Block]:
-        """All blocks, from the first to the last."""
-        return [*self.layer1, *self.layer2, *self.layer3]
-
-    def forward(self, x: Tensor, masks: Sequence[Tensor] | None = None) -> Tensor:
-        """Maps images (N, 3, H, W) to logits; `masks` (inner,) per block multiply what its second convolution reads."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps images (N, 3, H, W) to logits."""
         x = torch.relu(self.bn1(self.conv1(x)))
-        blocks = self.blocks()
-        for block, mask in zip(blocks, masks or [None] * len(blocks), strict=True):
-            x = block(x, mask)
+        x = self.layer3(self.layer2(self.layer1(x)))
         return getattr(self, self.classifier)(x.mean(dim=(2, 3)))
-
-
-def mask_gradients(model: CifarResNet, images: Tensor, labels: Tensor, masks: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """What the backbone contributes to a search step: the gradients of the mean cross-entropy to the masks alone.
-
-    Args:
-      model: Frozen (`requires_grad_(False)`) and in evaluation mode.
-      images: (N, 3, H, W).
-      labels: (N,).
-      masks: (inner,) per block, leaves that require gradients.
-    """
-    return torch.autograd.grad(F.cross_entropy(model(images, masks), labels), masks)
 
 
 def randomize(model: nn.Module, seed: int, images: Tensor | None = None) -> nn.Module:

@@ -14,18 +14,24 @@ import torch
 
 import ddnp_jax
 from ddnp_jax import losses, models, torch_weights
-from experiments import benchmark, generator_cost, interleaved, loading
+from experiments import benchmark, generator_cost, interleaved, loading, pytorch_models
 from experiments.interleaved import Measurement
-from experiments.pytorch_resnet import CifarResNet, mask_gradients, randomize
+from experiments.pytorch_resnet import randomize
 
 
-def test_both_search_steps_give_the_masks_the_same_gradients():
-    reference = randomize(CifarResNet(20, "avgpool"), seed=0).requires_grad_(False)
-    model = models.create("resnet20", num_classes=10, shortcut="avgpool")
-    variables = torch_weights.load(reference.state_dict(), model)
-    topology = ddnp_jax.trace(model, benchmark.IMAGE_SHAPE)
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v2"])
+def test_both_search_steps_give_the_masks_the_same_gradients(name):
+    attributes = {"shortcut": "avgpool"} if name == "resnet20" else {}
+    torch.manual_seed(0)
+    shape = (32, 32, 3)
     rng = np.random.default_rng(0)
-    images = np.float32(rng.normal(size=(4, *benchmark.IMAGE_SHAPE)))
+    images = np.float32(rng.normal(size=(4, *shape)))
+    channels_first = torch.tensor(images).permute(0, 3, 1, 2)
+    reference = randomize(pytorch_models.create(name, 10, **attributes), seed=0, images=channels_first)
+    reference.requires_grad_(False)
+    model = models.create(name, num_classes=10, **attributes)
+    variables = torch_weights.load(reference.state_dict(), model)
+    topology = ddnp_jax.trace(model, shape)
     labels = rng.integers(0, 10, 4)
     masks = tuple(np.float32(rng.uniform(0.1, 1, width)) for width in topology.widths)
 
@@ -34,12 +40,20 @@ def test_both_search_steps_give_the_masks_the_same_gradients():
 
     ours = jax.jit(jax.grad(loss))(masks)
     leaves = [torch.tensor(mask, requires_grad=True) for mask in masks]
-    theirs = mask_gradients(reference, torch.tensor(images).permute(0, 3, 1, 2), torch.tensor(labels), leaves)
-    assert len(ours) == len(theirs) == 9
+    layers = pytorch_models.masked_layers(reference)
+    theirs = pytorch_models.mask_gradients(reference, channels_first, torch.tensor(labels), layers, leaves)
+    assert len(ours) == len(theirs) == {"resnet20": 9, "mobilenet_v2": 16}[name]
     for own, other in zip(ours, theirs, strict=True):
         scale = np.abs(other.numpy()).max()
         assert scale > 1e-4
         np.testing.assert_allclose(own, other.numpy(), rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_pytorch_masks_what_the_gates_of_resnet50_do():
+    with torch.device("meta"):
+        layers = pytorch_models.masked_layers(pytorch_models.create("resnet50", 1000))
+    topology = ddnp_jax.trace(models.create("resnet50", num_classes=1000), (224, 224, 3))
+    assert [layer.in_channels for layer in layers] == list(topology.widths)
 
 
 def measured():
@@ -169,6 +183,8 @@ def test_evaluation_from_the_command_line(tmp_path):
             "--only='speed' is unknown; use search, training, evaluation, data, separated by commas.",
         ),
         ("--rounds=0", "--rounds=0 must be at least 1."),
+        ("--network=vgg", "--network='vgg' is unknown; use one of resnet56, mobilenet_v2, resnet50."),
+        ("--precision=half", "--precision='half' is unknown; use one of float32, bfloat16."),
         ("--batch_size=many", "argument --batch_size: invalid int value: 'many'"),
         ("--batch=8", "unrecognized arguments: --batch=8"),
         ("--json=/", "--json=/ is a folder; give a file in it."),
@@ -190,7 +206,7 @@ def test_a_missing_folder_of_photographs_ends_in_one_sentence(capfd, tmp_path):
 
 def test_a_refusal_of_a_measured_process_is_seen(capfd):
     with pytest.raises(SystemExit, match=r"^1$"):
-        interleaved.Worker(benchmark.ours, "evaluation", "nonsense", 8)
+        interleaved.Worker(benchmark.ours, "evaluation", "nonsense", benchmark.NETWORKS["resnet56"])
     said = capfd.readouterr().err
     assert said.startswith("error: the configuration's argument 'nonsense' is unknown; use ddnp, ")
     assert said.count("\n") == 1

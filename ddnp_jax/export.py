@@ -29,7 +29,12 @@ from ddnp_jax.extras import needed_by
 from ddnp_jax.interpreter import FullPrecision, evaluate
 from ddnp_jax.networks import Network, as_network, first_line
 
-FILES = {"onnx": "network.onnx", "onnx_int8": "network_int8.onnx", "stablehlo": "network.stablehlo"}  # by format
+# What a run writes, by format; the metadata of StableHLO are a file beside it.
+FILES = {
+    "onnx": ("network.onnx",),
+    "onnx_int8": ("network_int8.onnx",),
+    "stablehlo": ("network.stablehlo", "network.stablehlo.json"),
+}
 PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-4  # of the largest output, as in `verify`
 CALIBRATION_BATCH = 32  # images that are in memory at once, with all that the network computes of them

@@ -236,6 +236,10 @@ def _built_value(kind: Any, value: Any, name: str) -> Any:
         return value
     if dataclasses.is_dataclass(kind):
         return built(typing.cast(type, kind), value, f"{name}.")
+    if typing.get_origin(kind) is tuple and dataclasses.is_dataclass(of := typing.get_args(kind)[0]):
+        if not isinstance(value, list):
+            raise ValueError(f"{name} must be a list")
+        return tuple(built(typing.cast(type, of), each, f"{name}[{i}].") for i, each in enumerate(value))
     try:
         converted = _converted(kind, value)
     except TypeError:

@@ -16,7 +16,8 @@ import numpy as np
 
 from ddnp_jax import cpu, methods, parallel
 from ddnp_jax.cost import flops
-from ddnp_jax.fields import check_limits, choice, filled, names, number
+from ddnp_jax.export import FILES
+from ddnp_jax.fields import check_limits, choice, filled, names, number, several
 from ddnp_jax.training.steps import SCHEDULES
 
 if TYPE_CHECKING:
@@ -187,6 +188,7 @@ class Config:
     precision: str = choice("float32", *PRECISIONS)  # of the computation; parameters stay float32
     eval_batch_size: int = number(512, least=1)  # images per evaluation step, over all devices
     notes: tuple[str, ...] = ()  # sentences that the report repeats
+    export: str = several(*FILES)  # formats, joined by commas, in which the pruned network is written besides
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     budget: BudgetConfig = BudgetConfig()

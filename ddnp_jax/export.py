@@ -1,15 +1,20 @@
 """Networks for other runtimes: StableHLO and ONNX, each read back and compared before it is written.
 
     export.onnx("network.onnx", pruned.model, pruned.variables, images)
+    export.onnx_int8("network_int8.onnx", pruned.model, pruned.variables, images, calibration)
     export.stablehlo("network.stablehlo", pruned.model, pruned.variables, images)
 
-Both take any number of images per call. With `serving`, what `Dataset.serving` returns and a run keeps as
+All take any number of images per call. With `serving`, what `Dataset.serving` returns and a run keeps as
 `pruned/serving.json`, the exported network takes pixels and normalizes them itself, and its metadata say what it sees
-and what its outputs stand for. For PyTorch: `ddnp_jax.torch_weights.save`.
+and what its outputs stand for. A run exports with `--config.export`. For PyTorch: `ddnp_jax.torch_weights.save`.
 """
 
+import contextlib
+import importlib.util
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +26,38 @@ import numpy as np
 from ddnp_jax import files
 from ddnp_jax.compact import Verification, check_finite, compare_outputs
 from ddnp_jax.extras import needed_by
-from ddnp_jax.networks import Network, as_network
+from ddnp_jax.interpreter import FullPrecision, evaluate
+from ddnp_jax.networks import Network, as_network, first_line
 
+# What a run writes, by format; the metadata of StableHLO are a file beside it.
+FILES = {
+    "onnx": ("network.onnx",),
+    "onnx_int8": ("network_int8.onnx",),
+    "stablehlo": ("network.stablehlo", "network.stablehlo.json"),
+}
 PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-4  # of the largest output, as in `verify`
+CALIBRATION_BATCH = 32  # images that are in memory at once, with all that the network computes of them
 _METADATA = "ddnp_jax"  # key of an ONNX file's metadata
+_PACKAGES = {"onnx": ("jax2onnx", "onnx", "onnxruntime"), "stablehlo": ("flatbuffers",)}  # by extra
 
 Serving = Mapping[str, Any]
+
+
+def check_installed(form: str) -> None:
+    """Raises where a package is missing that a format needs; imports none.
+
+    Args:
+      form: One of `FILES`.
+
+    Raises:
+      ModuleNotFoundError: The package and the command that installs it are named.
+    """
+    extra = form.partition("_")[0]
+    with needed_by(f"export={form!r}", extra):
+        for package in _PACKAGES[extra]:
+            if importlib.util.find_spec(package) is None:
+                raise ModuleNotFoundError(name=package)
 
 
 def stablehlo(
@@ -75,7 +105,8 @@ def stablehlo(
 def onnx(path: str | Path, model: Any, variables: Any, images: Any, *, serving: Serving | None = None) -> Verification:
     """Writes a network as an ONNX file, and compares it in ONNX Runtime on the CPU.
 
-    Inputs stay (N, H, W, C). The metadata are a property of the file, in JSON.
+    Inputs stay (N, H, W, C). The file computes in float32, whatever shorter type the network asks for. The metadata are
+    a property of the file, in JSON.
 
     Args:
       path: Path of the file; the other arguments as of `stablehlo`.
@@ -89,22 +120,124 @@ def onnx(path: str | Path, model: Any, variables: Any, images: Any, *, serving: 
 
     Raises:
       ModuleNotFoundError: jax2onnx, onnx or onnxruntime is missing.
-      ValueError: A variable is not finite, or the outputs differ by more than 1e-4 of the largest.
+      ValueError: jax2onnx cannot convert the network, a variable is not finite, or the outputs differ by more than 1e-4
+        of the largest.
     """
-    with needed_by("export to ONNX", "onnx"):
-        import jax2onnx
-        import onnxruntime
-    served = _Served(model, variables, images, serving)
-    proto = jax2onnx.to_onnx(served.apply, [("batch", *served.images.shape[1:])], model_name="ddnp_jax")
-    proto.metadata_props.add(key=_METADATA, value=json.dumps(served.metadata()))
-    content = proto.SerializeToString()
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors; it warns of every padding whose size depends on that of the image
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    found = served.compared(lambda pixels: session.run(None, {name: np.asarray(pixels)}))
+    served = _InFloat32(model, variables, images, serving)
+    content = _converted(served)
+    found = served.compared(_computed(content))
     files.write_bytes(path, content)
     return found
+
+
+def onnx_int8(
+    path: str | Path,
+    model: Any,
+    variables: Any,
+    images: Any,
+    calibration: Any,
+    *,
+    serving: Serving | None = None,
+) -> Verification:
+    """Writes a network as an ONNX file that computes in 8 bits, as ONNX Runtime quantizes it.
+
+    Weights get a scale per channel, activations one per tensor, from their smallest and largest value over the
+    calibration images. How far the outputs may be from those of the network is for the user to judge, by accuracy.
+
+    Args:
+      path: Path of the file; the other arguments as of `stablehlo`.
+      model: See there.
+      variables: See there.
+      images: See there.
+      calibration: Images (N, H, W, C) like `images`, a few hundred, which are not those of a test.
+      serving: See there.
+
+    Returns:
+      How near the outputs of the file are to those of the network.
+
+    Raises:
+      ModuleNotFoundError: jax2onnx, onnx or onnxruntime is missing.
+      ValueError: There are no calibration images, jax2onnx cannot convert the network, or a variable or an output is
+        not finite.
+    """
+    with needed_by("export to ONNX", "onnx"):
+        from onnxruntime import quantization
+        from onnxruntime.quantization import shape_inference
+    if not len(calibration):
+        raise ValueError("calibration holds no images; give a few hundred, which are not those of a test.")
+    served = _InFloat32(model, variables, images, serving)
+    with tempfile.TemporaryDirectory() as folder:
+        whole, prepared, small = (Path(folder, name) for name in ("whole.onnx", "prepared.onnx", "small.onnx"))
+        whole.write_bytes(_converted(served))
+        with _quiet():
+            # Puts batch normalization into the convolutions, which are quantized then with the scale that they have.
+            shape_inference.quant_pre_process(whole, prepared, skip_symbolic_shape=True)
+            quantization.quantize_static(prepared, small, _Calibration(prepared, calibration), per_channel=True)
+        content = small.read_bytes()
+    found = served.compared(_computed(content), math.inf)
+    files.write_bytes(path, content)
+    return found
+
+
+def read_onnx(path: str | Path) -> Callable[[Any], list[np.ndarray]]:
+    """An ONNX file as a function from images (N, H, W, C) to its outputs, computed by ONNX Runtime on the CPU.
+
+    Raises:
+      ModuleNotFoundError: onnxruntime is missing.
+    """
+    return _computed(Path(path).read_bytes())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """ONNX Runtime's errors alone; it warns of every padding whose size depends on that of the image."""
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(3)
+    try:
+        yield
+    finally:
+        onnxruntime.set_default_logger_severity(2)  # what it starts with
+
+
+def _computed(content: bytes) -> Callable[[Any], list[np.ndarray]]:
+    with needed_by("ONNX", "onnx"):
+        import onnxruntime
+    with _quiet():
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: session.run(None, {name: np.asarray(images, np.float32)})
+
+
+def _converted(served: "_Served") -> bytes:
+    """The content of an ONNX file."""
+    with needed_by("export to ONNX", "onnx"):
+        import jax2onnx
+    try:
+        proto = jax2onnx.to_onnx(served.apply, [("batch", *served.images.shape[1:])], model_name="ddnp_jax")
+    except Exception as error:  # whatever it does not know
+        raise ValueError(
+            f"jax2onnx cannot convert {served.network.name} ({first_line(error)}); export to StableHLO, which takes "
+            "every network."
+        ) from error
+    proto.metadata_props.add(key=_METADATA, value=json.dumps(served.metadata()))
+    return proto.SerializeToString()
+
+
+class _Calibration:
+    """Gives ONNX Runtime's quantization images batch by batch."""
+
+    def __init__(self, path: Path, images: Any) -> None:
+        import onnx
+
+        self._name = onnx.load(path).graph.input[0].name
+        self._batches: Iterator[Any] = iter(
+            np.array_split(np.asarray(images, np.float32), math.ceil(len(images) / CALIBRATION_BATCH))
+        )
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        batch = next(self._batches, None)
+        return None if batch is None else {self._name: batch}
 
 
 class _Served:
@@ -130,8 +263,16 @@ class _Served:
             self.serving or {}
         )
 
-    def compared(self, read: Callable[[Any], Any]) -> Verification:
+    def compared(self, read: Callable[[Any], Any], tolerance: float = TOLERANCE) -> Verification:
         """The outputs of what was read back against the network's."""
         whole = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.jit(self.apply)(self.images))]
         found = [np.asarray(leaf) for leaf in jax.tree.leaves(read(self.images))]
-        return compare_outputs([*zip(whole, found, strict=True)], TOLERANCE, "the exported network", "the network")
+        return compare_outputs([*zip(whole, found, strict=True)], tolerance, "the exported network", "the network")
+
+
+class _InFloat32(_Served):
+    """The same in float32: ONNX Runtime knows few operations in shorter types, and accelerators shorten products."""
+
+    def apply(self, images: jax.Array) -> Any:
+        """The outputs of images, or of pixels where they are normalized here."""
+        return evaluate(super().apply, FullPrecision(), images)

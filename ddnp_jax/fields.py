@@ -8,8 +8,8 @@
     trainer = filled(Trainer(), {"epochs": 20}, "base.")
     check_limits(trainer, "base.")
 
-`filled` refuses unknown names and wrong types, `check_limits` what is beyond the limits. `built` makes a dataclass from
-the values of a file.
+`several` holds any of some names. `filled` refuses unknown names and wrong types, `check_limits` what is beyond the
+limits. `built` makes a dataclass from the values of a file.
 """
 
 import dataclasses
@@ -78,6 +78,24 @@ class _Choices:
         return "" if value in self.known else f"is unknown; use one of {', '.join(map(repr, self.known))}."
 
 
+@dataclasses.dataclass(frozen=True)
+class _Several:
+    """Any of some names, joined by commas."""
+
+    known: tuple[str, ...]
+
+    def refusal(self, value: Any) -> str:
+        """What the value must be; '' where it is that."""
+        unknown = [name for name in listed(value) if name not in self.known]
+        shown = ", ".join(map(repr, self.known))
+        return f"names {unknown[0]!r}, which is unknown; join any of {shown} by commas." if unknown else ""
+
+
+def listed(value: str) -> tuple[str, ...]:
+    """The names in the value of a field that `several` made, each once."""
+    return tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
+
+
 def _given(limits: Iterable[float | None]) -> float | None:
     return next((limit for limit in limits if limit is not None), None)
 
@@ -110,6 +128,11 @@ def number(
 def choice(default: str, *known: str) -> str:
     """A field that holds one of a few names."""
     return dataclasses.field(default=default, metadata={_KEY: _Choices(known)})
+
+
+def several(*known: str) -> str:
+    """A field that holds any of a few names, joined by commas; none by default. `listed` takes them apart."""
+    return dataclasses.field(default="", metadata={_KEY: _Several(known)})
 
 
 def names(section: Any) -> tuple[str, ...]:
@@ -213,6 +236,10 @@ def _built_value(kind: Any, value: Any, name: str) -> Any:
         return value
     if dataclasses.is_dataclass(kind):
         return built(typing.cast(type, kind), value, f"{name}.")
+    if typing.get_origin(kind) is tuple and dataclasses.is_dataclass(of := typing.get_args(kind)[0]):
+        if not isinstance(value, list):
+            raise ValueError(f"{name} must be a list")
+        return tuple(built(typing.cast(type, of), each, f"{name}[{i}].") for i, each in enumerate(value))
     try:
         converted = _converted(kind, value)
     except TypeError:

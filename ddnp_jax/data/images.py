@@ -75,14 +75,32 @@ class Images(abc.ABC):
         Returns:
           Normalized images, float32 (N, H, W, C), and labels, int32 (N,).
         """
-        images, labels = self._pixels(on_devices, host_batch, rng)
-        images = images[..., ::-1] if self._bgr else images
+        images, labels = self._ordered_pixels(on_devices, host_batch, rng)
         return (images if self.levels is None else normalize(images, self._mean, self._std)), labels
 
     def first(self, count: int) -> jax.Array:
         """The first `count` images as `batch` gives them, without augmentation."""
-        index = np.arange(min(count, len(self)), dtype=np.int32)
-        return self.batch(self._resident(), self.read(BatchIndices(index, np.zeros_like(index)), None), None)[0]
+        return self.batch(self._resident(), self._read_plain(np.arange(min(count, len(self)))), None)[0]
+
+    def served(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images as they come to an exported network, which normalizes them itself (`Dataset.serving`).
+
+        Args:
+          indices: (N,), which images.
+
+        Returns:
+          Pixels (N, H, W, C), not augmented and in the network's order of channels, and labels (N,).
+        """
+        pixels, labels = self._ordered_pixels(self._resident(), self._read_plain(indices), None)
+        return np.asarray(pixels), np.asarray(labels)
+
+    def _read_plain(self, indices: np.ndarray) -> Any:
+        """The host's part of a batch that is not augmented."""
+        return self.read(BatchIndices(indices.astype(np.int32), np.zeros(len(indices), np.int32)), None)
+
+    def _ordered_pixels(self, on_devices: Any, host_batch: Any, rng: jax.Array | None) -> tuple[Any, Any]:
+        images, labels = self._pixels(on_devices, host_batch, rng)
+        return (images[..., ::-1] if self._bgr else images), labels
 
     @abc.abstractmethod
     def fingerprint(self) -> str:

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddnp_jax import data, files, methods, models, parallel, torch_weights
+from ddnp_jax import data, export, files, methods, models, parallel, torch_weights
 from ddnp_jax.compact import Rebuild, rehearse
 from ddnp_jax.config import STAGES, Config, Stage, as_dict, check, typed
 from ddnp_jax.cost import latency
 from ddnp_jax.cost.budget import Budget, make_budget
+from ddnp_jax.fields import listed
 from ddnp_jax.models.layers import Backbone
 from ddnp_jax.networks import Network, Outputs, as_network, picked
-from ddnp_jax.pipeline import identity, report, stages
+from ddnp_jax.pipeline import exporting, identity, report, stages
 from ddnp_jax.pipeline.results import Results, summarize
 from ddnp_jax.pipeline.workdir import check_room, check_workdir, claim_workdir, locked
 from ddnp_jax.preemption import PreemptionGuard
@@ -29,7 +30,7 @@ from ddnp_jax.training.log import MetricsLog
 
 # Fields of the configuration that may change when a run resumes: they do not change the pruned network, or are paths,
 # whose contents count.
-_MAY_DIFFER = ("data.threads", "data.data_dir", "base.weights", "finetune.control")
+_MAY_DIFFER = ("data.threads", "data.data_dir", "base.weights", "finetune.control", "export")
 _KEPT, _BYTES = 4, 4  # checkpoints of a stage, the one that is being written included, of float32; with momentum
 _WRITTEN = ("results.json", "metrics.jsonl", *STAGES)  # in a workdir that has been used
 
@@ -129,10 +130,13 @@ def prepare(
     Raises:
       ValueError: A field is wrong, the budget cannot be met, the weights are not the model's, or the workdir belongs to
         another run.
+      ModuleNotFoundError: A package of `config.export` is missing.
     """
     config = typed(config)
     config = dataclasses.replace(config, data=data.complete(config.data))
     check(config)
+    for form in listed(config.export):
+        export.check_installed(form)
     _check_batches(config)
     _check_weights_exist(config.base.weights)
     dataset = dataset or data.load(config.data)
@@ -216,7 +220,7 @@ def _check_written(workdir: Path, log: MetricsLog, results: Results) -> None:
     """Raises for what an earlier start wrote and no stage could read or go on with."""
     log.check()
     results.values()
-    for folder in (workdir / name for name in (*STAGES, "pruned")):
+    for folder in (workdir / name for name in (*STAGES, "pruned", exporting.FOLDER)):
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file where the run keeps a folder; move it away.")
     for stage in STAGES:
@@ -350,6 +354,7 @@ def _run(job: Run) -> dict[str, Any]:
     parallel.on_first_process(lambda: _save(job, small, tuned))
     if job.config.finetune.control:
         stages.control(job, variables)
+    exporting.write(job, variables, small, tuned)
     return report.write(job.workdir, summarize(job, selection))
 
 

@@ -1,6 +1,6 @@
 """What a run has measured after each stage, `results.json`, and what its report says of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +10,9 @@ import numpy as np
 from ddnp_jax import files, parallel
 from ddnp_jax.config import STAGES, Config, Stage, TrainerConfig
 from ddnp_jax.cost import flops
+from ddnp_jax.fields import built, listed
 from ddnp_jax.methods import AdamW
-from ddnp_jax.pipeline.report import Cost, Latency, PerStage, Report, Training, Verification
+from ddnp_jax.pipeline.report import Cost, Export, Latency, PerStage, Report, Training, Verification
 from ddnp_jax.topology import Selection
 from ddnp_jax.training import loop
 
@@ -36,19 +37,23 @@ class Results:
         """
         return {name: entry["value"] for name, entry in self._read().items()}
 
-    def measured(self, name: str, made_from: str, measure: Callable[[], Any]) -> Any:
+    def measured(
+        self, name: str, made_from: str, measure: Callable[[], Any], still_holds: Callable[[Any], bool] = lambda _: True
+    ) -> Any:
         """A result; it is measured and kept where there is none of what it is made from. Every process must call.
 
         Args:
           name: Name of the result.
           made_from: What it is made from, as `identity.made_from` returns it.
-          measure: Measures it: a JSON value.
+          measure: Measures it: a JSON value. That of the first process is kept.
+          still_holds: Whether one that is kept is still true, of files for example.
 
         Raises:
           ValueError: The file is damaged.
         """
         results = self._read()
-        is_stale = results.get(name, {}).get("made_from") != made_from
+        found = results.get(name, {})
+        is_stale = found.get("made_from") != made_from or not still_holds(found["value"])
         if parallel.any_process(is_stale):  # all processes measure, or none
             results[name] = {"made_from": made_from, "value": measure()}
             parallel.on_first_process(lambda: files.write_sealed(self._path, results))
@@ -64,6 +69,7 @@ def summarize(job: "Run", selection: Selection) -> Report:
     convention, widths = config.budget.convention, selection.widths
     control = results["control"] if config.finetune.control else {}
     training = _training(job, results["search_steps"])
+    exports = {form: results[f"export_{form}"] for form in listed(config.export)}
     return Report(
         method=config.search.method,
         variant=config.variant,
@@ -100,7 +106,9 @@ def summarize(job: "Run", selection: Selection) -> Report:
         precision=np.dtype(getattr(job.network.model, "dtype", None) or np.float32).name,
         devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         latency_ms=Latency(**results["latency_ms"]),
+        other_latencies=tuple(_other_latencies(exports, results)),
         verification=Verification(**results["verification"]),
+        exports={form: built(Export, found) for form, found in exports.items()},
         notes=(
             *config.notes,
             *job.dataset.notes,
@@ -109,6 +117,14 @@ def summarize(job: "Run", selection: Selection) -> Report:
             *_recalibrated(config.finetune.recalibration_steps, config.finetune.batch_size),
         ),
     )
+
+
+def _other_latencies(exports: Mapping[str, Any], results: Mapping[str, Any]) -> Iterator[Latency]:
+    """Times of single images, and those of other runtimes."""
+    if results["latency_ms"]["batch"] > 1:
+        yield Latency(**results["latency_ms_of_one"])
+    for found in exports.values():
+        yield from (Latency(**times) for times in found["latencies"])
 
 
 def _cost(job: "Run", selection: Selection) -> Cost:

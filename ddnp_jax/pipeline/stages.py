@@ -1,7 +1,6 @@
 """The stages of the main job: base training, search, cut, fine-tuning and control. Each resumes from the workdir."""
 
 import functools
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +13,7 @@ from ddnp_jax.compact import compact, verify
 from ddnp_jax.config import Stage, TrainerConfig
 from ddnp_jax.masking import apply_masked
 from ddnp_jax.networks import Network, as_network, picked
+from ddnp_jax.pipeline import timing
 from ddnp_jax.topology import Selection
 from ddnp_jax.training import loop
 from ddnp_jax.training.evaluation import evaluator, image_sums
@@ -141,7 +141,9 @@ def finetune(job: "Run", variables: Any, selection: Selection, small: Network, s
     tuned = _tuned(job, "finetune", variables, small, small_variables, made_from)
     made_from = job.made_from(tuned)
     job.results.measured("pruned", made_from, lambda: _test(job, small, tuned))
-    job.results.measured("latency_ms", made_from, lambda: _latency(job, [(job.network, variables), (small, tuned)]))
+    networks = [(job.network, variables), (small, tuned)]
+    job.results.measured("latency_ms", made_from, lambda: _latency(job, networks, job.local_batch))
+    job.results.measured("latency_ms_of_one", made_from, lambda: _latency(job, networks, 1))
     return tuned
 
 
@@ -286,16 +288,9 @@ def _test(job: "Run", network: Network, variables: Any) -> dict[str, float]:
     return _evaluator(job, network, test)(variables, np.arange(len(test)))
 
 
-def _latency(job: "Run", networks: Sequence[tuple[Network, Any]]) -> dict[str, float]:
-    """Median milliseconds of a device's share of an evaluation batch, whole and pruned network in turn."""
-    images = jax.device_put(np.zeros((job.local_batch, *job.dataset.image_shape), np.float32))
+def _latency(job: "Run", networks: Sequence[tuple[Network, Any]], batch: int) -> dict[str, float]:
+    """Median milliseconds of a batch on one device, of the unpruned and of the pruned network."""
+    images = jax.device_put(np.zeros((batch, *job.dataset.image_shape), np.float32))
     calls = [functools.partial(jax.jit(network.evaluate), jax.device_put(own)) for network, own in networks]
-    times = [[_seconds(call, images) for call in calls] for _ in range(8)]
-    before, after = 1e3 * np.median(times[1:], axis=0)  # the first turn compiles
-    return {"batch": job.local_batch, "before": float(before), "after": float(after)}
-
-
-def _seconds(call: Callable[[Any], Any], images: jax.Array) -> float:
-    started = time.perf_counter()
-    jax.block_until_ready(call(images))
-    return time.perf_counter() - started
+    before, after = timing.in_turn(calls, images)
+    return {"batch": batch, "before": before, "after": after}

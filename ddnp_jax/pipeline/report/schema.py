@@ -10,7 +10,7 @@ from ddnp_jax.config import Stage
 # What `report.json` holds besides the fields of `Report`: figures that follow from these.
 _DERIVED = (
     *("delta_top1", "delta_top5", "delta_control_top1", "delta_control_top5"),
-    *("flops_reduction", "params_reduction", "p_reached"),
+    *("flops_reduction", "params_reduction", "p_reached", "flops_speedup", "speedups"),
 )
 
 
@@ -39,11 +39,45 @@ class Latency:
       batch: Number of images.
       before: Milliseconds of the unpruned network.
       after: Milliseconds of the pruned one.
+      runtime: What computed it.
     """
 
     batch: int
     before: float
     after: float
+    runtime: str = "XLA"
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast the pruned network is."""
+        return self.before / self.after
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class File:
+    """A file: its length, and what it was when it was written."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """The pruned network in another format.
+
+    Attributes:
+      files: The files by their paths in the workdir, that of the network first.
+      compared_images: Number of test images, as pixels, over which its outputs were compared with the network's.
+      max_difference: Largest difference of an output.
+      argmax_agreement: Fraction of the predictions that are the same.
+      top1: Its own accuracy over all test images in percent; None where it computes what the network does.
+    """
+
+    files: Mapping[str, File]
+    compared_images: int
+    max_difference: float
+    argmax_agreement: float
+    top1: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,8 +157,10 @@ class Report:
     batch_norm: str  # where batch statistics are taken: "synced" or "per device"
     precision: str
     devices: str
-    latency_ms: Latency
+    latency_ms: Latency  # of a device's share of an evaluation batch
+    other_latencies: tuple[Latency, ...] = ()  # of single images, and in other runtimes
     verification: Verification
+    exports: Mapping[str, Export] = dataclasses.field(default_factory=dict)  # by format
     notes: tuple[str, ...]
 
     @property
@@ -172,6 +208,34 @@ class Report:
     def flops_reduction(self) -> float:
         """Part of the whole network's FLOPs that is removed."""
         return 100 * (1 - self.flops_total_after / self.flops_total_before)
+
+    @property
+    def flops_speedup(self) -> float:
+        """How many times as fast the pruned network would be if FLOPs alone took time."""
+        return self.flops_total_before / self.flops_total_after
+
+    @property
+    def latencies(self) -> tuple[Latency, ...]:
+        """All measured times, by runtime and batch."""
+        runtimes = list(dict.fromkeys(each.runtime for each in (self.latency_ms, *self.other_latencies)))
+        return tuple(
+            sorted(
+                (self.latency_ms, *self.other_latencies), key=lambda each: (runtimes.index(each.runtime), each.batch)
+            )
+        )
+
+    @property
+    def speedups(self) -> tuple[dict[str, Any], ...]:
+        """Measured speed-ups, and the part that each is of what the FLOPs imply."""
+        return tuple(
+            {
+                "runtime": each.runtime,
+                "batch": each.batch,
+                "speedup": each.speedup,
+                "part_of_flops_speedup": each.speedup / self.flops_speedup,
+            }
+            for each in self.latencies
+        )
 
     @property
     def params_reduction(self) -> float:

@@ -69,6 +69,7 @@ def _check(report: Report) -> None:
         "params_before": report.params_before,
         "budget.before": report.budget.before,
         "latency_ms.before": report.latency_ms.before,
+        "latency_ms.after": report.latency_ms.after,
     }.items():
         if not value > 0:
             raise ValueError(f"{name}={value!r} must be above 0")

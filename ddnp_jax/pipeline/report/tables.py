@@ -73,6 +73,40 @@ def _size(flops: float, params: int, milliseconds: float) -> list[str]:
     return [f"{flops / 1e6:,.3f} M", f"{params / 1e6:,.3f} M", f"{milliseconds:.2f}"]
 
 
+def speed_table(report: Report) -> str:
+    """Measured times and speed-ups, beside what the FLOPs imply."""
+    rows = [
+        [
+            each.runtime,
+            str(each.batch),
+            f"{each.before:.2f}",
+            f"{each.after:.2f}",
+            f"{each.speedup:.2f}",
+            f"{report.flops_speedup:.2f}",
+            f"{each.speedup / report.flops_speedup:.2f}",
+        ]
+        for each in report.latencies
+    ]
+    return table(["runtime", "batch", "base (ms)", "pruned (ms)", "speed-up", "FLOPs imply", "ratio"], rows)
+
+
+def export_table(report: Report) -> str:
+    """The exported files, and how near each is to the network."""
+    rows = []
+    for found in report.exports.values():
+        path, file = next(iter(found.files.items()))
+        rows.append(
+            [
+                f"`{path}`",
+                f"{file.bytes:,}",
+                f"{found.max_difference:.1e}",
+                f"{100 * found.argmax_agreement:.2f}",
+                "-" if found.top1 is None else f"{found.top1:.2f}",
+            ]
+        )
+    return table(["file", "bytes", "largest difference", "same predictions (%)", "top-1 (%)"], rows)
+
+
 def stage_table(report: Report) -> str:
     """What every stage learned from, and how long it took."""
     stages = [stage for stage in STAGES if stage != "control" or report.was_run("control")]

@@ -27,6 +27,8 @@ def markdown(report: Report, has_curve: bool) -> str:
         *_not_faster(report),
         *_without_control(report),
         "![Channels per gate, before and after](widths.png)",
+        f"## Speed\n\n{tables.speed_table(report)}\n\n{_speed(report)}",
+        *_exports(report),
         f"## Budget\n\n{_budget(report)}",
         f"## How the figures were taken\n\n{_bullets(_methodology(report))}",
     ]
@@ -60,6 +62,28 @@ def _headline(report: Report) -> str:
 def _latency(report: Report) -> str:
     where = report.devices if report.devices.startswith("1 x ") else f"one of {report.devices}"
     return f"Latency: forward pass of a batch of {report.latency_ms.batch} on {where}."
+
+
+def _speed(report: Report) -> str:
+    """How the table of times was taken."""
+    text = (
+        "Medians, base and pruned network in turn. FLOPs imply: the speed-up if FLOPs alone took time; ratio: the part "
+        "of it that is real."
+    )
+    if any(each.runtime.endswith("int8") for each in report.latencies):
+        text += " Of int8, the base is in float32."
+    return text
+
+
+def _exports(report: Report) -> list[str]:
+    """The exported files and their check."""
+    if not report.exports:
+        return []
+    images = next(iter(report.exports.values())).compared_images
+    text = f"Each was read back and compared with the pruned network on {images:,} test images, given as pixels."
+    if any(found.top1 is not None for found in report.exports.values()):
+        text += f" Top-1: its own accuracy, over all {report.test_images:,} test images."
+    return [f"## Exported files\n\n{tables.export_table(report)}\n\n{text}"]
 
 
 def _not_faster(report: Report) -> list[str]:

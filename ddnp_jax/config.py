@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddnp_jax import cpu, methods, parallel
-from ddnp_jax.cost import flops
+from ddnp_jax.cost import flops, latency
 from ddnp_jax.export import FILES
 from ddnp_jax.fields import check_limits, choice, filled, names, number, several
 from ddnp_jax.training.steps import SCHEDULES
@@ -71,6 +71,8 @@ class BudgetConfig:
     residual: bool = False  # whether channels of residual streams may be removed too, one set for all blocks of a stage
     multiple: int = number(1, least=1)  # widths are multiples of this (whole gates excepted)
     latency_points: int = number(5, least=2)  # for 'latency': widths per gate at which layers are timed
+    latency_batch: int = number(0, least=0)  # images per call; 0: a device's share of an evaluation batch
+    runtime: str = choice(latency.XLA, *latency.RUNTIMES)  # where it is measured: XLA here, ONNX Runtime on the CPU
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -179,6 +179,20 @@ def onnx_int8(
     return found
 
 
+def in_onnx_runtime(function: Callable[[jax.Array], Any], shape: Sequence[int]) -> Callable[[Any], list[np.ndarray]]:
+    """A function of one float32 array as ONNX Runtime computes it on the CPU.
+
+    Args:
+      function: The function, whose constants become part of it.
+      shape: Shape of the array.
+
+    Raises:
+      ModuleNotFoundError: jax2onnx, onnx or onnxruntime is missing.
+      ValueError: jax2onnx cannot convert the function.
+    """
+    return _computed(_graph(function, tuple(shape), "the function").SerializeToString())
+
+
 def read_onnx(path: str | Path) -> Callable[[Any], list[np.ndarray]]:
     """An ONNX file as a function from images (N, H, W, C) to its outputs, computed by ONNX Runtime on the CPU.
 
@@ -211,17 +225,21 @@ def _computed(content: bytes) -> Callable[[Any], list[np.ndarray]]:
 
 def _converted(served: "_Served") -> bytes:
     """The content of an ONNX file."""
+    proto = _graph(served.apply, ("batch", *served.images.shape[1:]), served.network.name)
+    proto.metadata_props.add(key=_METADATA, value=json.dumps(served.metadata()))
+    return proto.SerializeToString()
+
+
+def _graph(function: Callable[[jax.Array], Any], shape: tuple[int | str, ...], name: str) -> Any:
     with needed_by("export to ONNX", "onnx"):
         import jax2onnx
     try:
-        proto = jax2onnx.to_onnx(served.apply, [("batch", *served.images.shape[1:])], model_name="ddnp_jax")
+        with jax.numpy_rank_promotion("allow"):  # its own forms of some operations promote
+            return jax2onnx.to_onnx(function, [shape], model_name="ddnp_jax")
     except Exception as error:  # whatever it does not know
         raise ValueError(
-            f"jax2onnx cannot convert {served.network.name} ({first_line(error)}); export to StableHLO, which takes "
-            "every network."
+            f"jax2onnx cannot convert {name} ({first_line(error)}); export to StableHLO, which takes every network."
         ) from error
-    proto.metadata_props.add(key=_METADATA, value=json.dumps(served.metadata()))
-    return proto.SerializeToString()
 
 
 class _Calibration:

@@ -169,11 +169,12 @@ def timed(monkeypatch):
     """Every call that is to be timed, in order; takes as long as its input and output are wide."""
     calls = []
 
-    def pretend(call):
+    def pretend(call, runtime):
         calls.append(call)
         return float(call.x[call.read_axis] * 1000 + call.kernel[call.axes[1]])
 
     monkeypatch.setattr(latency, "_milliseconds", pretend)
+    monkeypatch.setattr(latency, "_networks", lambda *_: ())
     return calls
 
 
@@ -263,12 +264,70 @@ def test_measured_widths_are_multiples_and_the_whole(arguments, widths):
     assert latency._knots(extent, network, points, multiple) == widths
 
 
-def test_a_table_is_measured_once_and_then_read(tmp_path, monkeypatch):
+@pytest.mark.parametrize("runtime", ["xla", "onnx"])
+def test_a_table_is_measured_once_and_then_read(runtime, tmp_path, monkeypatch):
+    if runtime == "onnx":
+        pytest.importorskip("jax2onnx")
+        pytest.importorskip("onnxruntime")
     model = zoo.Middle(lambda x: x.mean((1, 2)))
     network = trace(model, SHAPE)
-    arguments = (tmp_path / "run" / "latency.json", model, network, 4, 2, 1)
-    table = latency.measured_once(*arguments)
+    path = tmp_path / "run" / "latency.json"
+    arguments = {"model": model, "points": 2, "multiple": 1}
+    table = latency.measured_once(path, 4, runtime, network, **arguments)
     assert all(0 < ms < np.inf for times in table.layers for row in times.ms for ms in row)
-    assert (table.device, table.batch) == (jax.devices()[0].device_kind, 4)
+    device = jax.devices()[0].device_kind if runtime == "xla" else "ONNX Runtime, cpu"
+    assert (table.device, table.batch, table.runtime) == (device, 4, runtime)
+    assert [each.widths for each in table.networks] == [(8,), (6,), (4,), (2,)]
     monkeypatch.setattr(latency, "_milliseconds", lambda *_: pytest.fail("measured again"))
-    assert latency.measured_once(*arguments) == table
+    assert latency.measured_once(path, 4, runtime, network, **arguments) == table
+    with pytest.raises(ValueError, match=rf"was measured with 4 images per call in {runtime}, this run has 8 in xla"):
+        latency.measured_once(path, 8, "xla", network, **arguments)
+
+
+# The whole network
+
+
+def with_networks(milliseconds):
+    """The table with times of the network that are a function of the sum over the layers."""
+    every = [topology().widths, *(tuple(max(c // n, 1) for c in topology().widths) for n in (2, 4))]
+    networks = [latency.NetworkTime(widths, milliseconds(counted(TABLE, topology(), widths))) for widths in every]
+    return dataclasses.replace(TABLE, networks=tuple(networks))
+
+
+def test_a_network_takes_an_overhead_and_a_factor_of_its_layers():
+    table = with_networks(lambda layers: 7.0 + 1.5 * layers)
+    widths = [max(channels - 1, 1) for channels in topology().widths]
+    layers = counted(TABLE, topology(), widths)
+    assert table.layers_ms(topology(), widths) == pytest.approx(layers, rel=1e-12)
+    assert table.ms(topology(), widths) == pytest.approx(7.0 + 1.5 * layers, rel=1e-9)
+    slope, own = (jax.grad(functools.partial(t.ms, topology()))(jnp.array(widths, jnp.float32)) for t in (table, TABLE))
+    np.testing.assert_allclose(slope, 1.5 * own, rtol=1e-4, atol=1e-5)
+
+
+def test_neither_overhead_nor_factor_is_negative():
+    widths = topology().widths
+    faster = with_networks(lambda layers: 2 * layers - 1.0)  # less than in proportion: no overhead
+    half = [max(c // 2, 1) for c in widths]
+    ratio = faster.ms(topology()) / faster.ms(topology(), half)
+    assert ratio == pytest.approx(counted(TABLE, topology(), widths) / counted(TABLE, topology(), half), rel=1e-9)
+    slower = with_networks(lambda layers: 1000.0 - layers)  # narrower ones take longer: the widths say nothing
+    assert slower.ms(topology()) == slower.ms(topology(), half) > 0
+
+
+def test_times_of_networks_are_checked(tmp_path):
+    file = tmp_path / "latency.json"
+    table = with_networks(lambda layers: layers)
+    table.save(file)
+    assert LatencyTable.load(file, topology()) == table
+    for path, value, reason in (
+        (("networks",), None, "it has no list of networks"),
+        (("networks", 0, "ms"), 0.0, "networks: ms=0.0 must be a positive number of milliseconds"),
+        (("networks", 1, "widths"), [1], "networks: widths [1] must be one number of channels for each gate"),
+    ):
+        content = dataclasses.asdict(table)
+        content["networks"] = list(content["networks"])
+        damage(content, path, value)
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError) as error:
+            LatencyTable.load(file, topology())
+        assert reason in str(error.value)

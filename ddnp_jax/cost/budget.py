@@ -144,13 +144,13 @@ class Budget:
                 return tuple(map(int, widths))
 
 
-def make_budget(config: "BudgetConfig", topology: Topology, measured: Callable[[int, int], LatencyTable]) -> Budget:
+def make_budget(config: "BudgetConfig", topology: Topology, measured: Callable[..., LatencyTable]) -> Budget:
     """The budget of a configuration's `budget` section.
 
     Args:
       config: The section, checked by itself.
       topology: Topology of the network.
-      measured: (points per gate, multiple) -> the latency table; called for kind 'latency' alone, after everything that
+      measured: (points=, multiple=) -> the latency table; called for kind 'latency' alone, after everything that
         can be refused without it.
 
     Raises:
@@ -165,9 +165,9 @@ def make_budget(config: "BudgetConfig", topology: Topology, measured: Callable[[
     return budget
 
 
-def _cost(config: "BudgetConfig", measured: Callable[[int, int], LatencyTable]) -> Cost:
+def _cost(config: "BudgetConfig", measured: Callable[..., LatencyTable]) -> Cost:
     if config.kind == "latency":
-        table = measured(config.latency_points, config.multiple)
+        table = measured(points=config.latency_points, multiple=config.multiple)
         return Cost(table.ms, f"ms (batch {table.batch}, {table.device})", ",.4g")
     if config.kind == "params":
         return Cost(flops.parameters, "parameters")

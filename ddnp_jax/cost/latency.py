@@ -1,9 +1,10 @@
-"""What a network's layers take on a device: measured over their widths, interpolated, and kept as a plain file.
+"""What a network takes on a device: measured over the widths of its layers, interpolated, and kept as a plain file.
 
 A table has, for every convolution and dense layer, milliseconds per batch at a grid of its numbers of input and output
-channels. The time of a network is the sum over its layers of the multilinear interpolation, which is differentiable
-in the widths. Batch norm, activations, additions and pooling are not in it, nor is what a compiler gains by fusing
-them, so that it predicts differences between networks better than the time of one.
+channels; the sum over the layers of their multilinear interpolation is differentiable in the widths. A network takes
+longer than its layers by themselves: normalization, activations, additions, and an overhead for every operation. So the
+whole network is timed too, at several widths, and its time is the overhead and the factor times the sum that fit these
+best.
 
 Between the points of the grid a device may jump (tiles of 8, 32 or 128 channels): with `budget.multiple` the points are
 multiples too.
@@ -14,10 +15,9 @@ import functools
 import itertools
 import json
 import math
-import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -27,15 +27,19 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from ddnp_jax import fields, files, parallel
-from ddnp_jax.cost import flops
+from ddnp_jax import export, fields, files, parallel
+from ddnp_jax.compact import Rebuild, compact
+from ddnp_jax.cost import flops, timing
 from ddnp_jax.models.layers import depthwise_conv
 from ddnp_jax.networks import as_network
-from ddnp_jax.topology import Extent, Layer, Topology, jaxprs, variable_shapes
+from ddnp_jax.topology import Extent, Layer, Selection, Topology, jaxprs, variable_shapes
 
 _TableT = TypeVar("_TableT", bound="LatencyTable")
 
-ROUNDS = 5  # of which the median counts
+XLA, ONNX = "xla", "onnx"
+RUNTIMES = (XLA, ONNX)  # XLA on the current device, ONNX Runtime on the CPU
+ROUNDS = 5  # of which the shortest counts: whatever else a machine does adds to the others
+FRACTIONS = (1.0, 0.75, 0.5, 0.25)  # of every gate, at which the whole network is timed
 ROUND_MS = 5.0  # shortest time of a round; short layers are called several times
 
 
@@ -82,21 +86,50 @@ class LayerTimes:
 
 
 @dataclasses.dataclass(frozen=True)
+class NetworkTime:
+    """Time of the whole network.
+
+    Attributes:
+      widths: Channels per gate.
+      ms: Milliseconds per batch.
+    """
+
+    widths: tuple[int, ...]
+    ms: float
+
+    def check(self, topology: Topology) -> None:
+        """Checks that this is a time of a network.
+
+        Raises:
+          ValueError: Says what does not fit.
+        """
+        whole = topology.widths
+        if len(self.widths) != len(whole) or not all(1 <= w <= c for w, c in zip(self.widths, whole, strict=True)):
+            raise ValueError(f"networks: widths {list(self.widths)} must be one number of channels for each gate")
+        if not 0 < self.ms < math.inf:
+            raise ValueError(f"networks: ms={self.ms!r} must be a positive number of milliseconds")
+
+
+@dataclasses.dataclass(frozen=True)
 class LatencyTable:
-    """Times of every layer of a network.
+    """Times of every layer of a network, and of the network.
 
     Attributes:
       device: Device on which they were measured.
       batch: Images per call.
       layers: Layers, in the topology's order.
+      runtime: One of `RUNTIMES`.
+      networks: The whole network at several widths; empty where the layers by themselves are all that counts.
     """
 
     device: str
     batch: int
     layers: tuple[LayerTimes, ...]
+    runtime: str = XLA
+    networks: tuple[NetworkTime, ...] = ()
 
     def ms(self, topology: Topology, widths: Any = None) -> Any:
-        """Milliseconds per batch of all layers together.
+        """Milliseconds per batch of the network.
 
         Args:
           topology: Topology of the network.
@@ -108,6 +141,11 @@ class LatencyTable:
         Raises:
           ValueError: The number of widths is not that of the gates.
         """
+        overhead, factor = _fitted(self, topology)
+        return overhead + factor * self.layers_ms(topology, widths)
+
+    def layers_ms(self, topology: Topology, widths: Any = None) -> Any:
+        """Milliseconds per batch of all layers, each by itself; arguments and result as of `ms`."""
         channels = flops.channels(topology, widths)
         on_host = isinstance(channels, np.ndarray)
         xp, kind = (np, np.float64) if on_host else (jnp, np.float32)
@@ -142,6 +180,8 @@ class LatencyTable:
                 raise ValueError(f"it has {len(layers)} layers, the network {len(topology.layers)}")
             for times, layer in zip(layers, topology.layers, strict=True):
                 times.check(layer, topology)
+            for network in table.networks:
+                network.check(topology)
         except ValueError as error:
             raise ValueError(
                 f"{path} is no latency table of this network ({error}); delete it, and it is measured again."
@@ -149,31 +189,37 @@ class LatencyTable:
         return table
 
 
-def measured_once(
-    path: Path, model: Any, topology: Topology, batch: int, points: int, multiple: int, variables: Any = None
-) -> LatencyTable:
-    """The table in `path`, measured and written there first where there is none; further arguments as for `measure`.
+def measured_once(path: Path, batch: int, runtime: str, topology: Topology, **arguments: Any) -> LatencyTable:
+    """The table in `path`, measured and written there first where there is none; arguments as for `measure`.
 
     In a run of several processes all must call; the first one measures, and all read the same numbers.
     """
     if parallel.any_process(not path.exists()):
         path.parent.mkdir(parents=True, exist_ok=True)
         parallel.on_first_process(
-            lambda: measure(model, topology, batch, points, multiple, variables=variables).save(path)
+            lambda: measure(topology=topology, batch=batch, runtime=runtime, **arguments).save(path)
         )
     table = LatencyTable.load(path, topology)
-    if table.batch != batch:
+    if (table.batch, table.runtime) != (batch, runtime):
         raise ValueError(
-            f"{path} was measured with {table.batch} images per call, this run has {batch}; delete it, and it is "
-            "measured again."
+            f"{path} was measured with {table.batch} images per call in {table.runtime}, this run has {batch} in "
+            f"{runtime}; delete it, and it is measured again."
         )
     return table
 
 
 def measure(
-    model: Any, topology: Topology, batch: int, points: int = 5, multiple: int = 1, *, variables: Any = None
+    model: Any,
+    topology: Topology,
+    batch: int,
+    points: int = 5,
+    multiple: int = 1,
+    *,
+    runtime: str = XLA,
+    variables: Any = None,
+    rebuild: Rebuild | None = None,
 ) -> LatencyTable:
-    """Compiles and times every layer by itself on the current device.
+    """Compiles and times every layer by itself, and the whole network at several widths.
 
     Args:
       model: The network.
@@ -181,14 +227,16 @@ def measure(
       batch: Images per call.
       points: Widths per gate, evenly spaced from the smallest to the whole; at least 2.
       multiple: The widths are multiples of this, except the whole.
+      runtime: One of `RUNTIMES`.
       variables: Variables of a function, or their shapes.
+      rebuild: Makes a smaller network from the channels per gate, as for `compact`.
     """
     calls = _calls(model, topology, batch, variables)
     known: dict[_Call, float] = {}  # networks repeat their layers
 
     def milliseconds(call: _Call) -> float:
         if call not in known:
-            known[call] = _milliseconds(call)
+            known[call] = _milliseconds(call, runtime)
         return known[call]
 
     layers = []
@@ -197,7 +245,67 @@ def measure(
         ms = tuple(tuple(milliseconds(call.resized(a, b)) for b in outputs or (None,)) for a in inputs or (None,))
         layers.append(LayerTimes(layer.name, layer.kernel_shape, layer.positions, inputs, outputs, ms))
         _report(len(layers), len(topology.layers))
-    return LatencyTable(jax.devices()[0].device_kind, batch, tuple(layers))
+    networks = _networks(model, topology, batch, multiple, runtime, variables, rebuild)
+    return LatencyTable(_device(runtime), batch, tuple(layers), runtime, networks)
+
+
+def _device(runtime: str) -> str:
+    return jax.devices()[0].device_kind if runtime == XLA else "ONNX Runtime, cpu"
+
+
+def _networks(
+    model: Any,
+    topology: Topology,
+    batch: int,
+    multiple: int,
+    runtime: str,
+    variables: Any,
+    rebuild: Rebuild | None,
+) -> tuple[NetworkTime, ...]:
+    """The whole network with a part of every gate, timed in turn."""
+    images = jax.ShapeDtypeStruct((batch, *topology.input_shape), jnp.float32)
+    network = as_network(model, **dict(topology.call_kwargs))
+    drawn = jax.tree.map(_ordinary, variable_shapes(network, images, variables))
+    calls, every_widths = [], []
+    for fraction in FRACTIONS:
+        widths = tuple(_part(channels, fraction, multiple) for channels in topology.widths)
+        if widths in every_widths:
+            continue
+        small, own = compact(*network.bind(drawn), Selection.first(widths), topology, rebuild)
+        cut = as_network(small, **dict(topology.call_kwargs))
+        calls.append(_compiled(runtime, cut.evaluate, cut.variables(own), _filled(images)))
+        every_widths.append(widths)
+    times = timing.in_turn(calls)
+    return tuple(NetworkTime(widths, ms) for widths, ms in zip(every_widths, times, strict=True))
+
+
+def _part(channels: int, fraction: float, multiple: int) -> int:
+    if fraction == 1:
+        return channels
+    return min(max(round(fraction * channels / multiple), 1) * multiple, channels)
+
+
+def _compiled(runtime: str, function: Callable[[Any, Any], Any], variables: Any, x: jax.Array) -> Callable[[], Any]:
+    """A function of variables and an input, without arguments, as a runtime computes it."""
+    if runtime == ONNX:
+        session, read = export.in_onnx_runtime(functools.partial(function, variables), x.shape), np.asarray(x)
+        return lambda: session(read)
+    call = jax.jit(function).lower(variables, x).compile()
+    return lambda: call(variables, x)
+
+
+@functools.cache
+def _fitted(table: LatencyTable, topology: Topology) -> tuple[float, float]:
+    """Overhead (ms) and factor, neither negative, with which the layers' times are nearest to those of the network."""
+    if not table.networks:
+        return 0.0, 1.0
+    ms = np.array([network.ms for network in table.networks])
+    layers = np.array([table.layers_ms(topology, network.widths) for network in table.networks])
+    columns = np.stack([np.ones_like(ms), layers], 1) / ms[:, None]  # relative errors count
+    candidates = [np.linalg.lstsq(columns * use, np.ones_like(ms), rcond=None)[0] for use in ((1, 1), (0, 1), (1, 0))]
+    allowed = [each for each in candidates if min(each) >= 0]
+    overhead, factor = min(allowed, key=lambda each: float(np.sum((columns @ each - 1) ** 2)))
+    return float(overhead), float(factor)
 
 
 def _report(measured: int, layers: int) -> None:
@@ -208,10 +316,10 @@ def _report(measured: int, layers: int) -> None:
 
 def _table(kind: type[_TableT], content: Any) -> _TableT:
     """The table in a file's values; raises ValueError where one is missing or of another type."""
-    if not (isinstance(content, dict) and isinstance(content.get("layers"), list)):
-        raise ValueError("it has no list of layers")
-    layers = (fields.built(LayerTimes, each, f"layers[{i}].") for i, each in enumerate(content["layers"]))
-    return dataclasses.replace(fields.built(kind, {**content, "layers": ()}), layers=tuple(layers))
+    for name in ("layers", "networks"):
+        if not (isinstance(content, dict) and isinstance(content.get(name), list)):
+            raise ValueError(f"it has no list of {name}")
+    return fields.built(kind, content)
 
 
 @functools.cache
@@ -363,23 +471,31 @@ def _knots(extent: Extent, topology: Topology, points: int, multiple: int) -> tu
     return tuple(sorted(numbers))
 
 
-def _milliseconds(call: _Call) -> float:
-    """Median time of a compiled call."""
+def _milliseconds(call: _Call, runtime: str) -> float:
+    """Shortest time of a compiled call."""
     x, kernel = (_filled(jax.ShapeDtypeStruct(shape, call.dtype)) for shape in (call.x, call.kernel))
-    compiled = jax.jit(call.__call__).lower(x, kernel).compile()
-    first, second = next(_rounds(compiled, x, kernel, 1)), next(_rounds(compiled, x, kernel, 1))
+    compiled = _compiled(runtime, lambda kernel, x: call(x, kernel), kernel, x)
+    first, second = next(_rounds(compiled, 1)), next(_rounds(compiled, 1))
     calls = max(1, math.ceil(ROUND_MS / min(first, second)))
-    return statistics.median(itertools.islice(_rounds(compiled, x, kernel, calls), ROUNDS))
+    return min(itertools.islice(_rounds(compiled, calls), ROUNDS))
 
 
-def _rounds(call: Any, x: jax.Array, kernel: jax.Array, calls: int) -> Iterator[float]:
+def _rounds(call: Callable[[], Any], calls: int) -> Iterator[float]:
     """Milliseconds per call, round by round; the calls of a round wait for each other on the device alone."""
     while True:
         started = time.perf_counter()
         for _ in range(calls):
-            result = call(x, kernel)
+            result = call()
         jax.block_until_ready(result)
         yield 1e3 * (time.perf_counter() - started) / calls
+
+
+def _ordinary(x: jax.ShapeDtypeStruct) -> jax.Array:
+    """Variables with which signals keep their size: a CPU is slow with denormal numbers."""
+    if len(x.shape) < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+        return jnp.ones(x.shape, x.dtype)
+    fan_in = math.prod(x.shape[:-1])
+    return jax.random.normal(jax.random.key(0), x.shape, x.dtype) * math.sqrt(2 / fan_in)
 
 
 def _filled(x: jax.ShapeDtypeStruct) -> jax.Array:

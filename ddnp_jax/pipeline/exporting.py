@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ddnp_jax import data, export, parallel
+from ddnp_jax.cost import timing
 from ddnp_jax.fields import listed
 from ddnp_jax.networks import Network, picked
-from ddnp_jax.pipeline import timing
 
 if TYPE_CHECKING:
     from ddnp_jax.pipeline.job import Run
@@ -102,7 +102,8 @@ def _latencies(job: "Run", form: str, base: Any, path: Path) -> list[dict[str, A
         calls = [export.read_onnx(whole), export.read_onnx(path)]
     found = []
     for batch in sorted({1, job.local_batch}):
-        before, after = timing.in_turn(calls, np.zeros((batch, *shape), np.float32))
+        images = np.zeros((batch, *shape), np.float32)
+        before, after = timing.in_turn([functools.partial(call, images) for call in calls])
         found.append({"runtime": RUNTIMES[form], "batch": batch, "before": before, "after": after})
     return found
 

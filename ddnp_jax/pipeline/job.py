@@ -135,7 +135,7 @@ def prepare(
     config = typed(config)
     config = dataclasses.replace(config, data=data.complete(config.data))
     check(config)
-    for form in listed(config.export):
+    for form in _formats(config):
         export.check_installed(form)
     _check_batches(config)
     _check_weights_exist(config.base.weights)
@@ -147,7 +147,13 @@ def prepare(
     network = as_network(network.model, **dict(topology.call_kwargs))
     workdir = Path(workdir)
     measured = functools.partial(
-        latency.measured_once, workdir / "latency.json", network.model, topology, _local_batch(config)
+        latency.measured_once,
+        workdir / "latency.json",
+        config.budget.latency_batch or _local_batch(config),
+        config.budget.runtime,
+        topology,
+        model=network.model,
+        rebuild=rebuild,
     )
     weights = _given_weights(config.base.weights, network, topology)
     own = {**as_dict(config), "given": identity.given(network, dataset, config.base.weights)}
@@ -177,6 +183,12 @@ def prepare(
         identity=lasting,
         guard=PreemptionGuard(),
     )
+
+
+def _formats(config: Config) -> set[str]:
+    """Formats of `ddnp_jax.export` that the run needs."""
+    is_timed = (config.budget.kind, config.budget.runtime) == ("latency", latency.ONNX)
+    return {*listed(config.export), *(("onnx",) if is_timed else ())}
 
 
 def _network(config: Config, model: Any, num_classes: int) -> tuple[Network, str]:

@@ -11,9 +11,9 @@ import optax
 from ddnp_jax import data, methods, parallel, training
 from ddnp_jax.compact import compact, verify
 from ddnp_jax.config import Stage, TrainerConfig
+from ddnp_jax.cost import timing
 from ddnp_jax.masking import apply_masked
 from ddnp_jax.networks import Network, as_network, picked
-from ddnp_jax.pipeline import timing
 from ddnp_jax.topology import Selection
 from ddnp_jax.training import loop
 from ddnp_jax.training.evaluation import evaluator, image_sums
@@ -291,6 +291,6 @@ def _test(job: "Run", network: Network, variables: Any) -> dict[str, float]:
 def _latency(job: "Run", networks: Sequence[tuple[Network, Any]], batch: int) -> dict[str, float]:
     """Median milliseconds of a batch on one device, of the unpruned and of the pruned network."""
     images = jax.device_put(np.zeros((batch, *job.dataset.image_shape), np.float32))
-    calls = [functools.partial(jax.jit(network.evaluate), jax.device_put(own)) for network, own in networks]
-    before, after = timing.in_turn(calls, images)
+    calls = [functools.partial(jax.jit(network.evaluate), jax.device_put(own), images) for network, own in networks]
+    before, after = timing.in_turn(calls)
     return {"batch": batch, "before": before, "after": after}

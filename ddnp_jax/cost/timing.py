@@ -10,26 +10,25 @@ import numpy as np
 ROUNDS, SECONDS = 7, 0.2  # at least, and as many rounds as the time allows: short ones scatter most
 
 
-def in_turn(calls: Sequence[Callable[[Any], Any]], images: Any) -> list[float]:
-    """Times functions of the same images, one call of each after the other.
+def in_turn(calls: Sequence[Callable[[], Any]]) -> list[float]:
+    """Times functions without arguments, one call of each after the other.
 
     Args:
       calls: The functions; each is called once before, which compiles it.
-      images: (N, H, W, C), where the functions take them from.
 
     Returns:
       The median milliseconds of each.
     """
     for call in calls:
-        _seconds(call, images)
+        _seconds(call)
     rounds: list[list[float]] = []
     started = time.perf_counter()
     while len(rounds) < ROUNDS or time.perf_counter() - started < SECONDS:
-        rounds.append([_seconds(call, images) for call in calls])
+        rounds.append([_seconds(call) for call in calls])
     return [1e3 * float(median) for median in np.median(rounds, axis=0)]
 
 
-def _seconds(call: Callable[[Any], Any], images: Any) -> float:
+def _seconds(call: Callable[[], Any]) -> float:
     started = time.perf_counter()
-    jax.block_until_ready(call(images))
+    jax.block_until_ready(call())
     return time.perf_counter() - started

@@ -23,7 +23,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from ddnp_jax import files
+from ddnp_jax import files, jax2onnx_repairs
 from ddnp_jax.compact import Verification, check_finite, compare_outputs
 from ddnp_jax.extras import needed_by
 from ddnp_jax.interpreter import FullPrecision, evaluate
@@ -120,8 +120,8 @@ def onnx(path: str | Path, model: Any, variables: Any, images: Any, *, serving: 
 
     Raises:
       ModuleNotFoundError: jax2onnx, onnx or onnxruntime is missing.
-      ValueError: jax2onnx cannot convert the network, a variable is not finite, or the outputs differ by more than 1e-4
-        of the largest.
+      ValueError: jax2onnx or ONNX Runtime cannot do the network, a variable is not finite, or the outputs differ by
+        more than 1e-4 of the largest.
     """
     served = _InFloat32(model, variables, images, serving)
     content = _converted(served)
@@ -157,8 +157,8 @@ def onnx_int8(
 
     Raises:
       ModuleNotFoundError: jax2onnx, onnx or onnxruntime is missing.
-      ValueError: There are no calibration images, jax2onnx cannot convert the network, or a variable or an output is
-        not finite.
+      ValueError: There are no calibration images, jax2onnx or ONNX Runtime cannot do the network, or a variable or an
+        output is not finite.
     """
     with needed_by("export to ONNX", "onnx"):
         from onnxruntime import quantization
@@ -213,15 +213,23 @@ def _converted(served: "_Served") -> bytes:
     """The content of an ONNX file."""
     with needed_by("export to ONNX", "onnx"):
         import jax2onnx
+
+    def apply(images: jax.Array) -> Any:
+        with jax2onnx_repairs.flax_pools():
+            return served.apply(images)
+
     try:
-        proto = jax2onnx.to_onnx(served.apply, [("batch", *served.images.shape[1:])], model_name="ddnp_jax")
-    except Exception as error:  # whatever it does not know
+        with jax2onnx_repairs.sound_passes():
+            proto = jax2onnx.to_onnx(apply, [("batch", *served.images.shape[1:])], model_name="ddnp_jax")
+        proto.metadata_props.add(key=_METADATA, value=json.dumps(served.metadata()))
+        content = proto.SerializeToString()
+        _computed(content)(served.images[:1])
+    except Exception as error:  # whatever jax2onnx or ONNX Runtime does not know
         raise ValueError(
-            f"jax2onnx cannot convert {served.network.name} ({first_line(error)}); export to StableHLO, which takes "
-            "every network."
+            f"{served.network.name} cannot be written as ONNX ({first_line(error)}); export it to StableHLO, which "
+            "takes every network."
         ) from error
-    proto.metadata_props.add(key=_METADATA, value=json.dumps(served.metadata()))
-    return proto.SerializeToString()
+    return content
 
 
 class _Calibration:

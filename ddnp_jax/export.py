@@ -219,7 +219,7 @@ def _converted(served: "_Served") -> bytes:
             return served.apply(images)
 
     try:
-        with jax2onnx_repairs.sound_passes():
+        with jax2onnx_repairs.sound_passes(), jax.numpy_rank_promotion("allow"):  # its convolutions need it
             proto = jax2onnx.to_onnx(apply, [("batch", *served.images.shape[1:])], model_name="ddnp_jax")
         proto.metadata_props.add(key=_METADATA, value=json.dumps(served.metadata()))
         content = proto.SerializeToString()

@@ -138,7 +138,7 @@ def damage(content, path, value):
         (("layers", 1, "positions"), "many", "layers[1].positions='many' must be a whole number"),
         (("layers", 1, "ms"), [["fast"]], "layers[1].ms=[['fast']] must be numbers"),
         (("batch",), None, "batch=None must be a whole number"),
-        (("layers",), 3, "it has no list of layers"),
+        (("layers",), 3, "layers must be a list"),
     ],
 )
 def test_a_table_that_does_not_fit_is_refused_in_one_sentence(tmp_path, path, value, reason):

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +32,6 @@ from ddnp_jax.cost import flops
 from ddnp_jax.models.layers import depthwise_conv
 from ddnp_jax.networks import as_network
 from ddnp_jax.topology import Extent, Layer, Topology, jaxprs, variable_shapes
-
-_TableT = TypeVar("_TableT", bound="LatencyTable")
 
 ROUNDS = 5  # of which the median counts
 ROUND_MS = 5.0  # shortest time of a round; short layers are called several times
@@ -136,7 +134,7 @@ class LatencyTable:
         """
         try:
             content = json.loads(Path(path).read_text())
-            table = _table(cls, content)
+            table = fields.built(cls, content)
             layers = table.layers
             if len(layers) != len(topology.layers):
                 raise ValueError(f"it has {len(layers)} layers, the network {len(topology.layers)}")
@@ -204,14 +202,6 @@ def _report(measured: int, layers: int) -> None:
     """A line on standard error, about ten times in all."""
     if measured % max(layers // 10, 1) == 0:
         print(f"latency table: {measured} of {layers} layers", file=sys.stderr, flush=True)
-
-
-def _table(kind: type[_TableT], content: Any) -> _TableT:
-    """The table in a file's values; raises ValueError where one is missing or of another type."""
-    if not (isinstance(content, dict) and isinstance(content.get("layers"), list)):
-        raise ValueError("it has no list of layers")
-    layers = (fields.built(LayerTimes, each, f"layers[{i}].") for i, each in enumerate(content["layers"]))
-    return dataclasses.replace(fields.built(kind, {**content, "layers": ()}), layers=tuple(layers))
 
 
 @functools.cache

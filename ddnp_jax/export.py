@@ -23,7 +23,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from ddnp_jax import files
+from ddnp_jax import files, jax2onnx_repairs
 from ddnp_jax.compact import Verification, check_finite, compare_outputs
 from ddnp_jax.extras import needed_by
 from ddnp_jax.interpreter import FullPrecision, evaluate
@@ -120,8 +120,8 @@ def onnx(path: str | Path, model: Any, variables: Any, images: Any, *, serving: 
 
     Raises:
       ModuleNotFoundError: jax2onnx, onnx or onnxruntime is missing.
-      ValueError: jax2onnx cannot convert the network, a variable is not finite, or the outputs differ by more than 1e-4
-        of the largest.
+      ValueError: jax2onnx or ONNX Runtime cannot do the network, a variable is not finite, or the outputs differ by
+        more than 1e-4 of the largest.
     """
     served = _InFloat32(model, variables, images, serving)
     content = _converted(served)
@@ -157,8 +157,8 @@ def onnx_int8(
 
     Raises:
       ModuleNotFoundError: jax2onnx, onnx or onnxruntime is missing.
-      ValueError: There are no calibration images, jax2onnx cannot convert the network, or a variable or an output is
-        not finite.
+      ValueError: There are no calibration images, jax2onnx or ONNX Runtime cannot do the network, or a variable or an
+        output is not finite.
     """
     with needed_by("export to ONNX", "onnx"):
         from onnxruntime import quantization
@@ -227,19 +227,33 @@ def _converted(served: "_Served") -> bytes:
     """The content of an ONNX file."""
     proto = _graph(served.apply, ("batch", *served.images.shape[1:]), served.network.name)
     proto.metadata_props.add(key=_METADATA, value=json.dumps(served.metadata()))
-    return proto.SerializeToString()
+    content = proto.SerializeToString()
+    try:
+        _computed(content)(served.images[:1])
+    except Exception as error:  # whatever ONNX Runtime does not know
+        raise _not_onnx(served.network.name, error) from error
+    return content
 
 
 def _graph(function: Callable[[jax.Array], Any], shape: tuple[int | str, ...], name: str) -> Any:
     with needed_by("export to ONNX", "onnx"):
         import jax2onnx
+
+    def apply(images: jax.Array) -> Any:
+        with jax2onnx_repairs.flax_pools():
+            return function(images)
+
     try:
-        with jax.numpy_rank_promotion("allow"):  # its own forms of some operations promote
-            return jax2onnx.to_onnx(function, [shape], model_name="ddnp_jax")
-    except Exception as error:  # whatever it does not know
-        raise ValueError(
-            f"jax2onnx cannot convert {name} ({first_line(error)}); export to StableHLO, which takes every network."
-        ) from error
+        with jax2onnx_repairs.sound_passes(), jax.numpy_rank_promotion("allow"):  # its convolutions need it
+            return jax2onnx.to_onnx(apply, [shape], model_name="ddnp_jax")
+    except Exception as error:  # whatever jax2onnx does not know
+        raise _not_onnx(name, error) from error
+
+
+def _not_onnx(name: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"{name} cannot be written as ONNX ({first_line(error)}); export it to StableHLO, which takes every network."
+    )
 
 
 class _Calibration:

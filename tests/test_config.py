@@ -21,7 +21,7 @@ from ddnp_jax.config import (
     check,
     typed,
 )
-from ddnp_jax.fields import names
+from ddnp_jax.fields import listed, names
 
 
 def refused(config, message):
@@ -53,6 +53,10 @@ def refused(config, message):
         (Config(precision="float16"), "precision='float16' is unknown; use one of 'float32', 'bfloat16'."),
         (Config(seed=99999999999999999999), "seed=99999999999999999999 must be below 2**63."),
         (Config(data=DataConfig(mean=(float("nan"),))), "data.mean=(nan,) must be finite."),
+        (
+            Config(export="onnx,,onxx"),
+            "export='onnx,,onxx' names 'onxx', which is unknown; join any of 'onnx', 'onnx_in",
+        ),
         (Config(search=SearchConfig(method="ddpn")), "search.method='ddpn' is unknown; use one of 'ddnp', 'nppm', "),
     ],
 )
@@ -102,6 +106,12 @@ def test_a_configuration_of_the_command_line_may_change_its_method_where_the_fie
     assert typed(config).search.epochs == 1  # a score reads every image once
     config.search.method = "nppm"
     refused(config, "search.method='nppm' needs search.optimizer, which this configuration lacks; choose")
+
+
+def test_formats_are_joined_by_commas():
+    check(Config(export="stablehlo, onnx"))
+    assert listed(" stablehlo, onnx,,onnx") == ("stablehlo", "onnx")
+    assert listed("") == ()
 
 
 def test_values_become_plain_ones_of_their_types():

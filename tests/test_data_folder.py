@@ -173,6 +173,17 @@ def test_networks_that_see_blue_first_are_served_so(tmp_path):
     dataset = data.from_folder(classes_of(tmp_path), mean=np.zeros(3, np.float32), std=np.ones(3), bgr=True)
     assert json.loads(json.dumps(dataset.serving()))["channel_order"] == "bgr"
     np.testing.assert_allclose(dataset.test.first(1)[0], dataset.test.images[0][..., ::-1] / 255, atol=1e-6)
+    pixels, labels = dataset.test.served(np.array([3, 1]))
+    np.testing.assert_array_equal(pixels, dataset.test.images[[3, 1]][..., ::-1])
+    np.testing.assert_array_equal(labels, dataset.test.labels[[3, 1]])
+
+
+def test_photographs_are_served_as_the_crops_that_the_network_sees(tmp_path):
+    sizes = dict(crop_size=8, resize_size=9)
+    dataset = data.from_folder(classes_of(tmp_path, size=(100, 120)), mean=(0.5,) * 3, std=(0.25,) * 3, **sizes)
+    pixels, labels = dataset.test.served(np.arange(2))
+    assert pixels.dtype == np.uint8 and pixels.shape == (2, 8, 8, 3) and len(labels) == 2
+    np.testing.assert_allclose(dataset.test.first(2), (pixels / 255 - 0.5) / 0.25, atol=1e-5)
 
 
 # --- the command line's fields -------------------------------------------------------------------------------------

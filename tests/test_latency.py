@@ -138,7 +138,7 @@ def damage(content, path, value):
         (("layers", 1, "positions"), "many", "layers[1].positions='many' must be a whole number"),
         (("layers", 1, "ms"), [["fast"]], "layers[1].ms=[['fast']] must be numbers"),
         (("batch",), None, "batch=None must be a whole number"),
-        (("layers",), 3, "it has no list of layers"),
+        (("layers",), 3, "layers must be a list"),
     ],
 )
 def test_a_table_that_does_not_fit_is_refused_in_one_sentence(tmp_path, path, value, reason):
@@ -320,7 +320,7 @@ def test_times_of_networks_are_checked(tmp_path):
     table.save(file)
     assert LatencyTable.load(file, topology()) == table
     for path, value, reason in (
-        (("networks",), None, "it has no list of networks"),
+        (("networks",), None, "networks must be a list"),
         (("networks", 0, "ms"), 0.0, "networks: ms=0.0 must be a positive number of milliseconds"),
         (("networks", 1, "widths"), [1], "networks: widths [1] must be one number of channels for each gate"),
     ):

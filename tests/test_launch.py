@@ -92,7 +92,11 @@ def test_missing_workdir_and_foreign_platform_end_in_one_sentence(tmp_path):
 
 def test_ctrl_c_while_everything_is_imported_ends_in_a_sentence(tmp_path):
     # The loop: Python may handle the signal a little later.
-    (tmp_path / "mine.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhile True:\n    pass\n")
+    (tmp_path / "mine.py").write_text(
+        "import os, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it\n"
+        "os.kill(os.getpid(), signal.SIGINT)\nwhile True:\n    pass\n"
+    )
     command = [sys.executable, "-m", "experiments.digits_r20", "--config=mine.py", "--workdir=run"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

@@ -89,7 +89,7 @@ def test_json_is_the_report_and_what_follows_from_it(workdir):
     returned = report.write(workdir, changed(**CONTROL))
     written = json.loads((workdir / "report.json").read_text())
     assert written == returned
-    assert written["latency_ms"] == {"batch": 128, "before": 80.0, "after": 60.0}
+    assert written["latency_ms"] == {"batch": 128, "before": 80.0, "after": 60.0, "runtime": "XLA"}
     assert written["seconds"] == {"base": 0.0, "search": 1234.6, "finetune": 60.2, "control": 90.0}
     assert written["widths"] == [10, 12]
     derived = {key: value for key, value in written.items() if key not in {*report.Report.__dataclass_fields__}}
@@ -101,6 +101,15 @@ def test_json_is_the_report_and_what_follows_from_it(workdir):
         "flops_reduction": pytest.approx(47.5),
         "params_reduction": 50.0,
         "p_reached": 0.5,
+        "flops_speedup": pytest.approx(40 / 21),
+        "speedups": [
+            {
+                "runtime": "XLA",
+                "batch": 128,
+                "speedup": pytest.approx(4 / 3),
+                "part_of_flops_speedup": pytest.approx(0.7),
+            }
+        ],
     }
     assert report.read(workdir / "report.json") == changed(**CONTROL)
     for name in ("widths.png", "search.png"):
@@ -150,6 +159,59 @@ def test_with_a_control_the_change_is_that_of_two_networks_fine_tuned_in_the_sam
         "| all                     |        |        |       |                                  |   1,385 |\n"
     ) in written
     assert "a part of the change may come" not in written
+
+
+OTHERS = (
+    report.Latency(batch=128, before=40.0, after=20.0, runtime="ONNX Runtime (CPU), int8"),
+    report.Latency(batch=1, before=2.0, after=1.6),
+)
+EXPORTS = {
+    "onnx_int8": report.Export(
+        files={"export/network_int8.onnx": report.File(bytes=197102, sha256="ab")},
+        compared_images=64,
+        max_difference=0.0312,
+        argmax_agreement=0.984375,
+        top1=91.375,
+    ),
+    "stablehlo": report.Export(
+        files={
+            "export/network.stablehlo": report.File(bytes=568652, sha256="cd"),
+            "export/network.stablehlo.json": report.File(bytes=99, sha256="ef"),
+        },
+        compared_images=64,
+        max_difference=0.0,
+        argmax_agreement=1.0,
+    ),
+}
+
+
+def test_speed_beside_what_the_flops_imply():
+    written = markdown(other_latencies=OTHERS)
+    assert (
+        "| runtime                  | batch | base (ms) | pruned (ms) | speed-up | FLOPs imply | ratio |\n"
+        "| ------------------------ | ----: | --------: | ----------: | -------: | ----------: | ----: |\n"
+        "| XLA                      |     1 |      2.00 |        1.60 |     1.25 |        1.90 |  0.66 |\n"
+        "| XLA                      |   128 |     80.00 |       60.00 |     1.33 |        1.90 |  0.70 |\n"
+        "| ONNX Runtime (CPU), int8 |   128 |     40.00 |       20.00 |     2.00 |        1.90 |  1.05 |\n"
+    ) in written
+    assert "the part of it that is real. Of int8, the base is in float32.\n" in written
+    assert "int8" not in markdown()
+
+
+def test_exported_files_and_their_check(workdir):
+    written = markdown(exports=EXPORTS)
+    assert (
+        "| file                       |   bytes | largest difference | same predictions (%) | top-1 (%) |\n"
+        "| -------------------------- | ------: | -----------------: | -------------------: | --------: |\n"
+        "| `export/network_int8.onnx` | 197,102 |            3.1e-02 |                98.44 |     91.38 |\n"
+        "| `export/network.stablehlo` | 568,652 |            0.0e+00 |               100.00 |         - |\n"
+    ) in written
+    assert (
+        "compared with the pruned network on 64 test images, given as pixels. Top-1: its own accuracy, over" in written
+    )
+    assert "Exported" not in markdown()
+    report.write(workdir, changed(exports=EXPORTS, other_latencies=OTHERS))
+    assert report.read(workdir / "report.json") == changed(exports=EXPORTS, other_latencies=OTHERS)
 
 
 def test_latency_is_that_of_one_device():
@@ -403,6 +465,10 @@ def compare_file(monkeypatch, path):
         ({"seconds": {"base": 1.0, "search": 1.0}}, "seconds.finetune is missing"),
         ({"latency_ms": {"batch": 1, "before": 2.0}}, "latency_ms.after is missing"),
         ({"latency_ms": None}, "latency_ms must be values by name"),
+        ({"latency_ms": {"batch": 1, "before": 1.0, "after": 0.0}}, "latency_ms.after=0.0 must be above 0"),
+        ({"other_latencies": {}}, "other_latencies must be a list"),
+        ({"other_latencies": [{"batch": 1, "before": 2.0}]}, "other_latencies[0].after is missing"),
+        ({"exports": {"onnx": {"files": {"a": {"bytes": 1}}}}}, "exports.onnx.files.a.sha256 is missing"),
         ({"training": {"base": {"images": 3}}}, "training.base.steps is missing"),
         ({"widths": [10, "a"]}, "widths=[10, 'a'] must be numbers"),
         ({"gate_names": [1]}, "gate_names=[1] must be texts"),

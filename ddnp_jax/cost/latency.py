@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,6 @@ from ddnp_jax.cost import flops, timing
 from ddnp_jax.models.layers import depthwise_conv
 from ddnp_jax.networks import as_network
 from ddnp_jax.topology import Extent, Layer, Selection, Topology, jaxprs, variable_shapes
-
-_TableT = TypeVar("_TableT", bound="LatencyTable")
 
 XLA, ONNX = "xla", "onnx"
 RUNTIMES = (XLA, ONNX)  # XLA on the current device, ONNX Runtime on the CPU
@@ -174,7 +172,7 @@ class LatencyTable:
         """
         try:
             content = json.loads(Path(path).read_text())
-            table = _table(cls, content)
+            table = fields.built(cls, content)
             layers = table.layers
             if len(layers) != len(topology.layers):
                 raise ValueError(f"it has {len(layers)} layers, the network {len(topology.layers)}")
@@ -312,14 +310,6 @@ def _report(measured: int, layers: int) -> None:
     """A line on standard error, about ten times in all."""
     if measured % max(layers // 10, 1) == 0:
         print(f"latency table: {measured} of {layers} layers", file=sys.stderr, flush=True)
-
-
-def _table(kind: type[_TableT], content: Any) -> _TableT:
-    """The table in a file's values; raises ValueError where one is missing or of another type."""
-    for name in ("layers", "networks"):
-        if not (isinstance(content, dict) and isinstance(content.get(name), list)):
-            raise ValueError(f"it has no list of {name}")
-    return fields.built(kind, content)
 
 
 @functools.cache

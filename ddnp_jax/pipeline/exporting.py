@@ -70,7 +70,12 @@ def _write(job: "Run", form: str, base: Any, small: Network, tuned: Any) -> dict
 
 def _logits(job: "Run", network: Network) -> Callable[[Any, Any], Any]:
     """The network as a function of its variables and images; of several outputs the one that counts."""
-    return lambda variables, images: picked(network.evaluate(variables, images), job.outputs, network.name)
+
+    def logits(variables: Any, images: Any) -> Any:
+        return picked(network.evaluate(variables, images), job.outputs, network.name)
+
+    logits.__name__ = network.name
+    return logits
 
 
 def _calibration(job: "Run") -> np.ndarray:

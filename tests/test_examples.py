@@ -56,6 +56,10 @@ def test_prune_linen(run):
         r"base: (\S+) %\ncut: (\S+) %\nfine-tuned: (\S+) %\n[^~]*loaded again: (\S+) %", printed
     )
     assert base > 96 and cut > 85 and tuned > 96 and loaded == tuned
+    (written,) = re.findall(
+        r"^```text\n(.*?)^```", (EXAMPLES.parent / "README.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert re.sub(r"[\d.,]+", "#", written) == re.sub(r"[\d.,]+", "#", printed)  # the numbers are those of one machine
     network = names["Network"]
     model, _ = ddnp_jax.load_pruned("pruned_linen", model=network())
     assert check_cost(network(), model, (8, 8, 1)) == tuple(numbers(r"accumulates: (\S+) -> (\S+) \(", printed))

@@ -1,6 +1,6 @@
 """Prunes a network with dense outputs and a loss of its own: a small detector of squares in noise.
 
-About 20 seconds on two CPU cores.
+About 30 seconds on two CPU cores.
 """
 
 import flax.linen as nn

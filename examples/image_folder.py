@@ -1,6 +1,6 @@
 """The whole job on a folder of images, a sub-folder for each class: train, search, cut, fine-tune, report.
 
-Without a folder of yours it writes one of scikit-learn's digits. Needs the extra `job`; about 30 seconds on two
+Without a folder of yours it writes one of scikit-learn's digits. Needs the extra `job`; within a minute on two
 CPU cores.
 """
 

@@ -1,6 +1,6 @@
 """Every part by itself, in a loop of your own, on a plain function: trace, score, fit to a budget, cut, verify, train.
 
-Needs scikit-learn, for its digits; about 10 seconds on two CPU cores.
+Needs scikit-learn, for its digits; about 20 seconds on two CPU cores.
 """
 
 import jax

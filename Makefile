@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 $(VENV)/demo: setup.cfg
 	$(PYTHON) -m venv $(VENV)
@@ -27,5 +27,13 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+$(VENV)/docs: $(VENV)/demo
+	$(BIN)/python -m pip install -q -e '.[docs]'
+	touch $@
+
+# The site, into site/; warnings are errors.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) site

@@ -1,4 +1,4 @@
-"""The table of budgets against figures that are counted here by hand, and the README's copy of it."""
+"""The table of budgets against figures that are counted here by hand, and the documentation's copy of it."""
 
 import functools
 import runpy
@@ -10,7 +10,7 @@ import pytest
 from ddnp_jax.cost import flops
 from experiments import budgets
 
-README = Path(__file__).parents[1] / "README.md"
+PAPERS = Path(__file__).parents[1] / "docs" / "papers.md"
 
 
 @functools.cache
@@ -77,12 +77,12 @@ def test_all_pairs_of_the_papers_are_there():
 
 
 @pytest.mark.parametrize("model", ["resnet56", "mobilenet_v2_cifar", "resnet50", "mobilenet_v3_small"])
-def test_readme_has_the_same_rows(model):
+def test_documentation_has_the_same_rows(model):
     network = traced(model)
-    readme = [cells(line) for line in README.read_text().splitlines()]
+    written = [cells(line) for line in PAPERS.read_text().splitlines()]
     tables = [budgets.budgets_table(network, convention) for convention in flops.CONVENTIONS]
     for row in (line for table in (*tables, budgets.printed_table(network)) for line in table.splitlines()[2:]):
-        assert cells(row) in readme
+        assert cells(row) in written
 
 
 def test_arguments_are_refused(monkeypatch):

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+import ddnp_jax
+
 ROOT = Path(__file__).parents[1]
-SOURCES = ("pyproject.toml", "setup.cfg", "README.md", "ddnp_jax", "configs", "experiments", "tests")
+SOURCES = ("pyproject.toml", "setup.cfg", "README.md", "LICENSE", "ddnp_jax", "configs", "experiments", "tests")
 
 
 def run(*command, cwd, **environment):
@@ -70,6 +72,16 @@ def test_wheel_needs_jax_flax_optax_and_numpy_alone(wheel):
     (described,) = importlib.metadata.distributions(path=[str(wheel)])
     needed = [re.match(r"[\w-]+", each)[0] for each in described.requires if "extra ==" not in each]
     assert sorted(needed) == ["flax", "jax", "jaxlib", "numpy", "optax"]
+
+
+def test_wheel_says_its_version_licence_and_authors(wheel):
+    (described,) = importlib.metadata.distributions(path=[str(wheel)])
+    assert described.version == ddnp_jax.__version__
+    assert described.metadata["License-Expression"] == "Apache-2.0"
+    assert described.metadata["Author"] == "The ddnp_jax authors"
+    (text,) = (file for file in described.files if file.name == "LICENSE")
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.read(str(text)) == (ROOT / "LICENSE").read_bytes()
 
 
 def test_networks_are_pruned_with_nothing_else_installed(bare, tmp_path):

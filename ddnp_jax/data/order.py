@@ -26,7 +26,7 @@ class BatchIndices(NamedTuple):
 
 
 def split(count: int, seed: int, search_fraction: float, validation_fraction: float) -> dict[str, np.ndarray]:
-    """Divides `count` training images by lot into three disjoint parts that together hold each image once.
+    """Divides `count` training images at random into three disjoint parts that together hold each image once.
 
     The search part depends on neither of the other two, so changing `validation_fraction` keeps it.
 

@@ -1,0 +1,113 @@
+"""The examples as their readers run them, and that what they save is a smaller network within the budget."""
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import ddnp_jax
+from ddnp_jax import flops
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs an example in an empty folder, and returns what it prints and its names."""
+
+    def run(name):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name])
+        names = runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out, names
+
+    return run
+
+
+def numbers(pattern, printed):
+    found = re.search(pattern, printed)
+    assert found, printed
+    return [float(each.replace(",", "")) for each in found.groups()]
+
+
+def check_cost(before, after, shape, variables=None, smaller_variables=None):
+    """At most half of the prunable FLOPs, and more than 45 %: a budget is met and used."""
+    whole = ddnp_jax.trace(before, shape, variables=variables)
+    small = ddnp_jax.trace(after, shape, variables=smaller_variables)
+    assert 0.45 * flops.prunable(whole) < flops.prunable(small) <= 0.5 * flops.prunable(whole)
+    return flops.total(whole), flops.total(small)
+
+
+def test_every_example_is_short_and_tested():
+    names = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert names == {"prune_linen", "prune_nnx", "own_training_loop", "image_folder", "detection_head"}
+    assert all(len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 60 for name in names)
+
+
+def test_prune_linen(run):
+    printed, names = run("prune_linen")
+    base, cut, tuned, loaded = numbers(
+        r"base: (\S+) %\ncut: (\S+) %\nfine-tuned: (\S+) %\n[^~]*loaded again: (\S+) %", printed
+    )
+    assert base > 96 and cut > 85 and tuned > 96 and loaded == tuned
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    written = readme.partition("```text\n")[2].partition("```")[0]
+    assert re.sub(r"[\d.,]+", "#", written) == re.sub(r"[\d.,]+", "#", printed)  # the numbers are those of one machine
+    network = names["Network"]
+    model, _ = ddnp_jax.load_pruned("pruned_linen", model=network())
+    assert check_cost(network(), model, (8, 8, 1)) == tuple(numbers(r"accumulates: (\S+) -> (\S+) \(", printed))
+
+
+def test_prune_nnx(run):
+    printed, names = run("prune_nnx")
+    base, tuned = numbers(r"base: (\S+) %, cut: \S+ %, fine-tuned: (\S+) %", printed)
+    assert base > 96 and tuned > 96
+    network = names["Network"]
+    model, variables = ddnp_jax.load_pruned("pruned_nnx", model=network(nnx.Rngs(1)))
+    assert variables is None
+    assert model.stem.out_features == numbers(r"stem: (\d+) of 32", printed)[0] < 32  # the residual stream
+    check_cost(network(nnx.Rngs(1)), model, (8, 8, 1))
+
+
+def test_own_training_loop(run):
+    printed, names = run("own_training_loop")
+    base, tuned = numbers(r"base: (\S+) %\ncut: \S+ %\nfine-tuned: (\S+) %", printed)
+    assert base > 90 and tuned > 88
+    network = names["network"]
+    _, params = ddnp_jax.load_pruned("pruned_own_loop", model=network)
+    before, after = numbers(r"FLOPs: (\S+) -> (\S+)\n", printed)
+    assert before == 64 * 9 * (16 + 16 * 32 + 32 * 32) + 320  # three convolutions at 8 x 8 pixels, and the classifier
+    assert after == flops.total(ddnp_jax.trace(network, (8, 8, 1), variables=params)) <= before / 2
+
+
+def test_image_folder(run):
+    printed, names = run("image_folder")
+    assert "576 training and 144 test images of class 0, class 1, class 2, class 3" in printed
+    base, tuned = numbers(r"top-1: (\S+) -> (\S+) %", printed)
+    assert base > 95 and tuned > 95
+    report = json.loads(Path("run_folder/report.json").read_text())
+    assert (report["method"], report["dataset"], report["test_images"]) == ("taylor", "digits", 144)
+    assert 0.45 < report["p_reached"] <= 0.5
+    network = names["Network"]
+    model, variables = ddnp_jax.load_pruned("run_folder/pruned", model=network())
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == report["params_after"]
+    assert check_cost(network(), model, (8, 8, 3)) == tuple(numbers(r"FLOPs: (\S+) -> (\S+);", printed))
+
+
+def test_detection_head(run):
+    printed, names = run("detection_head")
+    base, right, tuned, still_right = numbers(
+        r"base: loss (\S+), (\S+) % .*\n.*\nfine-tuned: loss (\S+), (\S+) %", printed
+    )
+    assert base < 0.6 and right > 80 and tuned < 1.2 * base and still_right > right - 3
+    detector = names["Detector"]
+    model, variables = ddnp_jax.load_pruned("pruned_detector", model=detector())
+    outputs = model.apply(variables, np.zeros((2, 32, 32, 1), np.float32))
+    assert {name: each.shape for name, each in outputs.items()} == {"middle": (2, 8, 8), "size": (2, 8, 8)}
+    check_cost(detector(), model, (32, 32, 1))

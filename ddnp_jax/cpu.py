@@ -10,6 +10,7 @@ all cores; without them, one device per core is. The same calls change nothing o
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -63,9 +64,11 @@ def configure_cpu(devices: int = 1, fusions: str = AUTO) -> None:
       ValueError: A fusion is unknown.
       RuntimeError: JAX has started its devices.
     """
-    if unknown := [name for name in fusions.split(",") if name and name not in (*FUSIONS, AUTO)]:
+    names = [] if fusions == AUTO else [name for name in fusions.split(",") if name]
+    if unknown := [name for name in names if name not in FUSIONS]:
         raise ValueError(
-            f"fusions names {unknown[0]!r}, which is unknown; join some of {', '.join(FUSIONS)} by commas."
+            f"fusions names {unknown[0]!r}, which is unknown; join some of {', '.join(FUSIONS)} by commas, or leave it "
+            f"at {AUTO!r}."
         )
     given = os.environ.get("XLA_FLAGS", "")
     if _DEVICE_COUNT not in given:
@@ -91,6 +94,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@functools.cache
 def capabilities() -> Capabilities:
     """What the installed jaxlib can do; found out by child processes, some seconds, and kept for the next time.
 

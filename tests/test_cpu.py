@@ -52,14 +52,24 @@ def test_the_installed_jaxlib_computes_with_the_flags(tmp_path):
     assert found.onednn == (tuple(map(int, jaxlib.__version__.split(".")[:2])) >= (0, 12))
 
 
-def test_what_was_found_out_is_not_found_out_again(tmp_path, monkeypatch):
+@pytest.fixture
+def forget():
+    """Lets the process find out again what jaxlib can do, or read it."""
+    yield cpu.capabilities.cache_clear
+    cpu.capabilities.cache_clear()
+
+
+def test_what_was_found_out_is_not_found_out_again(tmp_path, monkeypatch, forget):
+    forget()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cpu, "_probed", {cpu.ONEDNN: "custom-call onednn", cpu.FUSION_TYPE + "dot": ""}.get)
     assert cpu.capabilities() == cpu.Capabilities(onednn=True, fusions=False)
     monkeypatch.delattr(cpu, "_probed")
+    forget()
     assert cpu.capabilities() == cpu.Capabilities(onednn=True, fusions=False)
     (kept,) = (tmp_path / "ddnp_jax").iterdir()
     kept.write_text("{}")  # damaged: found out again
+    forget()
     monkeypatch.setattr(cpu, "_probed", lambda flag: "", raising=False)
     assert cpu.capabilities() == cpu.Capabilities(onednn=False, fusions=False)
 
@@ -75,6 +85,12 @@ def test_it_is_refused_after_jax_has_started(tmp_path):
     done = in_a_process("import jax, ddnp_jax; jax.devices(); ddnp_jax.configure_cpu()", tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("RuntimeError: configure_cpu() comes too late")
+
+
+@pytest.mark.parametrize("fusions", ["auto,dot", "dots", "dot,auto"])
+def test_unknown_fusions_are_refused(fusions):
+    with pytest.raises(ValueError, match=r"fusions names '\w+', which is unknown; join some of individual_conv"):
+        cpu.configure_cpu(fusions=fusions)
 
 
 def test_given_flags_stay(tmp_path):

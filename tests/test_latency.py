@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ddnp_jax.compact import compact
 from ddnp_jax.cost import latency
 from ddnp_jax.cost.latency import LatencyTable, LayerTimes
+from ddnp_jax.cost.layer_calls import layer_calls
 from ddnp_jax.topology import Selection, jaxprs, trace
 
 SHAPE = (16, 16, 3)
@@ -194,7 +195,7 @@ def test_every_layer_is_timed_as_the_smaller_network_calls_it(model, timed):
                 smallest = extent.at([1] * len(network.gates))
                 assert (grid[0], grid[-1]) == (smallest, extent.at(network.widths))
     whole = {(call.primitive, call.x, call.kernel, call.groups) for call in timed}
-    for call in latency._calls(model, network, 4, None):
+    for call in layer_calls(model, network, 4, None):
         assert (call.primitive, call.x, call.kernel, call.groups) in whole
         shapes = [jax.ShapeDtypeStruct(shape, call.dtype) for shape in (call.x, call.kernel)]
         assert jax.eval_shape(call.__call__, *shapes).shape[0] == 4
@@ -239,7 +240,7 @@ def test_a_layer_is_computed_as_in_the_network():
     x, kernel = jnp.ones((4, 8, 8, 16)), jnp.ones((3, 3, 1, 16))
     network = topology()
     names = [layer.name for layer in network.layers]
-    call = latency._calls(zoo.MobileNet(), network, 4, None)[names.index("block2/depthwise")]
+    call = layer_calls(zoo.MobileNet(), network, 4, None)[names.index("block2/depthwise")]
     expected = jax.lax.conv_general_dilated(
         x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=16
     )

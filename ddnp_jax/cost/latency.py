@@ -19,20 +19,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.extend import core
 
 from ddnp_jax import export, fields, files, parallel
 from ddnp_jax.compact import Rebuild, compact
 from ddnp_jax.cost import flops, timing
-from ddnp_jax.models.layers import depthwise_conv
+from ddnp_jax.cost.layer_calls import LayerCall, layer_calls
 from ddnp_jax.networks import as_network
-from ddnp_jax.topology import Extent, Layer, Selection, Topology, jaxprs, variable_shapes
+from ddnp_jax.topology import Extent, Layer, Selection, Topology, variable_shapes
 
 XLA, ONNX = "xla", "onnx"
 RUNTIMES = (XLA, ONNX)  # XLA on the current device, ONNX Runtime on the CPU
@@ -229,10 +227,10 @@ def measure(
       variables: Variables of a function, or their shapes.
       rebuild: Makes a smaller network from the channels per gate, as for `compact`.
     """
-    calls = _calls(model, topology, batch, variables)
-    known: dict[_Call, float] = {}  # networks repeat their layers
+    calls = layer_calls(model, topology, batch, variables)
+    known: dict[LayerCall, float] = {}  # networks repeat their layers
 
-    def milliseconds(call: _Call) -> float:
+    def milliseconds(call: LayerCall) -> float:
         if call not in known:
             known[call] = _milliseconds(call, runtime)
         return known[call]
@@ -347,103 +345,6 @@ def _locate(xp: Any, knots: np.ndarray, widths: Any) -> tuple[Any, Any]:
     return below, (widths - first) / (second - first)
 
 
-class _Call(NamedTuple):
-    """One convolution or matrix product, by itself.
-
-    Attributes:
-      primitive: "conv_general_dilated" or "dot_general".
-      arguments: Further arguments of the function of this name in `jax.lax`, (name, value).
-      x: Shape of the layer's input.
-      kernel: Shape of the kernel.
-      operand: Which operand the input is.
-      read_axis: Axis of the input that is contracted; the channels of a grouped convolution.
-      axes: Axes of the kernel's input and output channels.
-      groups: Feature groups.
-      dtype: Data type of the input.
-      by_platform: Whether it is `models.layers.depthwise_conv`, in the form that suits the platform.
-    """
-
-    primitive: str
-    arguments: tuple[tuple[str, Any], ...]
-    x: tuple[int, ...]
-    kernel: tuple[int, ...]
-    operand: int
-    read_axis: int
-    axes: tuple[int, int]
-    groups: int
-    dtype: Any
-    by_platform: bool
-
-    def resized(self, inputs: int | None, outputs: int | None) -> "_Call":
-        """The same layer with other numbers of input and output channels; None for those that it has."""
-        x, kernel, groups = list(self.x), list(self.kernel), self.groups
-        if inputs is not None:
-            x[self.read_axis] = kernel[self.axes[0]] = inputs
-        if outputs is not None:
-            kernel[self.axes[1]] = outputs
-            if groups > 1:  # whole groups stay or go
-                x[self.read_axis] = self.x[self.read_axis] * outputs // self.kernel[self.axes[1]]
-                groups = groups * outputs // self.kernel[self.axes[1]]
-        return self._replace(x=tuple(x), kernel=tuple(kernel), groups=groups)
-
-    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """Computes the layer."""
-        arguments = dict(self.arguments)
-        if self.by_platform:
-            padding = arguments["padding"]
-            arguments = {name: arguments[name] for name in ("window_strides", "dimension_numbers")}
-            return depthwise_conv(x, kernel, padding=padding, feature_group_count=self.groups, **arguments)
-        operands = (x, kernel) if self.operand == 0 else (kernel, x)
-        if self.primitive == "conv_general_dilated":
-            arguments["feature_group_count"] = self.groups
-        return getattr(lax, self.primitive)(*operands, **arguments)
-
-
-_ARGUMENTS = {
-    "conv_general_dilated": (
-        *("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers", "precision"),
-        "preferred_element_type",
-    ),
-    "dot_general": ("dimension_numbers", "precision", "preferred_element_type"),
-}
-
-
-def _calls(model: Any, topology: Topology, batch: int, variables: Any) -> list[_Call]:
-    """Every layer of the topology by itself, as the network calls it with `batch` images."""
-    network = as_network(model, **dict(topology.call_kwargs))
-    images = jax.ShapeDtypeStruct((batch, *topology.input_shape), jnp.float32)
-    shapes = variable_shapes(network, images, variables)
-    program = jax.make_jaxpr(network.evaluate)(shapes, images).jaxpr
-    found = list(jaxprs.contractions(program))
-    return [_call(found[layer.contraction], layer) for layer in topology.layers]
-
-
-def _call(eqn: core.JaxprEqn, layer: Layer) -> _Call:
-    name = eqn.primitive.name
-    x, kernel = (eqn.invars[operand] for operand in (layer.operand, 1 - layer.operand))
-    x_shape, kernel_shape = jaxprs.shape_of(x), jaxprs.shape_of(kernel)
-    numbers = eqn.params["dimension_numbers"]
-    if name == "conv_general_dilated":
-        read_axis, axes = numbers.lhs_spec[1], (numbers.rhs_spec[1], numbers.rhs_spec[0])
-    else:
-        read_axis, contracted = numbers[0][layer.operand][0], numbers[0][1 - layer.operand]
-        free = [axis for axis in range(len(kernel_shape)) if axis not in contracted]
-        axes = (contracted[0], free[-1] if free else 0)
-    arguments = tuple((key, eqn.params[key]) for key in _ARGUMENTS[name])
-    return _Call(
-        name,
-        arguments,
-        x_shape,
-        kernel_shape,
-        layer.operand,
-        read_axis,
-        axes,
-        layer.groups,
-        jaxprs.dtype_of(x),
-        layer.by_platform,
-    )
-
-
 def _knots(extent: Extent, topology: Topology, points: int, multiple: int) -> tuple[int, ...]:
     """Numbers of channels at which a layer is timed: the gates on its axis from the smallest to the whole."""
     if not extent.gates:
@@ -461,7 +362,7 @@ def _knots(extent: Extent, topology: Topology, points: int, multiple: int) -> tu
     return tuple(sorted(numbers))
 
 
-def _milliseconds(call: _Call, runtime: str) -> float:
+def _milliseconds(call: LayerCall, runtime: str) -> float:
     """Shortest time of a compiled call."""
     x, kernel = (_filled(jax.ShapeDtypeStruct(shape, call.dtype)) for shape in (call.x, call.kernel))
     compiled = _compiled(runtime, lambda kernel, x: call(x, kernel), kernel, x)

@@ -1,6 +1,6 @@
 """Prunes a flax.linen network of your own: train, cut to half of the FLOPs, fine-tune, save, load.
 
-Needs scikit-learn, for its digits; within a minute on two CPU cores.
+Needs scikit-learn, for its digits; a minute or two on two CPU cores.
 """
 
 import flax.linen as nn

@@ -234,7 +234,15 @@ def test_budget_in_measured_latency_is_the_same_numbers_when_the_run_resumes(con
     config.budget.update(kind="latency", p=1.0, latency_points=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "finetune", lambda *_: kill())
-        patch.setattr(latency, "_milliseconds", lambda call: float(np.prod(call.x)) / 7 + call.kernel[-1] / 3)
+        patch.setattr(latency, "_milliseconds", lambda call, _: float(np.prod(call.x)) / 7 + call.kernel[-1] / 3)
+        time_networks = latency._networks
+
+        def no_networks(*arguments):
+            """Times the network as a run does, cut by `rebuild`, and leaves out what differs from time to time."""
+            assert [each.widths for each in time_networks(*arguments)] == [(20, 12), (15, 9), (10, 6), (5, 3)]
+            return ()
+
+        patch.setattr(latency, "_networks", no_networks)
         with pytest.raises(Killed):
             pipeline.run(config, tmp_path, model=Own((20, 12)), rebuild=Own)
     file = tmp_path / "latency.json"

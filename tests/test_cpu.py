@@ -2,8 +2,10 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import jaxlib
 import pytest
@@ -27,7 +29,7 @@ def in_a_process(code, tmp_path, **environment):
 def test_flags_for_what_a_jaxlib_can_do():
     everything = "individual_convolution,individual_dot,dot,eltwise,reduce"
     for onednn, fusions, wanted, flags in (
-        (True, True, "auto", [ONEDNN, FUSION + "dot,reduce"]),
+        (True, True, "auto", [ONEDNN, FUSION + "dot,eltwise,reduce"]),
         (False, True, "auto", [FUSION + everything]),
         (False, True, "dot", [FUSION + "dot"]),
         (True, True, "", [ONEDNN]),
@@ -50,6 +52,40 @@ def test_the_installed_jaxlib_computes_with_the_flags(tmp_path):
     found = cpu.Capabilities(**json.loads(kept.read_text()))
     assert flags.split() == cpu.flags(found, "auto")
     assert found.onednn == (tuple(map(int, jaxlib.__version__.split(".")[:2])) >= (0, 12))
+
+
+_FAULTS = """
+import resource, jax, jax.numpy as jnp, ddnp_jax
+ddnp_jax.configure_cpu()
+step = jax.jit(lambda x: jnp.sort(x * 2.0, axis=0) @ x.T)  # takes some 100 MB and frees it
+def faults(x):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    jax.block_until_ready(step(x))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+x = jnp.ones((4096, 256))
+print(max(faults(x) for _ in range(3)), min(faults(x) for _ in range(5)))
+"""
+
+
+def _pages_are_small():
+    path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return platform.libc_ver()[0] == "glibc" and not (path.exists() and "[always]" in path.read_text())
+
+
+@pytest.mark.skipif(not _pages_are_small(), reason="another libc, or pages so large that their number says nothing")
+@pytest.mark.parametrize("chosen", [{}, {"MALLOC_ARENA_MAX": "8"}, {"GLIBC_TUNABLES": "glibc.malloc.arena_max=8"}])
+def test_memory_of_a_step_is_kept_for_the_next_one(tmp_path, chosen):
+    first, later = map(int, in_a_process(_FAULTS, tmp_path, **chosen).stdout.split())
+    assert first > 10_000  # pages of 4 KiB
+    assert (later < 1_000) == (not chosen)
+
+
+def test_memory_is_left_alone_beside_an_accelerator(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    monkeypatch.setattr(cpu.importlib.metadata, "entry_points", lambda group: [group])
+    assert cpu._accelerator_is_installed()
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert not cpu._accelerator_is_installed()
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 from ddnp_jax.cost import flops
 from ddnp_jax.pipeline import report
 from ddnp_jax.pipeline.report import figures, text
+from ddnp_jax.pipeline.report.markdown import document
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,7 +83,8 @@ def changed(**changes):
 
 
 def markdown(**changes):
-    return text.markdown(changed(**changes), has_curve=True)
+    what = changed(**changes)
+    return document(what.title, text.headline(what), text.sections(what, has_curve=True))
 
 
 def test_json_is_the_report_and_what_follows_from_it(workdir):
@@ -305,6 +307,20 @@ def test_one_shot_methods_have_no_plot_of_a_search(workdir):
     assert not (workdir / "search.png").exists()
     assert "search.png" not in written
     assert "This method has no search; it selects in one shot." in written
+
+
+def test_whether_the_search_has_converged_stands_where_it_is_seen():
+    far = "The search has not converged: k and the open part of its gate differ. What helps: more steps."
+    written = markdown(notes=(far, "another"))
+    assert (
+        "\n\n**The search has not converged**: k and the open part of its gate differ. What helps: more steps.\n\n"
+        in (written.partition("## Speed")[0])
+    )
+    assert written.count("converged") == 1 and "## Notes\n\n- another\n" in written
+    near = "The search has converged: k and the open part of its gate meet."
+    written = markdown(notes=(near,))
+    assert f"## Search\n\n{near}\n\n![Accuracy and cost" in written
+    assert written.count("converged") == 1 and "## Notes" not in written
 
 
 def test_a_lost_log_is_called_lost(tmp_path):

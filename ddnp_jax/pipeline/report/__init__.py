@@ -5,9 +5,10 @@ Figures are rounded once, where they are printed; `report.json` keeps all digits
 
 from ddnp_jax.pipeline.report.compare import compare
 from ddnp_jax.pipeline.report.figures import COLORS, plain_axes, write_figure
+from ddnp_jax.pipeline.report.markdown import table
 from ddnp_jax.pipeline.report.schema import Cost, Export, File, Latency, PerStage, Report, Training, Verification
 from ddnp_jax.pipeline.report.storage import read, write
-from ddnp_jax.pipeline.report.tables import mean, table
+from ddnp_jax.pipeline.report.tables import mean
 from ddnp_jax.pipeline.report.text import CONVENTIONS
 
 __all__ = [

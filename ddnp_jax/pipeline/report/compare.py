@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ddnp_jax.config import STAGES
+from ddnp_jax.pipeline.report.markdown import table
 from ddnp_jax.pipeline.report.schema import Report
-from ddnp_jax.pipeline.report.tables import mean, table
+from ddnp_jax.pipeline.report.tables import mean
 
 _HEADER = (
     *("method", "model", "data set", "p", "FLOPs as", "fine-tuning epochs", "seeds"),

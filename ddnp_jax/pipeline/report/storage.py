@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ddnp_jax import fields, files, parallel
-from ddnp_jax.pipeline.report import figures, text
+from ddnp_jax.pipeline.report import figures, markdown, text
 from ddnp_jax.pipeline.report.schema import Report
 from ddnp_jax.training.log import MetricsLog
 
@@ -37,7 +37,8 @@ def _write_files(workdir: Path, report: Report) -> None:
     figures.write_figure(workdir / "widths.png", figures.widths_figure(report))
     if search:
         figures.write_figure(workdir / "search.png", figures.search_figure(report, search))
-    files.write_text(workdir / "report.md", text.markdown(report, has_curve=bool(search)))
+    sections = text.sections(report, has_curve=bool(search))
+    files.write_text(workdir / "report.md", markdown.document(report.title, text.headline(report), sections))
     files.write_json(workdir / "report.json", report.to_json())
 
 

@@ -61,6 +61,16 @@ class Table:
     text_columns: int = 1
     has_total: bool = False
 
+    @property
+    def body(self) -> Sequence[Sequence[str]]:
+        """The lines without the total."""
+        return self.rows[:-1] if self.has_total else self.rows
+
+    @property
+    def total(self) -> Sequence[str]:
+        """The line that sums up; nothing where there is none."""
+        return self.rows[-1] if self.has_total else ()
+
 
 Block = Paragraph | Bullets | Picture | Table
 
@@ -76,3 +86,18 @@ class Section:
 
     heading: str
     blocks: Sequence[Block]
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyFigure:
+    """One of the few figures that a result comes to.
+
+    Attributes:
+      name: What it is.
+      value: The figure with its unit.
+      remarks: What it is compared with, and what else belongs to it.
+    """
+
+    name: str
+    value: str
+    remarks: Sequence[str]

@@ -33,9 +33,7 @@ def change(before: float, after: float) -> str:
 def result_table(report: Report) -> Table:
     """Accuracy and size of every network, and what pruning has changed."""
     base, pruned = (report.base_top1, report.base_top5), (report.pruned_top1, report.pruned_top5)
-    latency = report.latency_ms
-    before = _size(report.flops_total_before, report.params_before, latency.before)
-    after = _size(report.flops_total_after, report.params_after, latency.after)
+    before, after, changes = sizes(report)
     control = [[CONTROL, *_accuracy(report.control), *before]] if report.control else []
     deltas = (ours - theirs for ours, theirs in zip(pruned, report.control or base, strict=True))
     rows = [
@@ -46,13 +44,18 @@ def result_table(report: Report) -> Table:
         [
             "change, both fine-tuned" if control else "change, base to fine-tuned",
             *(f"{delta:+z.2f}" for delta in deltas),
-            change(report.flops_total_before, report.flops_total_after),
-            change(report.params_before, report.params_after),
-            change(latency.before, latency.after),
+            *changes,
         ],
     ]
     header = ["network", "top-1 (%)", "top-5 (%)", "FLOPs", "parameters", "latency (ms)"]
     return Table(header, rows, has_total=True)
+
+
+def sizes(report: Report) -> tuple[list[str], list[str], list[str]]:
+    """FLOPs, parameters and milliseconds of the unpruned network, of the pruned one, and their changes."""
+    before = (report.flops_total_before, report.params_before, report.latency_ms.before)
+    after = (report.flops_total_after, report.params_after, report.latency_ms.after)
+    return _size(*before), _size(*after), list(map(change, before, after))
 
 
 def _accuracy(top1_top5: tuple[float, float]) -> list[str]:

@@ -1,13 +1,14 @@
 """What a report says, the result first."""
 
 from ddnp_jax.pipeline.report import tables
-from ddnp_jax.pipeline.report.blocks import Block, Bullets, Paragraph, Picture, Section
+from ddnp_jax.pipeline.report.blocks import Block, Bullets, KeyFigure, Paragraph, Picture, Section
 from ddnp_jax.pipeline.report.schema import Report
 
 CONVENTIONS = {
     "macs": "multiply-accumulates of convolutions and dense layers",
     "authors": "the DDNP authors' count: multiply-accumulates, and 3 per output element of prunable layers",
 }
+CAPTIONS = {"widths": "Channels per gate, before and after", "search": "Accuracy and cost over the search"}
 # How the note of a search begins, in report.json files of every version that has one.
 _CONVERGED, _NOT_CONVERGED = "The search has converged", "The search has not converged"
 _FASTER = 0.98  # a smaller part of the latency than this is no noise of the measurement
@@ -21,7 +22,7 @@ def sections(report: Report, has_curve: bool) -> tuple[Section, ...]:
       has_curve: Whether there is a plot of the search.
     """
     parts = (
-        Section("", [*_result(report), Picture("widths", "Channels per gate, before and after")]),
+        Section("", [*_result(report), _picture("widths")]),
         Section("Speed", [tables.speed_table(report), Paragraph(_speed(report))]),
         Section("Exported files", _exports(report)),
         Section("Search", _search(report, has_curve)),
@@ -32,6 +33,30 @@ def sections(report: Report, has_curve: bool) -> tuple[Section, ...]:
         Section("Channels per gate", [tables.width_table(report)]),
     )
     return tuple(part for part in parts if part.blocks)
+
+
+def key_figures(report: Report) -> tuple[KeyFigure, ...]:
+    """Accuracy, FLOPs, latency and size of the pruned network, each beside the unpruned one's."""
+    delta, base = report.delta_control_top1, f"the {tables.CONTROL}"
+    if delta is None:
+        delta, base = report.delta_top1, "the base"
+    flops, parameters, latency = zip(*tables.sizes(report), strict=True)
+    return (
+        KeyFigure("Top-1 accuracy", f"{report.pruned_top1:.2f} %", [f"{delta:+z.2f} points against {base}"]),
+        _cut("FLOPs", *flops),
+        _cut("Measured latency", *latency, " ms", f"batch {report.latency_ms.batch}"),
+        _cut("Parameters", *parameters, "", *_exported_bytes(report)),
+    )
+
+
+def _cut(name: str, before: str, after: str, changed: str, unit: str = "", *remarks: str) -> KeyFigure:
+    """What pruning made smaller."""
+    return KeyFigure(name, f"{after}{unit}", [changed, f"{before}{unit} before", *remarks])
+
+
+def _exported_bytes(report: Report) -> list[str]:
+    networks = {form: next(iter(found.files.values())) for form, found in report.exports.items()}
+    return [f"{file.bytes:,} bytes as {form}" for form, file in networks.items()]
 
 
 def _result(report: Report) -> list[Block]:
@@ -184,7 +209,11 @@ def _search(report: Report, has_curve: bool) -> list[Block]:
     if not has_curve:
         lost = "The log of the search is lost: metrics.jsonl has no line of it, so there is no plot."
         return [*converged, Paragraph(lost)]
-    return [*converged, Picture("search", "Accuracy and cost over the search")]
+    return [*converged, _picture("search")]
+
+
+def _picture(name: str) -> Picture:
+    return Picture(name, CAPTIONS[name])
 
 
 def _not_converged(report: Report) -> list[str]:

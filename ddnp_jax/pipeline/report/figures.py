@@ -14,7 +14,7 @@ from ddnp_jax.pipeline.report.schema import Report
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 TEXT, GRID = "#000000", "#E5E5E5"
-BLUE, _VERMILION, *_ = COLORS
+BLUE, _VERMILION, _, _, _, SKY_BLUE, _ = COLORS
 LIGHT_BLUE = "#C3DDEE"
 
 
@@ -28,7 +28,7 @@ def widths_figure(report: Report) -> Figure:
     axes.bar(places, after, width=0.8, color=BLUE, label="after")
     for place, width in zip(places, after, strict=True):
         axes.annotate(str(width), (place, width), (0, 1), textcoords="offset points", ha="center", fontsize=7)
-    names = [_literal(name) for name in report.gate_names]
+    names = [literal(name) for name in report.gate_names]
     axes.set_xticks(places, names, rotation=90 if len(before) > 6 else 0, fontsize=8)
     axes.set_xlim(-0.7, len(before) - 0.3)
     axes.set_ylabel("channels")
@@ -55,7 +55,7 @@ def search_figure(report: Report, lines: Sequence[Mapping[str, Any]]) -> Figure:
     accuracy.plot(*curve("validation_top1"), color=BLUE, marker="o", markersize=4, label="held-out images (cut to p)")
     accuracy.tick_params(labelbottom=False)
     accuracy.set_ylabel("top-1 accuracy (%)")
-    cost.plot(*curve("remaining"), color=_VERMILION, label=_literal(f"part of the {report.budget.unit} that remains"))
+    cost.plot(*curve("remaining"), color=_VERMILION, label=literal(f"part of the {report.budget.unit} that remains"))
     cost.axhline(report.p, color=TEXT, linestyle="--", linewidth=1, zorder=1.9, label=f"target, p = {report.p:g}")
     cost.set_ylim(0, 1.02)
     cost.set_ylabel("remaining cost")
@@ -69,11 +69,11 @@ def search_figure(report: Report, lines: Sequence[Mapping[str, Any]]) -> Figure:
 
 def titled(figure: Figure, what: str, report: Report) -> Figure:
     """The figure with what it shows and the name of the run above it, for where it stands alone."""
-    figure.suptitle(_literal(f"{what}\n{report.title}"), fontsize=10)
+    figure.suptitle(literal(f"{what}\n{report.title}"), fontsize=10)
     return figure
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """A text in which matplotlib finds no formula."""
     return text.replace("$", r"\$")
 

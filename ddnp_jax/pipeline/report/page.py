@@ -10,9 +10,10 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from ddnp_jax.pipeline.report import figures
-from ddnp_jax.pipeline.report.blocks import KeyFigure, Picture, Section
+from ddnp_jax.pipeline.report.blocks import KeyFigure, Picture, Section, Table
 
 _FONT = ["DejaVu Sans"]  # matplotlib's own, by which it places its texts; a browser without it takes another
+_WIDE = 7  # columns of a table that fits into lines of a length that is easy to read
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 # Colours that the page sets, because they differ between a light and a dark background.
 _COLORS = {
@@ -20,6 +21,7 @@ _COLORS = {
     figures.GRID: "var(--grid)",
     figures.BLUE: "var(--blue)",
     figures.LIGHT_BLUE: "var(--light-blue)",
+    figures.SKY_BLUE: "var(--sky-blue)",
 }
 
 
@@ -45,9 +47,17 @@ def document(
     Raises:
       KeyError: A picture is not in `drawn`.
     """
-    pictures = [block for section in sections for block in section.blocks if isinstance(block, Picture)]
-    drawings = {picture.name: _svg(picture, drawn[picture.name]) for picture in pictures}
-    return _template().render(title=title, lead=lead, sections=sections, drawings=drawings, key_figures=key_figures)
+    blocks = [block for section in sections for block in section.blocks]
+    drawings = {each.name: _svg(each, drawn[each.name]) for each in blocks if isinstance(each, Picture)}
+    is_wide = any(isinstance(each, Table) and len(each.header) > _WIDE for each in blocks)
+    return _template().render(
+        title=title,
+        lead=lead,
+        sections=sections,
+        drawings=drawings,
+        key_figures=key_figures,
+        is_wide=is_wide,
+    )
 
 
 def _template() -> jinja2.Template:
@@ -59,8 +69,12 @@ def _template() -> jinja2.Template:
 
 def _inline(text: str) -> Markup:
     """A text with its **bold** and `code`; everything else in it is shown as it is."""
-    escaped = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
-    return Markup(re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", escaped))
+
+    def marked(found: re.Match[str]) -> str:
+        code, strong = found.groups()
+        return f"<code>{code}</code>" if code else f"<strong>{strong}</strong>"
+
+    return Markup(re.sub(r"`([^`]+)`|\*\*(.+?)\*\*", marked, str(escape(text))))
 
 
 def _svg(picture: Picture, figure: Figure) -> Markup:

@@ -64,7 +64,10 @@ def _result(report: Report) -> list[Block]:
     warnings = (*_not_converged(report), *_not_faster(report), *_without_control(report))
     return [
         tables.result_table(report),
-        Paragraph(f"FLOPs: {CONVENTIONS[report.flops_convention]}; whole network. {_latency(report)}"),
+        Paragraph(
+            f"FLOPs: {CONVENTIONS[report.flops_convention]}; whole network. "
+            f"Latency: forward pass of {report.latency_measured_on}."
+        ),
         *(Paragraph(text, is_warning=True) for text in warnings),
     ]
 
@@ -85,11 +88,6 @@ def headline(report: Report) -> str:
         f"network fine-tuned in the same way ({report.delta_control_top1:+z.2f} points) and {report.base_top1:.2f} % "
         "of that network before it."
     )
-
-
-def _latency(report: Report) -> str:
-    where = report.devices if report.devices.startswith("1 x ") else f"one of {report.devices}"
-    return f"Latency: forward pass of a batch of {report.latency_ms.batch} on {where}."
 
 
 def _speed(report: Report) -> str:

@@ -7,6 +7,7 @@ _PACKAGES = (  # of the extra `job`; found, not imported, because what measures 
     "absl",
     "cv2",
     "grain",
+    "jinja2",
     "matplotlib",
     "ml_collections",
     "orbax",

@@ -113,7 +113,15 @@ def test_report_says_what_the_pruned_network_does(finished, config):
     kernels = [variables["params"][f"layer{1 + i // 3}_{i % 3}"]["conv1"]["kernel"] for i in range(9)]
     assert [kernel.shape[-1] for kernel in kernels] == report["widths"]
     assert report["verification"]["argmax_agreement"] == 1.0
-    for name in ("config.json", "metrics.jsonl", "selection.json", "report.md", "widths.png", "search.png"):
+    for name in (
+        "config.json",
+        "metrics.jsonl",
+        "selection.json",
+        "report.md",
+        "report.html",
+        "widths.png",
+        "search.png",
+    ):
         assert (workdir / name).stat().st_size > 0, name
     assert json.loads((workdir / "pruned" / "serving.json").read_text()) == dataset.serving()
     usual = "Pixels, times 0.003922, less the mean (0.3), are divided by the deviation (0.35)."

@@ -10,6 +10,7 @@ import pytest
 from ddnp_jax.cost import flops
 from ddnp_jax.pipeline import report
 from ddnp_jax.pipeline.report import figures, text
+from ddnp_jax.pipeline.report.markdown import document
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,7 +83,8 @@ def changed(**changes):
 
 
 def markdown(**changes):
-    return text.markdown(changed(**changes), has_curve=True)
+    what = changed(**changes)
+    return document(what.title, text.headline(what), text.sections(what, has_curve=True))
 
 
 def test_json_is_the_report_and_what_follows_from_it(workdir):
@@ -307,6 +309,20 @@ def test_one_shot_methods_have_no_plot_of_a_search(workdir):
     assert "This method has no search; it selects in one shot." in written
 
 
+def test_whether_the_search_has_converged_stands_where_it_is_seen():
+    far = "The search has not converged: k and the open part of its gate differ. What helps: more steps."
+    written = markdown(notes=(far, "another"))
+    assert (
+        "\n\n**The search has not converged**: k and the open part of its gate differ. What helps: more steps.\n\n"
+        in (written.partition("## Speed")[0])
+    )
+    assert written.count("converged") == 1 and "## Notes\n\n- another\n" in written
+    near = "The search has converged: k and the open part of its gate meet."
+    written = markdown(notes=(near,))
+    assert f"## Search\n\n{near}\n\n![Accuracy and cost" in written
+    assert written.count("converged") == 1 and "## Notes" not in written
+
+
 def test_a_lost_log_is_called_lost(tmp_path):
     report.write(tmp_path, REPORT)
     written = (tmp_path / "report.md").read_text()
@@ -334,16 +350,21 @@ def test_a_damaged_log_is_named_with_its_line(workdir, line, damage):
     assert not (workdir / "report.json").exists()
 
 
-def test_the_plot_of_the_search_shows_the_search_alone():
+def test_the_plot_of_the_search_has_accuracy_and_cost_one_above_the_other():
     figure = figures.search_figure(REPORT, [line for line in SEARCH if line["stage"] == "search"])
-    accuracy, remaining = figure.axes
+    figure.draw_without_rendering()
+    accuracy, cost = figure.axes
     assert [list(map(list, curve.get_data())) for curve in accuracy.lines] == [[[10, 20], [90.0, 85.0]], [[20], [70.0]]]
-    curve, budget = remaining.lines
-    assert list(curve.get_xdata()) == [10, 20]
-    assert list(curve.get_ydata()) == pytest.approx([90.0, 55.0])
-    assert list(budget.get_ydata()) == [50.0, 50.0]
-    assert accuracy.get_ylabel() == "top-1 accuracy (%)"
-    assert remaining.get_ylabel() == "prunable FLOPs (macs) (%)"
+    curve, target = cost.lines
+    assert list(map(list, curve.get_data())) == [[10, 20], [0.9, 0.55]]
+    assert list(target.get_ydata()) == [0.5, 0.5]
+    assert target.get_label() == "target, p = 0.5"
+    assert accuracy.get_xlim() == cost.get_xlim()
+    above, below = accuracy.get_window_extent(), cost.get_window_extent()
+    assert above.y0 > below.y1 and (above.x0, above.x1) == (below.x0, below.x1)
+    assert cost.get_ylim() == (0, 1.02)
+    assert (accuracy.get_ylabel(), cost.get_ylabel()) == ("top-1 accuracy (%)", "remaining cost")
+    assert cost.get_legend().get_texts()[0].get_text() == "part of the prunable FLOPs (macs) that remains"
 
 
 @pytest.mark.parametrize("blocks", [3, 18])
@@ -351,7 +372,8 @@ def test_the_plot_of_the_widths_has_every_gate_inside(blocks):
     names = tuple(f"layer{stage}_{block}/conv1" for stage in (1, 2, 3) for block in range(blocks))
     before = tuple(channels for channels in (16, 32, 64) for _ in range(blocks))
     after = tuple(channels // 2 for channels in before)
-    figure = figures.widths_figure(changed(gate_names=names, widths_before=before, widths=after))
+    what = changed(gate_names=names, widths_before=before, widths=after)
+    figure = figures.titled(figures.widths_figure(what), "Channels per gate", what)
     figure.draw_without_rendering()
     (axes,) = figure.axes
     assert tuple(label.get_text() for label in axes.get_xticklabels()) == names
@@ -359,7 +381,7 @@ def test_the_plot_of_the_widths_has_every_gate_inside(blocks):
     boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
     assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))  # legible: none overlap
     assert all(box.y0 > 0 for box in boxes)
-    title = axes.title.get_window_extent()
+    title = figure.texts[0].get_window_extent()
     assert title.x0 > 0 and title.x1 < figure.bbox.width
 
 

@@ -65,7 +65,8 @@ def test_wheel_holds_the_library_alone(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "ddnp_jax").rglob("*.py")}
-    assert names == modules | {"ddnp_jax/py.typed"}
+    templates = {f"ddnp_jax/pipeline/report/templates/page.{ending}" for ending in ("html", "css")}
+    assert names == modules | templates | {"ddnp_jax/py.typed"}
 
 
 def test_wheel_needs_jax_flax_optax_and_numpy_alone(wheel):

@@ -1,16 +1,20 @@
-"""One table over several runs."""
+"""Several runs beside each other: one table, and plots of accuracy against cost."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 from ddnp_jax.config import STAGES
+from ddnp_jax.pipeline.report import markdown, page, pareto
+from ddnp_jax.pipeline.report.blocks import Paragraph, Picture, Section, Table
 from ddnp_jax.pipeline.report.schema import Report
-from ddnp_jax.pipeline.report.tables import mean, table
+from ddnp_jax.pipeline.report.tables import CONTROL, mean
 
+_Item = TypeVar("_Item")
+_SETTINGS = ("model", "data set", "p", "FLOPs as", "fine-tuning epochs")
 _HEADER = (
-    *("method", "model", "data set", "p", "FLOPs as", "fine-tuning epochs", "seeds"),
+    *("method", *_SETTINGS, "seeds"),
     *("FLOPs removed (%)", "parameters removed (%)", "base top-1 (%)", "before fine-tuning", "after fine-tuning"),
-    *("change", "base, fine-tuned in the same way", "change to that", "seconds"),
+    *("change", CONTROL, "change to that", "seconds"),
 )
 _FOOT = (
     "Several seeds: mean ± sample standard deviation. Accuracies: test set, last epoch. Change: from the base to after "
@@ -30,10 +34,66 @@ def compare(reports: Sequence[Report]) -> str:
     Raises:
       ValueError: Two runs of one line have the same seed.
     """
-    groups: dict[tuple[Any, ...], list[Report]] = {}
-    for report in reports:
-        groups.setdefault(_all_but_the_seed(report), []).append(report)
-    return f"{table(_HEADER, [_row(runs) for runs in groups.values()], text_columns=3)}\n\n{_FOOT}\n"
+    rows = [_row(runs) for runs in _lines(reports)]
+    return f"{markdown.table(_HEADER, rows, text_columns=3)}\n\n{_FOOT}\n"
+
+
+def comparison_html(reports: Sequence[Report]) -> str:
+    """The same table as a page, with plots of accuracy against cost for each network and data set.
+
+    Args:
+      reports: Results of the runs.
+
+    Returns:
+      HTML that needs nothing beside itself.
+
+    Raises:
+      ValueError: Two runs of one line have the same seed.
+    """
+    lines = _lines(reports)
+    table, common = _shortened([_row(runs) for runs in lines])
+    sections = [Section("", [table, Paragraph(_FOOT)])]
+    styles = pareto.styles(runs[0].method_name for runs in lines)
+    drawn: dict[str, pareto.Plot] = {}
+    for (model, dataset, _), those in _grouped(lines, lambda runs: _task(runs[0])).items():
+        plots = {f"plot{len(drawn) + place}": plot for place, plot in enumerate(pareto.plots(those, styles))}
+        pictures = [Picture(name, plot.caption) for name, plot in plots.items()]
+        sections.append(Section(f"Accuracy and cost, {model} on {dataset}", [*pictures, Paragraph(pareto.LEGEND)]))
+        drawn |= plots
+    figures = {name: plot.figure for name, plot in drawn.items()}
+    return page.document("Comparison of pruned networks", _lead(reports, common), sections, figures)
+
+
+def _lead(reports: Sequence[Report], common: Sequence[str]) -> str:
+    runs = f"{len(reports)} {'run' if len(reports) == 1 else 'runs'}"
+    return f"{runs}, all with {', '.join(common)}." if common else f"{runs}."
+
+
+def _shortened(rows: Sequence[Sequence[str]]) -> tuple[Table, list[str]]:
+    """The table without what was never measured and the settings that all lines share, and these."""
+    columns = [column for column in zip(_HEADER, *rows, strict=True) if set(column[1:]) != {"-"}]
+    shared = [column for column in columns if column[0] in _SETTINGS and len(set(column[1:])) == 1]
+    kept = [column for column in columns if column not in shared]
+    text_columns = sum(name in ("method", "model", "data set") for name, *_ in kept)
+    header, *lines = zip(*kept, strict=True)
+    return Table(header, lines, text_columns), [f"{name} {value}" for name, value, *_ in shared]
+
+
+def _lines(reports: Sequence[Report]) -> list[list[Report]]:
+    """The runs of each line of the table."""
+    return list(_grouped(reports, _all_but_the_seed).values())
+
+
+def _grouped(items: Iterable[_Item], key: Callable[[_Item], Any]) -> dict[Any, list[_Item]]:
+    groups: dict[Any, list[_Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def _task(run: Report) -> tuple[str, str, str]:
+    """What accuracies and costs must have in common to be compared."""
+    return run.model, run.dataset, run.flops_convention
 
 
 def _all_but_the_seed(report: Report) -> tuple[Any, ...]:

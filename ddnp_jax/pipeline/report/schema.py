@@ -210,6 +210,12 @@ class Report:
         return 100 * (1 - self.flops_total_after / self.flops_total_before)
 
     @property
+    def latency_measured_on(self) -> str:
+        """What `latency_ms` is of: how many images, and on which device."""
+        where = self.devices if self.devices.startswith("1 x ") else f"one of {self.devices}"
+        return f"a batch of {self.latency_ms.batch} on {where}"
+
+    @property
     def flops_speedup(self) -> float:
         """How many times as fast the pruned network would be if FLOPs alone took time."""
         return self.flops_total_before / self.flops_total_after

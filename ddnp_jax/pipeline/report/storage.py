@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ddnp_jax import fields, files, parallel
-from ddnp_jax.pipeline.report import figures, text
+from ddnp_jax.pipeline.report import figures, markdown, page, text
 from ddnp_jax.pipeline.report.schema import Report
 from ddnp_jax.training.log import MetricsLog
 
@@ -13,8 +13,9 @@ _ADVICE = "give the command of that run again, which writes its report anew"
 
 
 def write(workdir: str | Path, report: Report) -> dict[str, Any]:
-    """Writes `report.md`, `widths.png`, `search.png` and, when these are complete, `report.json` into the workdir.
+    """Writes the report into the workdir, as text, as a page and as data.
 
+    These are `report.md`, `report.html`, `widths.png`, `search.png` and, when they are complete, `report.json`.
     `search.png` needs the lines of the search in `metrics.jsonl`. In a run of several processes all may call; the first
     one writes.
 
@@ -34,10 +35,15 @@ def write(workdir: str | Path, report: Report) -> dict[str, Any]:
 
 def _write_files(workdir: Path, report: Report) -> None:
     search = MetricsLog(workdir / "metrics.jsonl").lines("search")
-    figures.write_figure(workdir / "widths.png", figures.widths_figure(report))
+    drawn = {"widths": figures.widths_figure(report)}
     if search:
-        figures.write_figure(workdir / "search.png", figures.search_figure(report, search))
-    files.write_text(workdir / "report.md", text.markdown(report, has_curve=bool(search)))
+        drawn["search"] = figures.search_figure(report, search)
+    lead, sections = text.headline(report), text.sections(report, has_curve=bool(search))
+    files.write_text(workdir / "report.md", markdown.document(report.title, lead, sections))
+    html = page.document(report.title, lead, sections, drawn, text.key_figures(report))
+    files.write_text(workdir / "report.html", html)
+    for name, figure in drawn.items():
+        figures.write_figure(workdir / f"{name}.png", figures.titled(figure, text.CAPTIONS[name], report))
     files.write_json(workdir / "report.json", report.to_json())
 
 

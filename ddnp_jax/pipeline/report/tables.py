@@ -1,9 +1,10 @@
-"""The tables of a report, in Markdown."""
+"""The tables of a report."""
 
 import statistics
 from collections.abc import Sequence
 
 from ddnp_jax.config import STAGES, Stage
+from ddnp_jax.pipeline.report.blocks import Table
 from ddnp_jax.pipeline.report.schema import Report, Training
 
 CONTROL = "base, fine-tuned in the same way"  # how a report calls the control
@@ -13,18 +14,6 @@ _STAGES: dict[Stage, str] = {
     "finetune": "fine-tuning",
     "control": "fine-tuning of the base",
 }
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
-    """A Markdown table whose source is aligned too; the columns after the first `text_columns` are figures."""
-    lengths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    sides = ["<"] * text_columns + [">"] * (len(header) - text_columns)
-    rule = ["-" * n if side == "<" else "-" * (n - 1) + ":" for n, side in zip(lengths, sides, strict=True)]
-    lines = [
-        " | ".join(f"{cell:{side}{n}}" for cell, side, n in zip(line, sides, lengths, strict=True))
-        for line in (header, rule, *rows)
-    ]
-    return "\n".join(f"| {line} |" for line in lines)
 
 
 def mean(values: Sequence[float | None], form: str = ".2f") -> str:
@@ -41,12 +30,10 @@ def change(before: float, after: float) -> str:
     return f"{100 * (after / before - 1):+z.2f} %"
 
 
-def result_table(report: Report) -> str:
+def result_table(report: Report) -> Table:
     """Accuracy and size of every network, and what pruning has changed."""
     base, pruned = (report.base_top1, report.base_top5), (report.pruned_top1, report.pruned_top5)
-    latency = report.latency_ms
-    before = _size(report.flops_total_before, report.params_before, latency.before)
-    after = _size(report.flops_total_after, report.params_after, latency.after)
+    before, after, changes = sizes(report)
     control = [[CONTROL, *_accuracy(report.control), *before]] if report.control else []
     deltas = (ours - theirs for ours, theirs in zip(pruned, report.control or base, strict=True))
     rows = [
@@ -57,12 +44,18 @@ def result_table(report: Report) -> str:
         [
             "change, both fine-tuned" if control else "change, base to fine-tuned",
             *(f"{delta:+z.2f}" for delta in deltas),
-            change(report.flops_total_before, report.flops_total_after),
-            change(report.params_before, report.params_after),
-            change(latency.before, latency.after),
+            *changes,
         ],
     ]
-    return table(["network", "top-1 (%)", "top-5 (%)", "FLOPs", "parameters", "latency (ms)"], rows)
+    header = ["network", "top-1 (%)", "top-5 (%)", "FLOPs", "parameters", "latency (ms)"]
+    return Table(header, rows, has_total=True)
+
+
+def sizes(report: Report) -> tuple[list[str], list[str], list[str]]:
+    """FLOPs, parameters and milliseconds of the unpruned network, of the pruned one, and their changes."""
+    before = (report.flops_total_before, report.params_before, report.latency_ms.before)
+    after = (report.flops_total_after, report.params_after, report.latency_ms.after)
+    return _size(*before), _size(*after), list(map(change, before, after))
 
 
 def _accuracy(top1_top5: tuple[float, float]) -> list[str]:
@@ -73,7 +66,7 @@ def _size(flops: float, params: int, milliseconds: float) -> list[str]:
     return [f"{flops / 1e6:,.3f} M", f"{params / 1e6:,.3f} M", f"{milliseconds:.2f}"]
 
 
-def speed_table(report: Report) -> str:
+def speed_table(report: Report) -> Table:
     """Measured times and speed-ups, beside what the FLOPs imply."""
     rows = [
         [
@@ -87,10 +80,10 @@ def speed_table(report: Report) -> str:
         ]
         for each in report.latencies
     ]
-    return table(["runtime", "batch", "base (ms)", "pruned (ms)", "speed-up", "FLOPs imply", "ratio"], rows)
+    return Table(["runtime", "batch", "base (ms)", "pruned (ms)", "speed-up", "FLOPs imply", "ratio"], rows)
 
 
-def export_table(report: Report) -> str:
+def export_table(report: Report) -> Table:
     """The exported files, and how near each is to the network."""
     rows = []
     for found in report.exports.values():
@@ -104,16 +97,16 @@ def export_table(report: Report) -> str:
                 "-" if found.top1 is None else f"{found.top1:.2f}",
             ]
         )
-    return table(["file", "bytes", "largest difference", "same predictions (%)", "top-1 (%)"], rows)
+    return Table(["file", "bytes", "largest difference", "same predictions (%)", "top-1 (%)"], rows)
 
 
-def stage_table(report: Report) -> str:
+def stage_table(report: Report) -> Table:
     """What every stage learned from, and how long it took."""
     stages = [stage for stage in STAGES if stage != "control" or report.was_run("control")]
     rows = [[_STAGES[stage], *_stage_figures(report, stage)] for stage in stages]
     total = sum(report.seconds.of(stage) for stage in stages)
     rows.append(["all", "", "", "", "", f"{total:,.0f}"])
-    return table(["stage", "images", "epochs", "batch", "learning rate", "seconds"], rows)
+    return Table(["stage", "images", "epochs", "batch", "learning rate", "seconds"], rows, has_total=True)
 
 
 def _stage_figures(report: Report, stage: Stage) -> list[str]:
@@ -137,12 +130,12 @@ def _learning_rates(training: Training) -> str:
     return ", ".join(f"{rate} ({name})" for name, rate in rates.items())
 
 
-def width_table(report: Report) -> str:
+def width_table(report: Report) -> Table:
     """The channels of every gate."""
     gates = zip(report.gate_names, report.widths_before, report.widths, strict=True)
     rows = [_width_row(f"`{name}`", before, after) for name, before, after in gates]
     rows.append(_width_row("all", sum(report.widths_before), sum(report.widths)))
-    return table(["gate", "before", "after", "kept (%)"], rows)
+    return Table(["gate", "before", "after", "kept (%)"], rows, has_total=True)
 
 
 def _width_row(name: str, before: int, after: int) -> list[str]:

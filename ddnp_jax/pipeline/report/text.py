@@ -1,48 +1,79 @@
-"""The text of `report.md`, the result first."""
-
-from collections.abc import Iterable
+"""What a report says, the result first."""
 
 from ddnp_jax.pipeline.report import tables
+from ddnp_jax.pipeline.report.blocks import Block, Bullets, KeyFigure, Paragraph, Picture, Section
 from ddnp_jax.pipeline.report.schema import Report
 
 CONVENTIONS = {
     "macs": "multiply-accumulates of convolutions and dense layers",
     "authors": "the DDNP authors' count: multiply-accumulates, and 3 per output element of prunable layers",
 }
+CAPTIONS = {"widths": "Channels per gate, before and after", "search": "Accuracy and cost over the search"}
+# How the note of a search begins, in report.json files of every version that has one.
+_CONVERGED, _NOT_CONVERGED = "The search has converged", "The search has not converged"
 _FASTER = 0.98  # a smaller part of the latency than this is no noise of the measurement
 
 
-def markdown(report: Report, has_curve: bool) -> str:
-    """The text of `report.md`.
+def sections(report: Report, has_curve: bool) -> tuple[Section, ...]:
+    """What a report says, in every form that it is written in.
 
     Args:
       report: Result of the run.
       has_curve: Whether there is a plot of the search.
     """
-    parts = [
-        f"# {report.title}",
-        _headline(report),
+    parts = (
+        Section("", [*_result(report), _picture("widths")]),
+        Section("Speed", [tables.speed_table(report), Paragraph(_speed(report))]),
+        Section("Exported files", _exports(report)),
+        Section("Search", _search(report, has_curve)),
+        Section("Budget", [Paragraph(_budget(report))]),
+        Section("How the figures were taken", [Bullets(_methodology(report))]),
+        Section("Notes", _notes(report)),
+        Section("Stages", [Paragraph(f"On {report.devices}."), tables.stage_table(report)]),
+        Section("Channels per gate", [tables.width_table(report)]),
+    )
+    return tuple(part for part in parts if part.blocks)
+
+
+def key_figures(report: Report) -> tuple[KeyFigure, ...]:
+    """Accuracy, FLOPs, latency and size of the pruned network, each beside the unpruned one's."""
+    delta, base = report.delta_control_top1, f"the {tables.CONTROL}"
+    if delta is None:
+        delta, base = report.delta_top1, "the base"
+    flops, parameters, latency = zip(*tables.sizes(report), strict=True)
+    return (
+        KeyFigure("Top-1 accuracy", f"{report.pruned_top1:.2f} %", [f"{delta:+z.2f} points against {base}"]),
+        _cut("FLOPs", *flops),
+        _cut("Measured latency", *latency, " ms", f"batch {report.latency_ms.batch}"),
+        _cut("Parameters", *parameters, "", *_exported_bytes(report)),
+    )
+
+
+def _cut(name: str, before: str, after: str, changed: str, unit: str = "", *remarks: str) -> KeyFigure:
+    """What pruning made smaller."""
+    return KeyFigure(name, f"{after}{unit}", [changed, f"{before}{unit} before", *remarks])
+
+
+def _exported_bytes(report: Report) -> list[str]:
+    networks = {form: next(iter(found.files.values())) for form, found in report.exports.items()}
+    return [f"{file.bytes:,} bytes as {form}" for form, file in networks.items()]
+
+
+def _result(report: Report) -> list[Block]:
+    """What has come out, and what must be known of it."""
+    warnings = (*_not_converged(report), *_not_faster(report), *_without_control(report))
+    return [
         tables.result_table(report),
-        f"FLOPs: {CONVENTIONS[report.flops_convention]}; whole network. {_latency(report)}",
-        *_not_faster(report),
-        *_without_control(report),
-        "![Channels per gate, before and after](widths.png)",
-        f"## Speed\n\n{tables.speed_table(report)}\n\n{_speed(report)}",
-        *_exports(report),
-        f"## Budget\n\n{_budget(report)}",
-        f"## How the figures were taken\n\n{_bullets(_methodology(report))}",
+        Paragraph(
+            f"FLOPs: {CONVENTIONS[report.flops_convention]}; whole network. "
+            f"Latency: forward pass of {report.latency_measured_on}."
+        ),
+        *(Paragraph(text, is_warning=True) for text in warnings),
     ]
-    if report.notes:
-        parts.append(f"## Notes\n\n{_bullets(report.notes)}")
-    parts += [
-        f"## Stages\n\nOn {report.devices}.\n\n{tables.stage_table(report)}",
-        f"## Search\n\n{_search(report, has_curve)}",
-        f"## Channels per gate\n\n{tables.width_table(report)}",
-    ]
-    return "\n\n".join(parts) + "\n"
 
 
-def _headline(report: Report) -> str:
+def headline(report: Report) -> str:
+    """The result in one sentence."""
     removed = (
         f"{report.method} pruned {report.model} on {report.dataset} (seed {report.seed}): "
         f"{report.flops_reduction:.2f} % of the FLOPs and {report.params_reduction:.2f} % of the parameters removed, "
@@ -59,11 +90,6 @@ def _headline(report: Report) -> str:
     )
 
 
-def _latency(report: Report) -> str:
-    where = report.devices if report.devices.startswith("1 x ") else f"one of {report.devices}"
-    return f"Latency: forward pass of a batch of {report.latency_ms.batch} on {where}."
-
-
 def _speed(report: Report) -> str:
     """How the table of times was taken."""
     text = (
@@ -75,7 +101,7 @@ def _speed(report: Report) -> str:
     return text
 
 
-def _exports(report: Report) -> list[str]:
+def _exports(report: Report) -> list[Block]:
     """The exported files and their check."""
     if not report.exports:
         return []
@@ -83,7 +109,7 @@ def _exports(report: Report) -> list[str]:
     text = f"Each was read back and compared with the pruned network on {images:,} test images, given as pixels."
     if any(found.top1 is not None for found in report.exports.values()):
         text += f" Top-1: its own accuracy, over all {report.test_images:,} test images."
-    return [f"## Exported files\n\n{tables.export_table(report)}\n\n{text}"]
+    return [tables.export_table(report), Paragraph(text)]
 
 
 def _not_faster(report: Report) -> list[str]:
@@ -174,13 +200,30 @@ def _pixels(report: Report) -> list[str]:
     return [f"Pixels, times {done['scale']:.4g}, less the mean ({mean}), are divided by the deviation ({std})."]
 
 
-def _search(report: Report, has_curve: bool) -> str:
+def _search(report: Report, has_curve: bool) -> list[Block]:
     if not report.was_run("search"):
-        return "This method has no search; it selects in one shot."
+        return [Paragraph("This method has no search; it selects in one shot.")]
+    converged = [Paragraph(note) for note in report.notes if note.startswith(_CONVERGED)]
     if not has_curve:
-        return "The log of the search is lost: metrics.jsonl has no line of it, so there is no plot."
-    return "![Accuracy and cost over the search](search.png)"
+        lost = "The log of the search is lost: metrics.jsonl has no line of it, so there is no plot."
+        return [*converged, Paragraph(lost)]
+    return [*converged, _picture("search")]
 
 
-def _bullets(sentences: Iterable[str]) -> str:
-    return "\n".join(f"- {sentence}" for sentence in sentences)
+def _picture(name: str) -> Picture:
+    return Picture(name, CAPTIONS[name])
+
+
+def _not_converged(report: Report) -> list[str]:
+    """What the search says where it has not converged, and what helps."""
+    return [
+        f"**{_NOT_CONVERGED}**{note.removeprefix(_NOT_CONVERGED)}"
+        for note in report.notes
+        if note.startswith(_NOT_CONVERGED)
+    ]
+
+
+def _notes(report: Report) -> list[Block]:
+    """The notes that stand nowhere else."""
+    notes = [note for note in report.notes if not note.startswith((_CONVERGED, _NOT_CONVERGED))]
+    return [Bullets(notes)] if notes else []

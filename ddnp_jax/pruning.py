@@ -12,7 +12,6 @@ import numpy as np
 
 from ddnp_jax import methods
 from ddnp_jax.compact import Rebuild, Verification, check_finite, compact, rehearse, verify
-from ddnp_jax.cost import flops
 from ddnp_jax.cost.budget import Budget, floors_of
 from ddnp_jax.losses import Loss
 from ddnp_jax.networks import Outputs, as_network
@@ -21,7 +20,6 @@ from ddnp_jax.training.fitting import TargetsCheck, checked_batch
 from ddnp_jax.training.steps import Batch
 
 VERIFIED_IMAGES = 64  # of the first batch, with which the cut is verified
-NOTED_UNUSED = 0.02  # the part of a budget from which on `describe` says that it is unused
 
 Floors = int | float | Mapping[str, int | float] | Callable[[Gate], int | float] | None
 
@@ -56,29 +54,8 @@ class Pruned:
 
     def describe(self) -> str:
         """Sizes before and after, the widths of all gates and how the cut was verified, as text."""
-        widths = self.selection.widths
-        lines = [_change(name, of(self.topology), of(self.topology, widths)) for name, of in _SIZES.items()]
-        counted = self.budget.counted
-        reached, wanted = (f"{cost:{counted.form}}" for cost in (self.budget.cost(widths), self.budget.wanted))
-        lines.append(f"budget: {reached} of at most {wanted} {counted.unit} (p = {self.budget.p:g})")
-        unused = 1 - self.budget.cost(widths) / self.budget.wanted
-        if unused > NOTED_UNUSED:
-            lines.append(
-                f"  {unused:.0%} of the budget is unused: at these widths no gate can be a step wider within it."
-            )
-        lines += [
-            f"  {gate.name}: {width} of {gate.channels}"
-            for gate, width in zip(self.topology.gates, widths, strict=True)
-        ]
-        lines.append(f"largest difference to the masked network: {self.verification.max_difference:.1e}")
-        return "\n".join([*lines, *self.notes])
-
-
-_SIZES = {"multiply-accumulates": flops.total, "parameters": flops.parameters}
-
-
-def _change(name: str, before: int, after: int) -> str:
-    return f"{name}: {before:,} -> {after:,} ({100 * (1 - after / before):.1f} % removed)"
+        difference = f"largest difference to the masked network: {self.verification.max_difference:.1e}"
+        return "\n".join([self.budget.describe(self.selection.widths), difference, *self.notes])
 
 
 def prune(

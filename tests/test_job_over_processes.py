@@ -59,6 +59,7 @@ def test_two_processes_stopped_and_resumed_do_the_job_of_one(tmp_path):
     assert (two / "selection.json").read_text() == (one / "selection.json").read_text()
     steps = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)]
     assert len(steps[0]) == len(steps[1]) > 10
+    assert [path.stat().st_size > 0 for path in sorted((two / "tensorboard").iterdir())] == [False, True]  # of one
     for ours, theirs in zip(*steps, strict=True):
         assert (ours["stage"], ours["step"]) == (theirs["stage"], theirs["step"])
         assert ours.get("loss", 0) == pytest.approx(theirs.get("loss", 0), rel=1e-5)

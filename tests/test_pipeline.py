@@ -23,6 +23,7 @@ from ddnp_jax.pipeline import stages
 from ddnp_jax.saved import load_pruned, save_pruned
 from ddnp_jax.training import loop
 from experiments import launch
+from tests.test_training import events_of
 
 P = 0.5
 TUNED = ("finetune", "control")
@@ -144,6 +145,7 @@ def test_a_run_that_is_stopped_in_every_stage_resumes_bit_for_bit(finished, conf
     assert_same_network(tmp_path, finished[0])
     assert report["pruned_top1"] == finished[1]["pruned_top1"]
     assert log_of(tmp_path) == log_of(finished[0])
+    assert events_of(tmp_path) == events_of(finished[0])
 
 
 def test_finished_stages_are_not_run_again(finished, config, monkeypatch):
@@ -153,6 +155,15 @@ def test_finished_stages_are_not_run_again(finished, config, monkeypatch):
     assert pipeline.run(config, finished[0]) == finished[1]
     assert pipeline.run(typed(config), finished[0]) == finished[1]
     assert (finished[0] / "metrics.jsonl").read_text() == before
+
+
+def test_events_have_the_log_and_come_back_where_they_are_lost(finished, config):
+    before = events_of(finished[0])
+    lines = [line for line in log_of(finished[0]) if line["stage"] == "finetune" and "loss" in line]
+    assert before["finetune/loss"] == [(line["step"], np.float32(line["loss"])) for line in lines]
+    shutil.rmtree(finished[0] / "tensorboard")
+    pipeline.run(config, finished[0])
+    assert events_of(finished[0]) == before
 
 
 def test_another_configuration_is_refused(finished, config):

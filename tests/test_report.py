@@ -1,12 +1,11 @@
 import dataclasses
 import itertools
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 
+from ddnp_jax.__main__ import main
 from ddnp_jax.cost import flops
 from ddnp_jax.pipeline import report
 from ddnp_jax.pipeline.report import figures, text
@@ -445,12 +444,9 @@ def test_compare_refuses_the_same_seed_twice():
 
 
 @pytest.mark.parametrize("name", ["nowhere/report.json", ""])
-def test_compare_names_a_report_that_is_not_there(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path / name)])
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_module("experiments.compare", run_name="__main__")
-    sentence = f"error: there is no file {tmp_path / name}; name the report.json of a run that has ended."
-    assert str(caught.value) == sentence
+def test_compare_names_a_report_that_is_not_there(tmp_path, name):
+    sentence = f"error: there is no file {tmp_path / (name or 'report.json')}; name the report.json of a run that has"
+    assert compare_file(tmp_path / name) == f"{sentence} ended."
 
 
 def test_reports_of_older_versions_are_read():
@@ -472,12 +468,19 @@ def test_reports_of_older_versions_are_read():
     assert columns["after fine-tuning"][1] == "88.40"
 
 
-def compare_file(monkeypatch, path):
+def compare_file(path):
     """What the command says of a file that it cannot read."""
-    monkeypatch.setattr(sys, "argv", ["compare", str(path)])
     with pytest.raises(SystemExit) as error:
-        runpy.run_module("experiments.compare", run_name="__main__")
+        main(["compare", str(path)])
     return str(error.value)
+
+
+def test_the_command_compares_folders_and_files(workdir, capsys):
+    report.write(workdir, REPORT)
+    other = workdir / "other.json"
+    other.write_text(json.dumps(changed(seed=4).to_json()))
+    main(["compare", str(workdir), str(other)])
+    assert capsys.readouterr().out == report.compare([REPORT, changed(seed=4)]) + "\n"
 
 
 @pytest.mark.parametrize(
@@ -499,21 +502,21 @@ def compare_file(monkeypatch, path):
         ({"best_pruned_validation_top1": "high"}, "best_pruned_validation_top1='high' must be a number"),
     ],
 )
-def test_compare_names_the_file_and_the_key_that_is_missing_or_damaged(workdir, monkeypatch, changes, what):
+def test_compare_names_the_file_and_the_key_that_is_missing_or_damaged(workdir, changes, what):
     path = workdir / "report.json"
     values = {key: value for key, value in (REPORT.to_json() | changes).items() if value is not ...}
     path.write_text(json.dumps(values))
     advice = "give the command of that run again, which writes its report anew."
-    assert compare_file(monkeypatch, path) == f"error: {path}: {what}; {advice}"
+    assert compare_file(path) == f"error: {path}: {what}; {advice}"
 
 
-def test_compare_names_a_file_that_is_no_report(tmp_path, monkeypatch):
+def test_compare_names_a_file_that_is_no_report(tmp_path):
     path = tmp_path / "report.json"
-    assert str(path) in compare_file(monkeypatch, path)
+    assert str(path) in compare_file(path)
     for content, message in (
         (b"{", f"error: {path} is not JSON"),
         (b"\xff", "is not JSON"),
         (b"[]", "the whole must be"),
     ):
         path.write_bytes(content)
-        assert message in compare_file(monkeypatch, path)
+        assert message in compare_file(path)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional
 
 from ddnp_jax import data, parallel, preemption, training
@@ -387,6 +388,13 @@ def log_lines(folder):
     return [{name: value for name, value in line.items() if name not in ("images_per_s", "crc")} for line in lines]
 
 
+def events_of(folder):
+    """What TensorBoard shows of a run: (step, value) by tag, without the speed."""
+    shown = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    tags = (tag for tag in shown.Tags()["scalars"] if not tag.endswith("/images_per_s"))
+    return {tag: [(event.step, event.value) for event in shown.Scalars(tag)] for tag in tags}
+
+
 def interrupted(at, action):
     """A chunk that does something before step `at`, once."""
     chunk, pending = recording_chunk(), [action]
@@ -426,6 +434,7 @@ def test_a_stage_that_died_goes_on_to_the_same_end(at, tmp_path):
     resumed = run_stage(tmp_path / "cut")
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
     assert log_lines(tmp_path / "cut") == log_lines(tmp_path / "whole")
+    assert events_of(tmp_path / "cut") == events_of(tmp_path / "whole")
 
 
 def test_sigterm_saves_and_the_stage_goes_on_to_the_same_end(tmp_path):
@@ -493,6 +502,63 @@ def test_check_finite_names_stage_and_step(value):
     loop.check_finite("base", 20, {"loss": np.ones(4)})
     with pytest.raises(FloatingPointError, match=rf"^the loss of stage 'base' is {value} at step 23; "):
         loop.check_finite("base", 20, {"loss": np.array([1.0, 2.0, value, value])})
+
+
+def test_tensorboard_shows_what_the_log_has(tmp_path):
+    run_stage(tmp_path)
+    wanted = {}
+    for line in log_lines(tmp_path):
+        for name, value in line.items():
+            if name not in ("stage", "step"):
+                wanted.setdefault(f"search/{name}", []).append((line["step"], np.float32(value)))
+    assert wanted["search/late"][0][0] == 6 and events_of(tmp_path) == wanted
+
+
+def test_events_of_all_numbers_are_there_at_once_and_rewinding_drops_those_of_the_stage_alone(tmp_path):
+    lines = log.MetricsLog(tmp_path / "metrics.jsonl", "one")
+    for step in (1, 200, 70_000):
+        lines.write("base", step, loss=1 / step, top1=100)
+        lines.write("search", step, loss=1e39, gap=-0.1)
+        assert events_of(tmp_path)["search/gap"][-1] == (step, np.float32(-0.1))  # nothing waits in a queue
+    lines.rewind("search", 1)
+    lines.write("search", 3, gap=2.0)
+    assert events_of(tmp_path) == {
+        "base/loss": [(step, np.float32(1 / step)) for step in (1, 200, 70_000)],
+        "base/top1": [(1, 100), (200, 100), (70_000, 100)],
+        "search/loss": [(1, np.inf)],
+        "search/gap": [(1, np.float32(-0.1)), (3, 2)],
+    }
+    assert len([*(tmp_path / "tensorboard").iterdir()]) == 2
+
+
+def test_a_tensorboard_that_is_open_drops_what_was_rewound(tmp_path):
+    lines = log.MetricsLog(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 3):
+        lines.write("search", step, loss=step)
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for value in (20, 30, 40):
+        lines.rewind("search", 1)
+        lines.write("search", 2, loss=value)
+        assert [(event.step, event.value) for event in shown.Reload().Scalars("search/loss")] == [(1, 1), (2, value)]
+    assert [path.stat().st_size > 0 for path in sorted((tmp_path / "tensorboard").iterdir())] == [False, True]
+
+
+def test_the_log_goes_on_whatever_becomes_of_the_events(tmp_path, caplog):
+    lines = log.MetricsLog(tmp_path / "metrics.jsonl")
+    lines.write("search", 1, loss=1.0)
+    shutil.rmtree(tmp_path / "tensorboard")
+    lines.write("search", 2, loss=2.0)
+    assert events_of(tmp_path) == {"search/loss": [(1, 1), (2, 2)]}
+    shutil.rmtree(tmp_path / "tensorboard")
+    log.MetricsLog(tmp_path / "metrics.jsonl").restore_events()
+    assert events_of(tmp_path) == {"search/loss": [(1, 1), (2, 2)]}
+    shutil.rmtree(tmp_path / "tensorboard")
+    (tmp_path / "tensorboard").write_text("a file")
+    lines.write("search", 3, loss=3.0)
+    lines.write("search", 4, loss=4.0)
+    assert [line["step"] for line in log_lines(tmp_path)] == [1, 2, 3, 4]
+    warning = f"{tmp_path}/tensorboard cannot be written (File exists): TensorBoard will not see this run."
+    assert [record.getMessage() for record in caplog.records] == [warning]
 
 
 def test_rewinding_the_log_drops_later_lines_of_the_stage_alone(tmp_path):

@@ -89,6 +89,17 @@ def test_networks_are_pruned_with_nothing_else_installed(bare, tmp_path):
     succeed(bare, "-I", ROOT / "tests" / "bare_install.py", cwd=tmp_path)
 
 
+def test_the_command_describes_with_nothing_else_installed(bare, tmp_path):
+    arguments = ("describe", "resnet20", "--input_shape=32,32,3", "--p=0.5")
+    found = [
+        run(*command, *arguments, cwd=tmp_path) for command in ([bare, "-m", "ddnp_jax"], [bare.parent / "ddnp_jax"])
+    ]
+    assert [done.returncode for done in found] == [0, 0], found[0].stderr
+    assert found[0].stdout == found[1].stdout and "p = 0.5 can be met" in found[0].stdout
+    done = run(bare, "-m", "ddnp_jax", "compare", "run", cwd=tmp_path)
+    assert re.fullmatch(r"error: ddnp_jax\.pipeline needs \w+; run `pip install ddnp_jax\[job\]`\.\n", done.stderr)
+
+
 @pytest.mark.parametrize("part", ["ddnp_jax.data", "ddnp_jax.pipeline"])
 def test_what_needs_the_job_says_so(bare, tmp_path, part):
     done = run(bare, "-I", "-c", f"import ddnp_jax; {part}", cwd=tmp_path)

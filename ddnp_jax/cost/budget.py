@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from ddnp_jax.config import BudgetConfig
 
 
+NOTED_UNUSED = 0.02  # the part of a budget from which on `describe` says that it is unused
+_SIZES = {"multiply-accumulates": flops.total, "parameters": flops.parameters}
+
+
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """What a budget counts.
@@ -32,6 +36,11 @@ class Cost:
     of: Callable[[Topology, Any], Any] = flops.prunable
     unit: str = "prunable FLOPs (macs)"
     form: str = ",.0f"
+
+
+def flops_cost(convention: str) -> Cost:
+    """The FLOPs of the prunable layers, in one of `flops.CONVENTIONS`."""
+    return Cost(functools.partial(flops.prunable, convention=convention), f"prunable FLOPs ({convention})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +80,11 @@ class Budget:
             for floor, channels in zip(floors, self.topology.widths, strict=True)
         )
 
+    @property
+    def least_p(self) -> float:
+        """The smallest p that can be met, rounded up to four digits; above 1 where none can."""
+        return math.ceil(1e4 * self.cost(self.smallest_widths) / self.total) / 1e4
+
     def cost(self, widths: Any) -> Any:
         """T at widths (L,): exact for integers, else a float32 scalar that is differentiable in them."""
         return self.counted.of(self.topology, widths)
@@ -82,9 +96,8 @@ class Budget:
           ValueError: p is outside (0, 1], there is nothing to prune, or the smallest widths cost more than wanted.
         """
         _check_fields(self.topology, self.p, self.multiple)
-        smallest = self.cost(self.smallest_widths)
-        if smallest > self.wanted:
-            feasible = math.ceil(1e4 * smallest / self.total) / 1e4
+        if self.cost(self.smallest_widths) > self.wanted:
+            feasible = self.least_p
             least, most = map(self._size, (self.smallest_widths, self.topology.widths))
             narrower = f", or a multiple below {self.multiple}" if self.multiple > 1 else ""
             raise ValueError(
@@ -92,6 +105,19 @@ class Budget:
                 f"the smallest network ({self._smallest()}) has {least}, the largest {most}; "
                 + (f"use p of at least {feasible:.4f}{narrower}." if feasible <= 1 else "no p does.")
             )
+
+    def describe(self, widths: tuple[int, ...]) -> str:
+        """Sizes of the network before and after, how much of the budget is used, and the widths, as text."""
+        lines = [_change(name, of(self.topology), of(self.topology, widths)) for name, of in _SIZES.items()]
+        reached, wanted = (f"{cost:{self.counted.form}}" for cost in (self.cost(widths), self.wanted))
+        lines.append(f"budget: {reached} of at most {wanted} {self.counted.unit} (p = {self.p:g})")
+        unused = 1 - self.cost(widths) / self.wanted
+        if unused > NOTED_UNUSED:
+            lines.append(
+                f"  {unused:.0%} of the budget is unused: at these widths no gate can be a step wider within it."
+            )
+        gates = zip(self.topology.gates, widths, strict=True)
+        return "\n".join([*lines, *(f"  {gate.name}: {width} of {gate.channels}" for gate, width in gates)])
 
     def fit(self, k: ArrayLike) -> tuple[int, ...]:
         """Integer widths close to `k_l C_l` that meet the budget and leave no channel's room unused.
@@ -144,6 +170,10 @@ class Budget:
                 return tuple(map(int, widths))
 
 
+def _change(name: str, before: int, after: int) -> str:
+    return f"{name}: {before:,} -> {after:,} ({100 * (1 - after / before):.1f} % removed)"
+
+
 def make_budget(config: "BudgetConfig", topology: Topology, measured: Callable[..., LatencyTable]) -> Budget:
     """The budget of a configuration's `budget` section.
 
@@ -171,8 +201,7 @@ def _cost(config: "BudgetConfig", measured: Callable[..., LatencyTable]) -> Cost
         return Cost(table.ms, f"ms (batch {table.batch}, {table.device})", ",.4g")
     if config.kind == "params":
         return Cost(flops.parameters, "parameters")
-    of = functools.partial(flops.prunable, convention=config.convention)
-    return Cost(of, f"prunable FLOPs ({config.convention})")
+    return flops_cost(config.convention)
 
 
 def floors_of(topology: Topology, floors: Any) -> tuple[int, ...]:

@@ -359,6 +359,7 @@ def run(
 def _run(job: Run) -> dict[str, Any]:
     if jax.process_index() == 0:
         print(job.topology.describe())
+    job.log.restore_events()
     variables = stages.base(job)
     selection = stages.search(job, variables)
     small, small_variables = stages.cut(job, variables, selection)

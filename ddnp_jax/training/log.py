@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: what a run has measured over time."""
+"""`metrics.jsonl`: what a run has measured over time; and its copy for TensorBoard."""
 
 import json
 import os
@@ -10,7 +10,9 @@ from typing import Any
 import jax
 
 from ddnp_jax import files, parallel
+from ddnp_jax.training.events import Events
 
+TENSORBOARD = "tensorboard"  # folder of the events, beside the log
 _CRC = "crc"  # field of every line: the checksum of the others
 
 
@@ -20,6 +22,7 @@ class MetricsLog:
     def __init__(self, path: Path, identity: str = "") -> None:
         """Takes the file, and what names the run, which the first line keeps; "" takes the log of any run."""
         self._path, self._identity = path, identity
+        self._events = Events(path.parent / TENSORBOARD)
 
     def rewind(self, stage: str, step: int) -> None:
         """Drops the lines of `stage` after `step`, which will be written again, and a last line that was cut off.
@@ -40,6 +43,19 @@ class MetricsLog:
         entries = zip(lines, self._entries(lines), strict=True)
         kept = [line for line, entry in entries if entry["stage"] != stage or entry["step"] <= step]
         files.write_bytes(self._path, b"".join(kept))
+        if len(kept) < len(lines):
+            self._events.close()  # the next line writes them anew
+
+    def restore_events(self) -> None:
+        """Writes the events anew where their folder is missing. Every process must call."""
+        parallel.on_first_process(self._restore_events)
+
+    def _restore_events(self) -> None:
+        if not self._events.folder.exists():
+            self._rewrite_events()
+
+    def _rewrite_events(self) -> None:
+        self._events.rewrite(self._entries(self._whole_lines()))
 
     def lines(self, stage: str) -> list[dict[str, Any]]:
         """What was logged of a stage, in order; nothing where it took no steps, or where its log is lost.
@@ -55,13 +71,17 @@ class MetricsLog:
         return max((line["validation_top1"] for line in lines if "validation_top1" in line), default=None)
 
     def write(self, stage: str, step: int, **values: Any) -> None:
-        """Appends one line."""
+        """Appends one line, and its numbers to the events."""
         if jax.process_index() == 0:
             header = self._line("run", 0, identity=self._identity) if self._is_empty() else ""
             with self._path.open("a") as file:
                 file.write(header + self._line(stage, step, **values))
                 file.flush()
                 os.fsync(file.fileno())
+            if self._events.is_open:
+                self._events.write([{"stage": stage, "step": step, **values}])
+            else:
+                self._rewrite_events()
 
     def _line(self, stage: str, step: int, **values: Any) -> str:
         entry = {"stage": stage, "step": step, **values}

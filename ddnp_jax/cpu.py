@@ -3,15 +3,13 @@
     import ddnp_jax
     ddnp_jax.configure_cpu()
 
-What is best depends on what the installed jaxlib can do, which a child process finds out once and keeps in the user's
-cache folder. Measured with ResNet-56 (docs/performance.md): convolutions of oneDNN are fastest on one device that has
-all cores; without them, one device per core is. Memory that a step frees is kept for the next step, which would spend
-up to half of its time on page faults otherwise. The same calls change nothing on an accelerator.
+XLA gets its YNN fusions, where the installed jaxlib knows their flag: a child process finds that out once, and the
+user's cache folder keeps it. Memory that a step frees is kept for the next step, which would spend up to half of its
+time on page faults otherwise (measured in docs/performance.md). On an accelerator the same calls change nothing.
 """
 
 import contextlib
 import ctypes
-import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
@@ -24,40 +22,19 @@ import sys
 import jax
 import jaxlib
 
-from ddnp_jax import fields, files
+from ddnp_jax import files
 
 AUTO = "auto"
 FUSIONS = ("individual_convolution", "individual_dot", "dot", "eltwise", "reduce")  # that XLA:CPU knows
 
-ONEDNN = "--xla_cpu_experimental_onednn_custom_call=true"
 FUSION_TYPE = "--xla_cpu_experimental_ynn_fusion_type="
 _DEVICE_COUNT = "--xla_force_host_platform_device_count"
 # Numbers of glibc's mallopt: large blocks come from the heap, one heap serves all threads (a thread's own is too small
 # for the block that a step of XLA takes), and what was freed is never handed back to the system.
 _MALLOC = {"M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1), "M_TRIM_THRESHOLD": (-1, -1)}
 
-# A convolution that oneDNN takes where it can; XLA ends the process at a flag that it does not know.
-_PROBE = """
-import jax
-import jax.numpy as jnp
-x, kernel = jnp.ones((8, 16, 16, 16)), jnp.ones((3, 3, 16, 16))
-arguments = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
-convolution = jax.jit(lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, **arguments))
-print(convolution.lower(x, kernel).compile().as_text())
-"""
-
-
-@dataclasses.dataclass(frozen=True)
-class Capabilities:
-    """What an installed jaxlib can do on a CPU.
-
-    Attributes:
-      onednn: Whether convolutions are computed by oneDNN when a flag asks for it.
-      fusions: Whether it knows the flag of the YNN fusions.
-    """
-
-    onednn: bool
-    fusions: bool
+# XLA ends the process at a flag that it does not know.
+_PROBE = "import jax; jax.jit(lambda x: x + 1)(1.0)"
 
 
 def configure_cpu(devices: int = 1, fusions: str = AUTO) -> None:
@@ -88,7 +65,7 @@ def configure_cpu(devices: int = 1, fusions: str = AUTO) -> None:
             jax.config.update("jax_num_cpu_devices", devices)
         except RuntimeError as error:
             raise RuntimeError("configure_cpu() comes too late: JAX has started; call it before any array.") from error
-    added = [flag for flag in flags(capabilities(), fusions) if flag.split("=")[0] not in given]
+    added = [flag for flag in flags(fusions) if flag.split("=")[0] not in given]
     os.environ["XLA_FLAGS"] = " ".join([given, *added]).strip()
     # XLA's threads: with one for each device, linear algebra on all of them (HRank, CHIP) waits for itself.
     os.environ.setdefault("NPROC", str(cores() + 1))
@@ -111,11 +88,10 @@ def _keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
-def flags(can: Capabilities, fusions: str) -> list[str]:
-    """XLA flags for fusions as in `configure_cpu`, as far as jaxlib has them."""
-    if fusions == AUTO:
-        fusions = "dot,eltwise,reduce" if can.onednn else ",".join(FUSIONS)
-    return [ONEDNN] * can.onednn + [FUSION_TYPE + fusions] * (can.fusions and fusions != "")
+def flags(fusions: str) -> list[str]:
+    """XLA flags for fusions as in `configure_cpu`, as far as jaxlib knows them."""
+    wanted = ",".join(FUSIONS) if fusions == AUTO else fusions
+    return [FUSION_TYPE + wanted] if wanted and knows_fusions() else []
 
 
 def cores() -> int:
@@ -124,27 +100,25 @@ def cores() -> int:
 
 
 @functools.cache
-def capabilities() -> Capabilities:
-    """What the installed jaxlib can do; found out by child processes, some seconds, and kept for the next time.
+def knows_fusions() -> bool:
+    """Whether the installed jaxlib knows the flag of the fusions; a child process finds it out once, and it is kept.
 
     Raises:
-      RuntimeError: A child process failed in another way than by not knowing a flag.
+      RuntimeError: The child process failed in another way than by not knowing the flag.
     """
     path = files.user_cache() / f"cpu-{platform.machine()}-{jaxlib.__version__}.json"
-    try:
-        return fields.built(Capabilities, json.loads(path.read_text()))
-    except (OSError, ValueError):
-        found = Capabilities(onednn="onednn" in _probed(ONEDNN), fusions=bool(_probed(FUSION_TYPE + "dot")))
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return bool(json.loads(path.read_text())["knows_fusions"])
+    found = _knows(FUSION_TYPE + "dot")
     with contextlib.suppress(OSError):  # where a home cannot be written to, it is found out each time
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(path, dataclasses.asdict(found))
+        files.write_json(path, {"knows_fusions": found})
     return found
 
 
-def _probed(flag: str) -> str:
-    """The program that XLA makes of a convolution with a flag; "" where it does not know the flag."""
-    environment = {**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+def _knows(flag: str) -> bool:
+    environment = {**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", _PROBE], env=environment, capture_output=True, text=True)
     if done.returncode and "Unknown flag" not in done.stderr:
         raise RuntimeError(f"JAX cannot compute on this CPU: {done.stderr.strip()[-400:]}")
-    return done.stdout
+    return done.returncode == 0

@@ -52,4 +52,4 @@ config = Config(
 )
 report = pipeline.run(config, "run_folder", model=Network(), dataset=dataset)
 print(f"top-1: {report['base_top1']:.1f} -> {report['pruned_top1']:.1f} %")
-print(f"FLOPs: {report['flops_total_before']:,} -> {report['flops_total_after']:,}; more in run_folder/report.md")
+print(f"FLOPs: {report['flops_total_before']:,} -> {report['flops_total_after']:,}; more in run_folder/report.html")

@@ -59,15 +59,13 @@ def configure(config: ConfigDict, processes: int = 1) -> None:
 def cpu_devices(config: ConfigDict, processes: int = 1) -> int:
     """Number of devices that are best on a CPU; arguments as of `configure`.
 
-    With oneDNN it is one. Without, every core is a device, as far as the batches can be shared: XLA:CPU uses cores
-    better so than within one operation (a search step takes 0.7 of the time).
+    Every core is a device, as far as the batches can be shared: XLA:CPU uses cores better so than within an operation.
     """
     from ddnp_jax import cpu
 
     sections = (config.base, config.search, config.finetune)
     batches = (config.eval_batch_size, *(s.batch_size // max(s.get("micro_batches", 1), 1) for s in sections))
-    most = 1 if cpu.capabilities().onednn else cpu.cores()
-    return max((n for n in range(1, most + 1) if math.gcd(*batches) % (n * processes) == 0), default=1)
+    return max((n for n in range(1, cpu.cores() + 1) if math.gcd(*batches) % (n * processes) == 0), default=1)
 
 
 @contextlib.contextmanager
@@ -177,7 +175,7 @@ def prune(config: ConfigDict, workdir: str) -> str:
     others = f"base {report['base_top1']:.2f} %"
     if report["control_top1"] is not None:
         others += f", fine-tuned in the same way {report['control_top1']:.2f} %"
-    return f"{report['pruned_top1']:.2f} % ({others}); report: {workdir}/report.md"
+    return f"{report['pruned_top1']:.2f} % ({others}); report: {workdir}/report.html"
 
 
 def run(

@@ -12,7 +12,6 @@ import pytest
 
 from ddnp_jax import cpu
 
-ONEDNN = "--xla_cpu_experimental_onednn_custom_call=true"
 FUSION = "--xla_cpu_experimental_ynn_fusion_type="
 
 
@@ -26,17 +25,17 @@ def in_a_process(code, tmp_path, **environment):
     )
 
 
-def test_flags_for_what_a_jaxlib_can_do():
+def test_flags_for_what_a_jaxlib_knows(monkeypatch):
     everything = "individual_convolution,individual_dot,dot,eltwise,reduce"
-    for onednn, fusions, wanted, flags in (
-        (True, True, "auto", [ONEDNN, FUSION + "dot,eltwise,reduce"]),
-        (False, True, "auto", [FUSION + everything]),
-        (False, True, "dot", [FUSION + "dot"]),
-        (True, True, "", [ONEDNN]),
-        (True, False, "auto", [ONEDNN]),
-        (False, False, "auto", []),
+    for known, wanted, flags in (
+        (True, "auto", [FUSION + everything]),
+        (True, "dot", [FUSION + "dot"]),
+        (True, "", []),
+        (False, "auto", []),
+        (False, "dot", []),
     ):
-        assert cpu.flags(cpu.Capabilities(onednn, fusions), wanted) == flags
+        monkeypatch.setattr(cpu, "knows_fusions", lambda known=known: known)
+        assert cpu.flags(wanted) == flags
 
 
 def test_the_installed_jaxlib_computes_with_the_flags(tmp_path):
@@ -49,9 +48,8 @@ def test_the_installed_jaxlib_computes_with_the_flags(tmp_path):
     assert computed == "2 3.0"
     (kept,) = (tmp_path / "ddnp_jax").iterdir()
     assert jaxlib.__version__ in kept.name
-    found = cpu.Capabilities(**json.loads(kept.read_text()))
-    assert flags.split() == cpu.flags(found, "auto")
-    assert found.onednn == (tuple(map(int, jaxlib.__version__.split(".")[:2])) >= (0, 12))
+    assert json.loads(kept.read_text()) == {"knows_fusions": True}
+    assert flags.split() == cpu.flags("auto")
 
 
 _FAULTS = """
@@ -90,31 +88,33 @@ def test_memory_is_left_alone_beside_an_accelerator(monkeypatch):
 
 @pytest.fixture
 def forget():
-    """Lets the process find out again what jaxlib can do, or read it."""
-    yield cpu.capabilities.cache_clear
-    cpu.capabilities.cache_clear()
+    """Lets the process find out again what jaxlib knows, or read it."""
+    yield cpu.knows_fusions.cache_clear
+    cpu.knows_fusions.cache_clear()
 
 
 def test_what_was_found_out_is_not_found_out_again(tmp_path, monkeypatch, forget):
     forget()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cpu, "_probed", {cpu.ONEDNN: "custom-call onednn", cpu.FUSION_TYPE + "dot": ""}.get)
-    assert cpu.capabilities() == cpu.Capabilities(onednn=True, fusions=False)
-    monkeypatch.delattr(cpu, "_probed")
+    monkeypatch.setattr(cpu, "_knows", {cpu.FUSION_TYPE + "dot": True}.get)
+    assert cpu.knows_fusions()
+    monkeypatch.delattr(cpu, "_knows")
     forget()
-    assert cpu.capabilities() == cpu.Capabilities(onednn=True, fusions=False)
+    assert cpu.knows_fusions()
     (kept,) = (tmp_path / "ddnp_jax").iterdir()
-    kept.write_text("{}")  # damaged: found out again
-    forget()
-    monkeypatch.setattr(cpu, "_probed", lambda flag: "", raising=False)
-    assert cpu.capabilities() == cpu.Capabilities(onednn=False, fusions=False)
+    monkeypatch.setattr(cpu, "_knows", lambda flag: False, raising=False)
+    for damaged in ("{}", "[]", "{"):  # found out again
+        kept.write_text(damaged)
+        forget()
+        assert not cpu.knows_fusions()
+        assert json.loads(kept.read_text()) == {"knows_fusions": False}
 
 
 def test_a_flag_that_xla_does_not_know_is_not_given(monkeypatch):
-    assert cpu._probed("--xla_cpu_of_a_later_version=true") == ""
+    assert not cpu._knows("--xla_cpu_of_a_later_version=true")
     monkeypatch.setattr(cpu, "_PROBE", "raise SystemExit('no memory')")
     with pytest.raises(RuntimeError, match="JAX cannot compute on this CPU: no memory"):
-        cpu._probed(cpu.ONEDNN)
+        cpu._knows(cpu.FUSION_TYPE + "dot")
 
 
 def test_it_is_refused_after_jax_has_started(tmp_path):
@@ -133,5 +133,4 @@ def test_given_flags_stay(tmp_path):
     given = f"--xla_force_host_platform_device_count=3 {FUSION}reduce"
     code = "import jax, os, ddnp_jax; ddnp_jax.configure_cpu(2); print(jax.device_count(), os.environ['XLA_FLAGS'])"
     devices, *flags = in_a_process(code, tmp_path, XLA_FLAGS=given).stdout.split()
-    assert devices == "3" and flags[:2] == given.split()
-    assert [flag for flag in flags[2:] if flag != ONEDNN] == []
+    assert devices == "3" and flags == given.split()

@@ -15,7 +15,7 @@ import torch
 from flax import nnx
 
 from configs import cifar10_r56, default, digits_r20
-from ddnp_jax import cpu, data, pipeline, preemption
+from ddnp_jax import data, pipeline, preemption
 from ddnp_jax.checkpoint import Checkpoints
 from ddnp_jax.config import typed
 from ddnp_jax.cost import latency
@@ -636,7 +636,6 @@ def test_a_short_search_has_a_faster_rate_of_widths(module, argument, rate):
 
 
 def test_cpu_devices_share_every_batch(config, monkeypatch):
-    monkeypatch.setattr(cpu, "capabilities", lambda: cpu.Capabilities(onednn=False, fusions=True))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
     config.update({"eval_batch_size": 96, "base": {"batch_size": 36}, "finetune": {"batch_size": 72}})
     config.search.batch_size = 48
@@ -644,5 +643,3 @@ def test_cpu_devices_share_every_batch(config, monkeypatch):
     config.search.batch_size = 128
     assert launch.cpu_devices(config) == 4
     assert launch.cpu_devices(config, processes=2) == 2
-    monkeypatch.setattr(cpu, "capabilities", lambda: cpu.Capabilities(onednn=True, fusions=True))
-    assert launch.cpu_devices(config) == 1

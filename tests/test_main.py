@@ -386,20 +386,20 @@ def test_a_network_of_ones_own_is_exported_with_its_module(folder, printed, monk
         (("--images=own_networks.py",), "--images=own_networks.py cannot be read ("),
         (
             ("--images=empty.npy",),
-            "--images=empty.npy holds no images; give one array of numbers (N, H, W, C) in a .npy",
+            "--images=empty.npy contains no images; give one numeric array (N, H, W, C) in a .npy",
         ),
         (
             ("--images=texts.npy",),
-            "--images=texts.npy holds no images; give one array of numbers (N, H, W, C) in a .npy",
+            "--images=texts.npy contains no images; give one numeric array (N, H, W, C) in a .npy",
         ),
         (
             ("--images=many.npz",),
-            "--images=many.npz holds no images; give one array of numbers (N, H, W, C) in a .npy ",
+            "--images=many.npz contains no images; give one numeric array (N, H, W, C) in a .npy ",
         ),
-        (("--output=run",), "--output=run is no file, which --format=stablehlo writes; give another."),
+        (("--output=run",), "--output=run is not a file, which --format=stablehlo writes; give another path."),
         (
             ("--format=pytorch", "--output=grey.npy"),
-            "--output=grey.npy is no folder, which --format=pytorch writes; giv",
+            "--output=grey.npy is not a folder, which --format=pytorch writes; giv",
         ),
         (("--network=own_networks:small",), "run/pruned/model.json holds a network with "),
     ],
@@ -418,7 +418,7 @@ def test_what_cannot_be_exported_ends_in_a_sentence(saved, arguments, sentence):
 def test_damaged_preprocessing_is_named(saved, content):
     (saved / "pruned/serving.json").write_text(content)
     found = refused("export", "run", "--format=stablehlo", "--output=network")
-    assert found.startswith("error: run/pruned/serving.json ") and "put a good copy back" in found
+    assert found.startswith("error: run/pruned/serving.json ") and "restore a good copy" in found
 
 
 def test_a_missing_package_is_named(saved, monkeypatch):

@@ -258,7 +258,7 @@ def _networks(
     variables: Any,
     rebuild: Rebuild | None,
 ) -> tuple[NetworkTime, ...]:
-    """The whole network with a part of every gate, timed in turn."""
+    """The whole network with a part of every gate, timed interleaved."""
     images = jax.ShapeDtypeStruct((batch, *topology.input_shape), jnp.float32)
     network = as_network(model, **dict(topology.call_kwargs))
     drawn = jax.tree.map(_ordinary, variable_shapes(network, images, variables))

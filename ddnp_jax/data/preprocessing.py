@@ -17,7 +17,7 @@ class Preprocessing:
       bgr: Whether the network sees blue first.
       pad: Zero pixels on each side before the random crop of small images.
       flip: Whether to mirror half of the training images left and right.
-      crop_size: Side in pixels of the crops that are made of photographs.
+      crop_size: Side in pixels of the crops of photographs.
       resize_size: Shorter side in pixels of a photograph before the center crop of evaluation.
       threads: How many threads decode photographs, in each process; 0 is one per core.
     """

@@ -78,7 +78,7 @@ class Evidence:
 
     @functools.cached_property
     def gradients(self) -> tuple[jax.Array, ...]:
-        """The gradient of each image's loss with respect to the masks of the whole network, (N, C_l) per gate."""
+        """The gradient of each image's loss with respect to the masks of the unpruned network, (N, C_l) per gate."""
         return self._differentiated[0]
 
     @functools.cached_property
@@ -118,7 +118,7 @@ class Evidence:
         return tuple(jnp.ones(channels) for channels in self.topology.widths)
 
     def measured(self) -> Measured:
-        """What the whole network does on the batch, at no further cost."""
+        """What the unpruned network does on the batch, at no further cost."""
         known = [name for name in ("_differentiated", "_kernel_gradients") if name in self.__dict__]
         return getattr(self, known[0] if known else "_observed")[1]
 

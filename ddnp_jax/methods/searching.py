@@ -30,7 +30,7 @@ def run_search(
     Args:
       search: Search, as returned by `methods.build`.
       variables: Variables of the network, as in the search's `Problem`.
-      batches: Batches (images, targets), which can be read again and again; as for `fit`.
+      batches: Batches (images, targets), a reusable iterable; as for `fit`.
       seed: Seed of everything that the search draws.
       progress: Whether to report progress on standard error.
       check: Check of every batch, as for `take_steps`.

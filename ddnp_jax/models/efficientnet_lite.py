@@ -63,7 +63,7 @@ class EfficientNetLite0(Backbone, kw_only=True):
     """
 
     def whole_widths(self) -> tuple[int, ...]:
-        """`widths` of the whole network."""
+        """`widths` of the unpruned network."""
         return tuple(expanded for _, _, expanded, _ in blocks()[1:])
 
     @nn.compact

@@ -47,7 +47,7 @@ class MobileNetV2(Backbone, kw_only=True):
     """
 
     def whole_widths(self) -> tuple[int, ...]:
-        """`widths` of the whole network."""
+        """`widths` of the unpruned network."""
         return tuple(expanded for expanded, _, _ in self._blocks()[1:])
 
     def _blocks(self) -> list[tuple[int, int, int]]:

@@ -43,7 +43,7 @@ class CifarMobileNetV2(Backbone, kw_only=True):
     strides: tuple[int, ...] = (1, 1, 1, 2, 1, 2, 1)
 
     def whole_widths(self) -> tuple[int, ...]:
-        """`widths` of the whole network."""
+        """`widths` of the unpruned network."""
         return tuple(expanded for expanded, _, _ in blocks(self.strides))
 
     @nn.compact

@@ -79,7 +79,7 @@ class MobileNetV3Small(Backbone, kw_only=True):
     """
 
     def whole_widths(self) -> tuple[int, ...]:
-        """`widths` of the whole network."""
+        """`widths` of the unpruned network."""
         return tuple(expanded for _, expanded, *_ in BLOCKS[1:])
 
     @nn.compact

@@ -42,7 +42,7 @@ class ResNet(Backbone, kw_only=True):
     bottleneck: bool
 
     def whole_widths(self) -> tuple[int, ...]:
-        """`widths` of the whole network."""
+        """`widths` of the unpruned network."""
         inside = 2 if self.bottleneck else 1
         return tuple(c for c, count in zip(STAGES, self.blocks, strict=True) for _ in range(inside * count))
 

@@ -57,7 +57,7 @@ class CifarResNet(Backbone, kw_only=True):
     shortcut: str = "subsample"
 
     def whole_widths(self) -> tuple[int, ...]:
-        """`widths` of the whole network."""
+        """`widths` of the unpruned network."""
         return tuple(channels for channels in STAGES for _ in range(self.blocks_per_stage))
 
     @nn.compact

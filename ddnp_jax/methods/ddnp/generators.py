@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-WIDTH_SHIFT = 3.0  # b of DDNP eq. (2): the search starts from an almost whole network
+WIDTH_SHIFT = 3.0  # b of DDNP eq. (2): the search starts from an almost unpruned network
 
 
 def weight_norm(layer: nn.Module, name: str | None = None) -> nn.WeightNorm:

@@ -158,7 +158,7 @@ def soft_masks(
 
 
 def feature_energies(problem: Problem, variables: Any, images: jax.Array) -> tuple[jax.Array, ...]:
-    """The summed squared activation of every channel of the whole network, (N, C_l) per gate."""
+    """The summed squared activation of every channel of the unpruned network, (N, C_l) per gate."""
     found: dict[int, jax.Array] = {}
 
     def observe(gate: int, activation: jax.Array) -> None:

@@ -144,7 +144,7 @@ class Checkpoints:
             reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
             raise ValueError(
                 f"Every checkpoint in {self.directory} is damaged ({reasons}); "
-                "put a good copy back, or delete the directory to start this stage again."
+                "restore a good copy, or delete the directory to start this stage again."
             )
         return None
 

@@ -1,4 +1,4 @@
-"""Packages that only a part of the library needs, the extras of setup.cfg."""
+"""Optional dependencies: the extras of setup.cfg."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def needed_by(what: str, extra: str = "job") -> Iterator[None]:
-    """A context whose imports end in one sentence where a package is missing.
+    """A context that turns the ImportError of a missing package into a one-sentence message.
 
     Args:
       what: What needs the packages that are imported.

@@ -8,8 +8,8 @@
     trainer = filled(Trainer(), {"epochs": 20}, "base.")
     check_limits(trainer, "base.")
 
-`several` holds any of some names. `filled` refuses unknown names and wrong types, `check_limits` what is beyond the
-limits. `built` makes a dataclass from the values of a file.
+`several` holds any of some names. `filled` raises for unknown names and wrong types, `check_limits` for values beyond
+the limits. `built` makes a dataclass from the values of a file.
 """
 
 import dataclasses
@@ -141,7 +141,7 @@ def names(section: Any) -> tuple[str, ...]:
 
 
 def check_limits(section: Any, prefix: str = "", like: type | None = None) -> None:
-    """Refuses values beyond the limits of their fields, in a dataclass and in those that it holds.
+    """Checks that the values of a dataclass, and of nested ones, are within the limits of their fields.
 
     Args:
       section: An instance of a dataclass.

@@ -58,7 +58,7 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); put a good copy back, or delete it.") from error
+        raise ValueError(f"{path} is not JSON ({error}); restore a good copy, or delete it.") from error
 
 
 def checksum(value: Any) -> str:
@@ -80,7 +80,7 @@ def read_sealed(path: str | Path) -> dict[str, Any]:
     """
     fields = read_json(path)
     if not isinstance(fields, dict) or fields.pop(_SEAL, None) != checksum(fields):
-        raise ValueError(f"{path} is damaged: its checksum is wrong; put a good copy back, or delete it.")
+        raise ValueError(f"{path} is damaged: its checksum is wrong; restore a good copy, or delete it.")
     return fields
 
 

@@ -2,7 +2,8 @@
 
     python -m experiments.budgets
 
-T_all is the whole network per image, T_total its prunable layers, p what remains of T_total; a reduction is of T_all.
+T_all is the entire network per image, T_total its prunable layers, p the fraction of T_total that remains; a reduction
+is of T_all.
 The smallest network keeps one channel per gate. Nothing is computed on a device: everything follows from the topology.
 """
 

@@ -227,7 +227,7 @@ def run(
 
 
 def _end(error: Exception, relay: "Relay | None") -> NoReturn:
-    """Ends a run at an error, at once: orbax's threads would go on about it, and other processes wait for this one."""
+    """Ends a run immediately on an error: orbax's threads would keep logging, and other processes wait for this one."""
     from ddnp_jax import ending
 
     # JAX's RuntimeErrors come as ValueErrors out of some functions, and begin with a code in any case.

@@ -142,7 +142,7 @@ def markdown(config: ConfigDict, rows: Sequence[Row]) -> str:
         + (f" Fine-tuned in the same way: {report.mean(controls)} %." if controls else ""),
         _recipe(recipe, first),
         "Several seeds: mean ± sample standard deviation. Δ: to the base. Latency: of a batch of "
-        f"{first.latency_ms.batch}, base and pruned network in turn, on {first.devices}.",
+        f"{first.latency_ms.batch}, base and pruned network interleaved, on {first.devices}.",
     ]
     if has_published:
         lines.append("Published: Table A4 of the DDNP paper, where every method has its own recipe of fine-tuning.")

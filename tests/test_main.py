@@ -376,7 +376,7 @@ def test_a_network_of_ones_own_is_exported_with_its_module(folder, printed, monk
     [
         (
             ("--format=onnx_int8",),
-            "--format=onnx_int8 needs --images=FILE.npy, a few hundred images that are not those ",
+            "--format=onnx_int8 needs --images=FILE.npy, a few hundred images that are not from ",
         ),
         (("--images=grey.npy",), "CifarResNet cannot be called with images (4, 32, 32, 1): "),
         (

@@ -161,7 +161,7 @@ def check_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequen
         return
     found = files.read_json(path)
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no configuration of a run; put a good copy back, or use another workdir.")
+        raise ValueError(f"{path} contains no configuration of a run; restore a good copy, or use another workdir.")
     theirs = _fields(found)
     # Runs of versions that did not note what they were given resume.
     free = (*ignore, *(() if any(name.startswith("given.") for name in theirs) else ("given",)))

@@ -142,7 +142,7 @@ class Report:
     pruned_top5: float
     best_pruned_validation_top1: float | None = None  # in fine-tuning, on held-out images; None where none was logged
     test_images: int
-    flops_total_before: float  # the whole network
+    flops_total_before: float  # entire network
     flops_total_after: float
     flops_prunable_before: float  # the layers that pruning can touch
     flops_prunable_after: float
@@ -206,7 +206,7 @@ class Report:
 
     @property
     def flops_reduction(self) -> float:
-        """Part of the whole network's FLOPs that is removed."""
+        """Fraction of the entire network's FLOPs that is removed."""
         return 100 * (1 - self.flops_total_after / self.flops_total_before)
 
     @property

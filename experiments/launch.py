@@ -26,15 +26,15 @@ _CACHED_FROM = 0.2  # seconds that a program takes to compile; by JAX's default 
 _INTERRUPTED = 130  # exit code, as of a shell whose command was interrupted
 _REQUIRED = {"workdir": "give the folder of the run", "torch_checkpoint": "give a file of PyTorch weights"}
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command resumes from what it holds.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command resumes an unfinished run in it.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Whether several processes share the run.")
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, unless JAX finds it.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run, unless JAX finds it.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, unless JAX finds it.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, unless JAX finds it.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, unless JAX finds it.")
 
 
 def configure(config: ConfigDict, processes: int = 1) -> None:
-    """Prepares JAX, which has not started its devices: for a CPU, and with a cache of compiled programs.
+    """Configures JAX for CPUs and with a compilation cache; must be called before JAX initializes its devices.
 
     Args:
       config: Configuration, with the batch sizes and `parallel.cpu_fusions`.
@@ -57,7 +57,7 @@ def configure(config: ConfigDict, processes: int = 1) -> None:
 
 
 def cpu_devices(config: ConfigDict, processes: int = 1) -> int:
-    """Number of devices that are best on a CPU; arguments as of `configure`.
+    """Returns the best number of devices on a CPU; arguments as for `configure`.
 
     With oneDNN it is one. Without, every core is a device, as far as the batches can be shared: XLA:CPU uses cores
     better so than within one operation (a search step takes 0.7 of the time).
@@ -91,7 +91,9 @@ def _located(config: str) -> str:
         if file.is_file():
             _check_python(file)
             return f"{file}{colon}{argument}"
-    raise SystemExit(f"error: --config={path} is no file, here or in {CHECKOUT}; configs/ holds those that there are.")
+    raise SystemExit(
+        f"error: --config={path} is not a file, here or in {CHECKOUT}; see configs/ for the available ones."
+    )
 
 
 def _check_python(file: Path) -> None:
@@ -170,7 +172,7 @@ def with_arguments(words: str) -> ConfigDict:
 
 
 def prune(config: ConfigDict, workdir: str) -> str:
-    """The main job; returns the line that it ends with."""
+    """Runs the pipeline; returns its last line of output."""
     from ddnp_jax import pipeline
 
     report = pipeline.run(config, workdir)

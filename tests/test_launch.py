@@ -34,7 +34,9 @@ def test_configuration_of_the_checkout_is_found_from_elsewhere(tmp_path, experim
 @pytest.mark.parametrize("config", [["--config=nowhere.py:tiny"], ["--config", "nowhere.py"]])
 def test_missing_configuration_ends_in_a_sentence(tmp_path, config):
     error = refusal(tmp_path, "-m", "experiments.digits_r20", *config, "--config.budget.p=0.4")
-    assert error == f"error: --config=nowhere.py is no file, here or in {ROOT}; configs/ holds those that there are.\n"
+    assert (
+        error == f"error: --config=nowhere.py is not a file, here or in {ROOT}; see configs/ for the available ones.\n"
+    )
 
 
 def test_configuration_beside_the_user_comes_first(tmp_path):

@@ -205,7 +205,8 @@ def test_what_must_not_be_overlooked_is_a_warning(tmp_path):
     warnings = [each for each in found.all("p") if each.attributes.get("class") == "warning"]
     assert [each.text.partition(".")[0] for each in warnings] == [
         "The search has not converged: k and its gate differ",
-        "The pruned network was fine-tuned and the base was not, so part of the change may come from additional training, "
+        "The pruned network was fine-tuned and the base was not, so part of the change may come"
+        " from additional training, "
         "or from other images (see Stages)",
     ]
     assert [each.text for each in warnings[0].all("strong")] == ["The search has not converged"]

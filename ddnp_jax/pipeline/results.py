@@ -1,4 +1,4 @@
-"""What a run has measured after each stage, `results.json`, and what its report says of it."""
+"""`results.json`, the results of a run after each stage, and their summary for the report."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path

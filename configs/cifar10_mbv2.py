@@ -7,7 +7,7 @@ and the search, as far as configs/cifar10_r56.py has them from their ResNet-56. 
 NPPM's search is known, `nppm_mobilenet`: σ = 3, no projection, batches of 128, the rate x0.1 at half
 of it. No accuracy of the papers is among our sources. One GPU: hours; it was not run at full length here.
 
-Arguments: those of configs/cifar10_r56.py, with `nppm_mobilenet` in the place of `nppm`; `tiny` runs the full pipeline
+Arguments: those of configs/cifar10_r56.py, with `nppm_mobilenet` instead of `nppm`; `tiny` runs the full pipeline
 in minutes, on the first 2,000 training images.
 """
 

@@ -29,7 +29,7 @@ from ddnp_jax.topology import trace
 
 PYTORCH = "pytorch"
 COMPARED = 32  # images with which an exported network is compared
-_INTERRUPTED = 130  # exit code, as of a shell whose command was interrupted
+_INTERRUPTED = 130  # exit code of an interrupted shell command
 _SERVING = "serving.json"  # in a folder that a run wrote
 
 

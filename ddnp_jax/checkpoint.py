@@ -164,7 +164,7 @@ class Checkpoints:
         if self._made_from and record.get("made_from", self._made_from) != self._made_from:
             raise ValueError(
                 f"Checkpoint {step} in {self.directory} was made from other weights, data or settings than those that "
-                "the run has now; put those back, or delete this folder to repeat its stage."
+                "the run has now; restore those, or delete this folder to repeat its stage."
             )
         named = _named(template)
         wanted = {name: _key_data(x) for name, x in named.items()}

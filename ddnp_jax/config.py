@@ -266,7 +266,7 @@ def _completed(search: SearchConfig) -> SearchConfig:
     of_methods = {name for method in methods.METHODS for name in methods.default_fields(method)}
     if unknown := [name for name in search.fields if name not in of_methods]:
         known = ", ".join(methods.default_fields(search.method))
-        raise ValueError(f"search.{unknown[0]} is no field of the method {search.method!r}; its fields are {known}.")
+        raise ValueError(f"search.{unknown[0]} is not a field of the method {search.method!r}; its fields are {known}.")
     own = dataclasses.asdict(search.method_fields())
     epochs = methods.find(search.method).passes or search.epochs
     return dataclasses.replace(search, epochs=epochs, fields={**shared_search_fields(), **search.fields, **own})

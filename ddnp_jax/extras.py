@@ -19,6 +19,6 @@ def needed_by(what: str, extra: str = "job") -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package in ("", "ddnp_jax"):  # a part has said it already, or this library itself is broken
+        if package in ("", "ddnp_jax"):  # already reported, or this library itself is broken
             raise
         raise ModuleNotFoundError(f"{what} needs {package}; run `pip install ddnp_jax[{extra}]`.") from error

@@ -1,4 +1,4 @@
-"""Dataclasses whose fields say what they may be: the type by the annotation, the limits beside the default.
+"""Self-validating dataclasses: fields have a type (the annotation) and limits (next to the default).
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Trainer:
@@ -183,7 +183,7 @@ def filled(section: T, values: Mapping[str, Any], prefix: str = "") -> T:
     """
     kinds = _kinds(type(section))
     if unknown := [name for name in values if name not in kinds]:
-        raise ValueError(f"{prefix}{unknown[0]} is no field of the configuration; there are {', '.join(kinds)}.")
+        raise ValueError(f"{prefix}{unknown[0]} is not a field of the configuration; there are {', '.join(kinds)}.")
     taken = {name: _taken(kinds[name], value, getattr(section, name), prefix + name) for name, value in values.items()}
     return dataclasses.replace(typing.cast(Any, section), **taken)
 

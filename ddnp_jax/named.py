@@ -34,7 +34,9 @@ def network_of(name: str, attributes: Mapping[str, Any]) -> tuple[Any, Any]:
     if ":" not in name:
         if name not in models.names():
             known = ", ".join(models.names())
-            raise ValueError(f"{name!r} is no model of this library ({known}); give one, or your own as MODULE:NAME.")
+            raise ValueError(
+                f"{name!r} is not a model of this library ({known}); give one, or your own as MODULE:NAME."
+            )
         return models.create(name, **{"num_classes": CLASSES, **attributes}), None
     found = _imported(name)
     made = found if isinstance(found, nn.Module | nnx.Module) else _made(name, found, attributes)

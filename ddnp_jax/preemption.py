@@ -46,17 +46,17 @@ class PreemptionGuard:
             print(error.message, file=sys.stderr, flush=True)
 
     def stop_requested(self) -> bool:
-        """Whether any process of the run was asked to stop; all processes ask at the same point, and agree."""
+        """Whether any process of the run was requested to stop; all processes call this at the same point and agree."""
         return parallel.any_process(self._requested)
 
     def check(self, message: str) -> None:
-        """Ends the run if it was asked to stop; all processes call at the same point.
+        """Ends the run if a stop was requested; all processes call this at the same point.
 
         Args:
           message: What is saved, for the person who reads it; said on standard error when the guard is left.
 
         Raises:
-          Preempted: It was asked to stop.
+          Preempted: A stop was requested.
         """
         if self.stop_requested():
             raise Preempted(message)

@@ -237,11 +237,11 @@ def _build(description: Mapping[str, Any], file: Path) -> nn.Module:
     if found is None:
         advice = "" if name.startswith("__main__:") else "import its module first, or "
         raise ValueError(
-            f"{file}: {name} is no class of this library, and no module of the program has it; {advice}pass the "
+            f"{file}: {name} is not a class of this library, and no module of the program has it; {advice}pass the "
             "unpruned network, load_pruned(..., model=)."
         )
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ValueError(f"{file}: {name} is no flax module.")
+        raise ValueError(f"{file}: {name} is not a flax module.")
     try:
         return found(**{key: _from_json(value) for key, value in description["attributes"].items()})
     except (TypeError, ValueError, KeyError) as error:

@@ -148,7 +148,7 @@ def _unwrapped(checkpoint: Any, source: str) -> Mapping[str, Any]:
         state = state[keys[0]]
     for name, value in state.items():
         if not (isinstance(name, str) and hasattr(value, "shape")):
-            raise ValueError(f"{source} holds {name!r}, which is no tensor; {advice}")
+            raise ValueError(f"{source} holds {name!r}, which is not a tensor; {advice}")
     return state
 
 

@@ -1,4 +1,4 @@
-"""Speed and memory of the steps beside the same steps in PyTorch, and of loading photographs beside plain loops.
+"""Speed and memory of the steps compared with PyTorch, and of loading photographs compared with plain loops.
 
     python -m experiments.benchmark [--network=resnet56] [--only=search,training,evaluation,data] [--batch_size=128] \
         [--precision=float32] [--rounds=10] [--data_dir=DIR] [--json=PATH]

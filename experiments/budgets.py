@@ -90,7 +90,7 @@ def budgets_table(topologies: dict[Pair, Topology], convention: str) -> str:
 
 
 def printed_table(topologies: dict[Pair, Topology]) -> str:
-    """The reductions that a paper prints beside its p: what that p gives, and which p gives the printed reduction."""
+    """The reductions that a paper lists with its p: what that p gives, and which p gives the listed reduction."""
     header = ["network", "counted as", "p", "reduction (%)", "printed (%)", "difference", "p of the printed reduction"]
     rows = []
     for pair, network in topologies.items():

@@ -23,7 +23,7 @@ CHECKOUT = Path(__file__).parents[1]
 _CONFIG_FLAGS = ("--config", "-config")
 _READ_HERE = ("eval_batch_size", "base", "search", "finetune", "parallel")  # of the configuration
 _CACHED_FROM = 0.2  # seconds that a program takes to compile; by JAX's default 1
-_INTERRUPTED = 130  # exit code, as of a shell whose command was interrupted
+_INTERRUPTED = 130  # exit code of an interrupted shell command
 _REQUIRED = {"workdir": "give the folder of the run", "torch_checkpoint": "give a file of PyTorch weights"}
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command resumes an unfinished run in it.")
@@ -134,7 +134,7 @@ def _parse(arguments: Sequence[str]) -> list[str]:
         raise SystemExit(f"error: the file of --config imports what is not here ({error}).") from error
     if len(found) > 1:
         raise SystemExit(
-            f"error: {found[1]!r} is no flag; give fields as --config.FIELD=VALUE, --help lists the others."
+            f"error: {found[1]!r} is not a flag; give fields as --config.FIELD=VALUE, --help lists the others."
         )
     return found
 

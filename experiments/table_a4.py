@@ -85,7 +85,7 @@ FIGURES: dict[str, Callable[[Report], float]] = {
 
 
 def make(config: ConfigDict, workdir: str) -> str:
-    """Runs, or resumes, every row from every seed; returns the line that the command ends with."""
+    """Runs, or resumes, every row with every seed; returns the last line of output."""
     folder = Path(workdir).absolute()
     names = list(dict.fromkeys(ROWS.value))
     configs = {name: launch.with_arguments(name) for name in names}

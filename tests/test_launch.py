@@ -52,7 +52,7 @@ def test_configuration_beside_the_user_comes_first(tmp_path):
         ("--config=configs/digits_r20.py:nonsense", "the configuration's argument 'nonsense' is unknown; use ddnp, "),
         ("--workdir=", "--workdir is empty; give the folder of the run."),
         ("--workdir=gs://bucket/run", "workdir=gs://bucket/run is a URL, not a folder; mount the storage"),
-        ("extra", "'extra' is no flag; give fields as --config.FIELD=VALUE"),
+        ("extra", "'extra' is not a flag; give fields as --config.FIELD=VALUE"),
         ("--config.base.epochs=abc", "flag --config.base.epochs=abc: invalid literal for int()"),
         ("--config.parallel.cpu_fusions=foo", "parallel.cpu_fusions names 'foo', which is unknown; join some of "),
         ("--config.model.name=resnet18", "model 'resnet18' does not take the attributes shortcut='subsample'"),

@@ -199,7 +199,10 @@ def test_figures_are_those_of_the_library(printed, name):
         (("prune",), "argument COMMAND: invalid choice: 'prune' ("),
         (("describe", "resnet20"), "the following arguments are required: --input_shape"),
         (("describe", "resnet20", "--input=1,2"), "the following arguments are required: --input_shape"),
-        (("describe", "resnet21", "--input_shape=8,8,3"), "'resnet21' is no model of this library (efficientnet_lite0"),
+        (
+            ("describe", "resnet21", "--input_shape=8,8,3"),
+            "'resnet21' is not a model of this library (efficientnet_lite0",
+        ),
         (
             ("describe", "resnet20", "--input_shape=8x8"),
             "argument --input_shape: '8x8' must be whole numbers from 1, jo",

@@ -338,8 +338,8 @@ def test_a_lost_log_is_called_lost(tmp_path):
         (b'{"stage": "sea', "is not JSON"),
         (b"\xff\n", "is not JSON"),
         (b"{}\n", "has no stage and step"),
-        (b'{"stage": "search", "step": "x"}\n', "has step='x', which is no number"),
-        (b'{"stage": "base", "step": 1, "loss": [1]}\n', r"has loss=\[1\], which is no number"),
+        (b'{"stage": "search", "step": "x"}\n', "has step='x', which is not a number"),
+        (b'{"stage": "base", "step": 1, "loss": [1]}\n', r"has loss=\[1\], which is not a number"),
     ],
 )
 def test_a_damaged_log_is_named_with_its_line(workdir, line, damage):
@@ -507,7 +507,7 @@ def test_compare_names_the_file_and_the_key_that_is_missing_or_damaged(workdir, 
     path = workdir / "report.json"
     values = {key: value for key, value in (REPORT.to_json() | changes).items() if value is not ...}
     path.write_text(json.dumps(values))
-    advice = "give the command of that run again, which writes its report anew."
+    advice = "run the command of that run again to rewrite its report."
     assert compare_file(path) == f"error: {path}: {what}; {advice}"
 
 

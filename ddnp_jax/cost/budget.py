@@ -220,7 +220,7 @@ def floors_of(topology: Topology, floors: Any) -> tuple[int, ...]:
     if isinstance(floors, Mapping):
         names = [gate.name for gate in topology.gates]
         if unknown := [name for name in floors if name not in names]:
-            raise ValueError(f"floors names {unknown[0]!r}, which is no gate; the gates are {', '.join(names)}.")
+            raise ValueError(f"floors names {unknown[0]!r}, which is not a gate; the gates are {', '.join(names)}.")
     found = []
     for gate in topology.gates:
         if isinstance(floors, Mapping):

@@ -141,7 +141,7 @@ class LatencyTable:
         return overhead + factor * self.layers_ms(topology, widths)
 
     def layers_ms(self, topology: Topology, widths: Any = None) -> Any:
-        """Milliseconds per batch of all layers, each by itself; arguments and result as of `ms`."""
+        """Milliseconds per batch of all layers, each by itself; arguments and result as for `ms`."""
         channels = flops.channels(topology, widths)
         on_host = isinstance(channels, np.ndarray)
         xp, kind = (np, np.float64) if on_host else (jnp, np.float32)
@@ -180,7 +180,7 @@ class LatencyTable:
                 network.check(topology)
         except ValueError as error:
             raise ValueError(
-                f"{path} is no latency table of this network ({error}); delete it, and it is measured again."
+                f"{path} is not a latency table of this network ({error}); delete it, and it is measured again."
             ) from error
         return table
 

@@ -88,7 +88,7 @@ def open_folder(
     """As `from_folder`; `section` is the prefix of field names in messages."""
     path = Path(path).expanduser()
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is no folder; give one with a sub-folder of images for each class.")
+        raise FileNotFoundError(f"{path} is not a folder; give one with a sub-folder of images for each class.")
     name = name or path.resolve().name
     held_out.check(section)
     preprocessing.check(name, 1 if len(preprocessing.mean) == 1 else 3, section)
@@ -114,7 +114,7 @@ def open_folder(
 
 @dataclass(frozen=True)
 class Files(Sequence[Record]):
-    """Image files as records, read when they are asked for.
+    """Image files as records, read on access.
 
     Attributes:
       paths: The files.
@@ -142,7 +142,7 @@ class _Tree:
 
     Attributes:
       images: Class -> its files, both sorted.
-      others: Files that are no images of a class.
+      others: Files that are not images of a class.
     """
 
     images: dict[str, list[str]]
@@ -150,7 +150,7 @@ class _Tree:
 
 
 def _check_headers(paths: Sequence[str], threads: int) -> None:
-    """Raises for files that are no images, before anything is computed; the headers alone are read."""
+    """Raises for files that are not images, before any work; only the headers are read."""
 
     def check(path: str) -> None:
         with naming({"source": path}):
@@ -251,4 +251,4 @@ def _check_test(path: Path, tree: _Tree, classes: tuple[str, ...]) -> None:
 def _left_out(others: list[str]) -> list[str]:
     if not others:
         return []
-    return [f"{len(others)} files are no images in a folder of a class and were left out, the first is {others[0]}."]
+    return [f"{len(others)} files are not images in a class folder and were skipped, the first is {others[0]}."]

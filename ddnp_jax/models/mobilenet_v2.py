@@ -40,7 +40,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(Backbone, kw_only=True):
-    """MobileNetV2 for images of about 224x224, NHWC; further attributes as of `Backbone`.
+    """MobileNetV2 for images of about 224x224, NHWC; further attributes as for `Backbone`.
 
     Attributes:
       widths: Expanded channels of each block but the first, whose depthwise convolution is on the stem's output.

@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 
 class CifarMobileNetV2(Backbone, kw_only=True):
-    """MobileNetV2 for small images, NHWC; further attributes as of `Backbone`.
+    """MobileNetV2 for small images, NHWC; further attributes as for `Backbone`.
 
     Attributes:
       strides: Strides of the seven stages. No weight depends on them, so a checkpoint of other strides loads silently.

@@ -30,7 +30,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(Backbone, kw_only=True):
-    """ResNet for images of about 224x224, NHWC; further attributes as of `Backbone`.
+    """ResNet for images of about 224x224, NHWC; further attributes as for `Backbone`.
 
     Attributes:
       blocks: Per stage.

@@ -44,7 +44,7 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(Backbone, kw_only=True):
-    """ResNet-(6n + 2) for small images, NHWC; further attributes as of `Backbone`.
+    """ResNet-(6n + 2) for small images, NHWC; further attributes as for `Backbone`.
 
     Attributes:
       blocks_per_stage: n.

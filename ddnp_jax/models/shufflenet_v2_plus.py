@@ -86,7 +86,7 @@ class Unit(nn.Module):
 
 
 class ShuffleNetV2Plus(Backbone, kw_only=True):
-    """ShuffleNetV2+ for images of about 224x224, NHWC; further attributes as of `Backbone`.
+    """ShuffleNetV2+ for images of about 224x224, NHWC; further attributes as for `Backbone`.
 
     Attributes:
       stages: Output channels of each stage.

@@ -162,7 +162,7 @@ class Network(abc.ABC):
         return {}
 
     def group_norms(self, variables: Any, images: Any) -> Mapping[ModulePath, int]:
-        """Number of groups of the group normalizations that modules name as such; arguments as of `transposed`."""
+        """Number of groups of the group normalizations that modules name as such; arguments as for `transposed`."""
         del variables, images
         return {}
 

@@ -224,7 +224,7 @@ def _check_workdir(workdir: Path, own: dict[str, Any]) -> None:
     left = [name for name in _WRITTEN if (workdir / name).exists()]
     if left and not (workdir / "config.json").exists():
         raise ValueError(
-            f"{workdir} has {left[0]} of a run but not its config.json; put it back, or use another workdir."
+            f"{workdir} has {left[0]} of a run but not its config.json; restore it, or use another workdir."
         )
 
 

@@ -107,7 +107,7 @@ def _holder(descriptor: int) -> str:
         found = json.loads(os.read(descriptor, 1000))
         return f"process {found['process']} on {found['host']}"
     except (ValueError, KeyError, TypeError):
-        return "a process that has not said its name yet"
+        return "an unknown process"
 
 
 def check_room(workdir: str | Path, needed: float) -> None:

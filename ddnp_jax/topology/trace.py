@@ -244,7 +244,7 @@ class _Assembly:
         if not callable(self.keep):
             names = [gate.name for gate in found.values()]
             if unknown := [name for name in self.keep if name not in names]:
-                raise ValueError(f"keep names {unknown[0]!r}, which is no gate; the gates are {', '.join(names)}.")
+                raise ValueError(f"keep names {unknown[0]!r}, which is not a gate; the gates are {', '.join(names)}.")
         for part, gate in found.items():
             if self.keep(gate) if callable(self.keep) else gate.name in self.keep:
                 self.groups.keep_whole((part,), "`keep` names it")

@@ -115,7 +115,7 @@ class MetricsLog:
             raise self._damaged(number, "has a wrong checksum")
         own = {name: value for name, value in entry.items() if name not in ("stage", "identity")}
         if wrong := [name for name, value in own.items() if not _is_number(value)]:
-            raise self._damaged(number, f"has {wrong[0]}={own[wrong[0]]!r}, which is no number")
+            raise self._damaged(number, f"has {wrong[0]}={own[wrong[0]]!r}, which is not a number")
         return entry
 
     def _damaged(self, number: int, what: str) -> ValueError:

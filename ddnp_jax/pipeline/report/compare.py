@@ -45,7 +45,7 @@ def comparison_html(reports: Sequence[Report]) -> str:
       reports: Results of the runs.
 
     Returns:
-      HTML that needs nothing beside itself.
+      Self-contained HTML.
 
     Raises:
       ValueError: Two runs of one line have the same seed.

@@ -37,7 +37,7 @@ class Plot:
 
 
 def styles(methods: Iterable[str]) -> dict[str, Style]:
-    """A colour and a marker for every method, by its name."""
+    """A color and a marker for every method, by its name."""
     pairs = zip(itertools.cycle(_COLORS), itertools.cycle(_MARKERS), strict=True)
     return dict(zip(dict.fromkeys(methods), pairs, strict=False))
 
@@ -47,7 +47,7 @@ def plots(lines: Sequence[Sequence[Report]], styles: Mapping[str, Style]) -> Ite
 
     Args:
       lines: Runs of one network on one data set; those of a line differ in the seed alone.
-      styles: Colour and marker of every method.
+      styles: Color and marker of every method.
     """
     caption = "Top-1 accuracy against the kept fraction of the"
     yield Plot(f"{caption} FLOPs", _figure(lines, styles, _flops_kept, "FLOPs kept (%)"))

@@ -1,7 +1,7 @@
 """Devices and hosts: a step written from one device's view runs on all devices of all processes.
 
-Every state is replicated and every batch split, so there is one mesh with one axis and nothing else to choose. The axis
-is known in this file alone: a step is given `Devices`.
+States are replicated and batches split over a mesh with a single axis. Only this file uses the axis; a step receives
+`Devices`.
 """
 
 import os
@@ -57,7 +57,7 @@ def initialize(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> relay.Relay | None:
-    """Joins this process to the others of the run; must come before anything touches a device.
+    """Joins this process to the others of the run; must be called before any device is used.
 
     From then on, the process ends soon after another one that ended before its time, with a sentence and
     `ending.RESUMABLE`.

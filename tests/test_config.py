@@ -88,7 +88,7 @@ def test_values_beyond_the_limits_are_refused(config, message):
         ),
         (
             Config(search=SearchConfig(fields={"tie_wieght": 1.0})),
-            "search.tie_wieght is not a field of the method 'ddnp'; its fields are resource_loss, resource_weight, impo",
+            "search.tie_wieght is not a field of the method 'ddnp'; its fields are resource_loss, resource_weight, ",
         ),
         ({"serach": {}}, "serach is not a field of the configuration; there are seed, variant, precision,"),
         ({"base": {"epoch": 3}}, "base.epoch is not a field of the configuration; there are epochs, batch_size,"),

@@ -134,10 +134,10 @@ class Search(NamedTuple):
       step: (state, variables, (images, targets), rng, devices) -> (state, metrics), a `training.Step`.
       propose: State on the host -> importances (C_l,) per gate, and widths k (L,) in (0, 1] or None: then they follow
         from the importances.
-      notes: Sentences for the report.
-      widths: Importances and budget -> widths in channels, where `propose` gives none.
-      survey: What comes before the first step; None for most methods.
-      ended: State after the last step, on the host -> further sentences for the report.
+      notes: Remarks for the report.
+      widths: (importances, budget) -> widths in channels, if `propose` returns none.
+      survey: Statistics to compute before the first step; None for most methods.
+      ended: State after the last step, on the host -> additional remarks for the report.
     """
 
     steps: int

@@ -166,8 +166,8 @@ def _recalibrated(steps: int, batch_size: int) -> list[str]:
     if not steps:
         return []
     return [
-        f"The batch statistics of the cut network were re-estimated over {steps} batches of {batch_size} images before "
-        "it was measured and fine-tuned."
+        f"The batch statistics of the pruned network were re-estimated over {steps} batches of {batch_size} images "
+        "before it was measured and fine-tuned."
     ]
 
 

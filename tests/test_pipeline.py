@@ -400,7 +400,7 @@ def test_numbers_of_the_stages_are_refused_at_once(field, value, message, config
 
 def test_a_workdir_without_its_configuration_is_refused(config, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"has metrics\.jsonl of a run but not its config\.json; put it back"):
+    with pytest.raises(ValueError, match=r"has metrics\.jsonl of a run but not its config\.json; restore it"):
         pipeline.prepare(config, tmp_path)
     assert not (tmp_path / "config.json").exists()
 

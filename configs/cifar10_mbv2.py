@@ -2,13 +2,13 @@
 
     python -m experiments.cifar10_mbv2 --config=configs/cifar10_mbv2.py --workdir=runs/cifar10_mbv2
 
-The network is the authors' (`mobilenet_v2_cifar`, 304.08 M multiply-accumulates), and so are the budgets and all of
-the trainer and the search, as far as configs/cifar10_r56.py has them from their ResNet-56. Of what they changed for
-MobileNetV2 only NPPM's search is known, `nppm_mobilenet`: σ = 3, no projection, batches of 128, the rate x0.1 at half
+The network (`mobilenet_v2_cifar`, 304.08 M multiply-accumulates) and the budgets are the authors', as are the trainer
+and the search, as far as configs/cifar10_r56.py has them from their ResNet-56. Of their changes for MobileNetV2, only
+NPPM's search is known, `nppm_mobilenet`: σ = 3, no projection, batches of 128, the rate x0.1 at half
 of it. No accuracy of the papers is among our sources. One GPU: hours; it was not run at full length here.
 
-Arguments: those of configs/cifar10_r56.py, with `nppm_mobilenet` in the place of `nppm`; `tiny` runs the whole job in
-minutes, on the first 2,000 training images.
+Arguments: those of configs/cifar10_r56.py, with `nppm_mobilenet` instead of `nppm`; `tiny` runs the full pipeline
+in minutes, on the first 2,000 training images.
 """
 
 from ml_collections import ConfigDict

@@ -7,10 +7,10 @@ Arguments, joined by commas (`configs/cifar10_r56.py:authors,tiny`): `ddnp` (def
 `authors` the form of DDNP's published code; `scalar` one parameter per channel and per layer ("channel-wise-ks");
 `nppm` (p = 0.50, NPPM Table 1) and `dg`, which is NPPM without the predictor, both on 10 % of the training images
 (`data.search_fraction`, which base training leaves out; DDNP: 5 %); `uniform` and `magnitude` are baselines (random
-and L1-norm channels at uniform widths); `tiny` runs the whole job in minutes, on ResNet-20 and the first 2,000 training
-images, too few for NPPM's predictor to take part. Further scores: `bn_scale`, `fpgm`, `lamp`, `taylor`, `hrank`, `chip`
-and `cc`, at uniform widths but for `lamp` and `cc`; `global` ranks the channels of all gates together, and
-`hrank,hrank_rates` takes the rates of HRank's authors. `62` removes 62 % of all FLOPs.
+and L1-norm channels at uniform widths); `tiny` runs the full pipeline in minutes, on ResNet-20 and the first 2,000
+training images, too few for NPPM's predictor to take part. Further scores: `bn_scale`, `fpgm`, `lamp`, `taylor`,
+`hrank`, `chip` and `cc`, at uniform widths except `lamp` and `cc`; `global` ranks the channels of all gates
+together, and `hrank,hrank_rates` takes the rates of HRank's authors. `62` removes 62 % of all FLOPs.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """The searches and short forms that experiments share. Configurations start from `get_config`.
 
-Every field, with its default and what it means, stands in `ddnp_jax/config.py`; those of a search method in its class
+Every field is defined in `ddnp_jax/config.py`, with its default and meaning; those of a search method in its class
 `Fields`, in `ddnp_jax/methods/`.
 """
 
@@ -59,13 +59,13 @@ SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-# Forms that every configuration offers beside its own.
+# Variants that every configuration offers in addition to its own.
 FORMS: dict[str, dict[str, Any]] = {
     "residual": {"budget.residual": True},
     "global": {"search.allocation": "global"},
 }
 
-# On a slice of the training images a test of everything but accuracy and NPPM's PN, whose memory stays too empty.
+# On a slice of the training images: tests everything except accuracy and NPPM's PN, whose memory stays too small.
 SHORT = {
     **{f"{stage}.epochs": 1 for stage in ("base", "search", "finetune")},
     **{f"{stage}.chunk_steps": 2 for stage in ("base", "search", "finetune")},
@@ -94,17 +94,17 @@ def choose(
     forms: Mapping[str, Mapping[str, Any]],
     of_method: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> ConfigDict:
-    """Ends a configuration with what its argument asks for, and locks it.
+    """Completes a configuration according to its argument, and locks it.
 
     Args:
-      config: With everything else filled in.
+      config: Configuration with all other values set.
       argument: Names joined by commas: at most one of `SEARCHES`, and any of `FORMS` and `forms`; "" is DDNP.
       p: Budget of each method; methods without one take DDNP's.
       forms: Further forms of this experiment, the fields of each by name.
       of_method: Fields of methods that differ in this experiment, unless `SEARCHES` has them.
 
     Raises:
-      ValueError: A name is unknown, or two searches are named.
+      ValueError: A name is unknown, or there are two searches.
     """
     words = list(filter(None, argument.split(",")))
     forms = {**FORMS, **forms}

@@ -1,4 +1,4 @@
-"""ResNet-20 on scikit-learn's 1,797 scanned digits: the whole job on real images, without a download.
+"""ResNet-20 on scikit-learn's 1,797 scanned digits: the full pipeline on real images, without a download.
 
     python -m experiments.digits_r20 --config=configs/digits_r20.py --workdir=runs/demo
 
@@ -20,7 +20,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.base.update(epochs=20, batch_size=64, schedule="cosine", warmup_epochs=1.0, chunk_steps=15)
     config.search.update(epochs=200, batch_size=128, save_every=4)
     config.finetune.update(epochs=10, batch_size=64, schedule="cosine", warmup_epochs=0.0, learning_rate=0.02)
-    # Batch statistics of the cut network, in place of those of the whole one.
+    # Batch statistics of the pruned network instead of those of the unpruned one.
     config.finetune.update(chunk_steps=15, control=True, recalibration_steps=60)
     # 800 steps: with the 1e-3 of 2,000 steps k does not always come back to the open gates.
     of_method = {"ddnp": {"search.width_optimizer.learning_rate": 3e-3}}

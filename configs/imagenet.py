@@ -1,4 +1,4 @@
-"""What the experiments on ImageNet share; each names its network, its budgets and its trainer.
+"""Settings shared by the ImageNet experiments; each defines its network, its budgets and its trainer.
 
 Known of the authors' runs: the budgets (DDNP Table A1, NPPM Table 1), that they started from trained networks
 (ResNet-50: torchvision's first checkpoint), and the search's optimizers, λ and ρ of their CIFAR-10 runs, which
@@ -6,7 +6,7 @@ are kept here. The rest is ours:
 
 - The search reads 2.5 % of the training images (NPPM: 10 %, as on CIFAR-10) for 20 epochs: 2,500 steps of 256 images, a
   few more than the 2,000 of the CIFAR-10 run.
-- 1 % of the training images choose the best checkpoint and are never trained on.
+- 1 % of the training images select the best checkpoint and are never trained on.
 - 1,024 images per step, a step that 8 devices share, with 5 epochs of warm-up; ResNets with the learning rate 0.1 per
   256 images (Goyal et al. 2017), mobile networks with half of it. On smaller devices
   `--config.finetune.micro_batches=4` needs a quarter of the memory.

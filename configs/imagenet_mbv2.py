@@ -10,9 +10,9 @@ No accuracy of the papers is among our sources; torchvision's base has 71.88 / 9
 Hardware and time: the input decides: every step needs 1,024 decoded images, and little computation.
 
 Arguments, joined by commas: a search as in configs/cifar10_r56.py, with `nppm_mobilenet` (σ = 3, no projection, batches
-of 128, the rate x0.1 at half of the search: the authors' on MobileNetV2) in the place of `nppm`; `tiny` runs the whole
-job at 64 pixels on the first 500 training images, in minutes on a CPU where few test images are prepared. What is the
-authors' and what is ours, and why: configs/imagenet.py.
+of 128, the rate x0.1 at half of the search: the authors' on MobileNetV2) instead of `nppm`; `tiny` runs the full
+pipeline at 64 pixels on the first 500 training images, in minutes on a CPU where few test images are prepared. What is
+the authors' and what is ours, and why: configs/imagenet.py.
 """
 
 from ml_collections import ConfigDict

@@ -9,7 +9,7 @@ No accuracy of the papers is among our sources; torchvision's base has 77.37 / 9
 
 Hardware and time: as ResNet-50, at 1.9 times its FLOPs.
 
-Arguments, joined by commas: a search as in configs/cifar10_r56.py; `tiny` runs the whole job at 64 pixels on
+Arguments, joined by commas: a search as in configs/cifar10_r56.py; `tiny` runs the full pipeline at 64 pixels on
 the first 500 training images, in minutes on a CPU where few test images are prepared. What is the authors' and what is
 ours, and why: configs/imagenet.py.
 """

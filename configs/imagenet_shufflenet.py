@@ -12,7 +12,7 @@ No accuracy of the papers is among our sources; Megvii's small one has 74.1 % to
 
 Hardware and time: the input decides: every step needs 1,024 decoded images, and little computation.
 
-Arguments, joined by commas: a search as in configs/cifar10_r56.py; `tiny` runs the whole job at 64 pixels on
+Arguments, joined by commas: a search as in configs/cifar10_r56.py; `tiny` runs the full pipeline at 64 pixels on
 the first 500 training images, in minutes on a CPU where few test images are prepared. What is the authors' and what is
 ours, and why: configs/imagenet.py.
 """

@@ -1,10 +1,10 @@
-"""What a network's channels are, a saved network for other runtimes, and several runs in one table.
+"""Describes what can be pruned in a network, exports saved networks, and compares runs.
 
     python -m ddnp_jax describe resnet50 --input_shape=224,224,3 --p=0.5
     python -m ddnp_jax export runs/mine --format=onnx --output=network.onnx
     python -m ddnp_jax compare runs/one runs/two/report.json
 
-`--help` after a command says what it takes.
+`--help` after a command lists its arguments.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from ddnp_jax.topology import trace
 
 PYTORCH = "pytorch"
 COMPARED = 32  # images with which an exported network is compared
-_INTERRUPTED = 130  # exit code, as of a shell whose command was interrupted
+_INTERRUPTED = 130  # exit code of an interrupted shell command
 _SERVING = "serving.json"  # in a folder that a run wrote
 
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
       arguments: Arguments of the command line, without the program's name; None takes those of the process.
 
     Raises:
-      SystemExit: With a sentence where an argument is wrong, or something is missing; with 130 at Ctrl-C.
+      SystemExit: With a message if an argument is invalid or something is missing; with 130 on Ctrl-C.
     """
     try:
         given = _parser().parse_args(arguments)
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def describe(given: argparse.Namespace) -> None:
-    """What can be removed from a network, what stays whole and why, and what a budget leaves of it."""
+    """Shows what can be removed from a network, what stays unpruned and why, and what a budget leaves of it."""
     model, variables = network_of(given.network, dict(given.attribute))
     try:
         topology = trace(model, given.input_shape, variables=variables, residual=given.residual)
@@ -73,12 +73,14 @@ def describe(given: argparse.Namespace) -> None:
 
 
 def export_saved(given: argparse.Namespace) -> None:
-    """Exports a network that `save_pruned` wrote."""
+    """Exports a network saved by a run or by `save_pruned`."""
     folder = given.folder / "pruned" if (given.folder / "pruned").is_dir() else given.folder
     model, variables = _loaded(folder, given)
     wanted = "folder" if given.format == PYTORCH else "file"
     if given.output.exists() and given.output.is_dir() != (wanted == "folder"):
-        raise ValueError(f"--output={given.output} is no {wanted}, which --format={given.format} writes; give another.")
+        raise ValueError(
+            f"--output={given.output} is not a {wanted}, which --format={given.format} writes; give another path."
+        )
     given.output.parent.mkdir(parents=True, exist_ok=True)
     serving = _serving(folder / _SERVING)
     shape = given.input_shape or (serving["input_shape"] if serving else None)
@@ -110,12 +112,12 @@ def _loaded(folder: Path, given: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _serving(path: Path) -> export.Serving | None:
-    """What must be done to an image first, where a run has said it."""
+    """The preprocessing of images, if a run has saved it."""
     if not path.exists():
         return None
     found = files.read_json(path)
     if not isinstance(found, dict) or not {"input_shape", "scale", "mean", "std"} <= found.keys():
-        raise ValueError(f"{path} does not say the shape and normalization of images; put a good copy back.")
+        raise ValueError(f"{path} does not contain the shape and normalization of images; restore a good copy.")
     return found
 
 
@@ -125,7 +127,7 @@ def _images(given: argparse.Namespace, shape: Sequence[int] | None, serving: exp
         return _read_images(given.images)
     if given.format == "onnx_int8":
         raise ValueError(
-            "--format=onnx_int8 needs --images=FILE.npy, a few hundred images that are not those of a test."
+            "--format=onnx_int8 needs --images=FILE.npy, a few hundred images that are not from the test set."
         )
     if shape is None:
         raise ValueError(
@@ -142,12 +144,12 @@ def _read_images(path: Path) -> np.ndarray:
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"--images={path} cannot be read ({error}); give a .npy file of images.") from error
     if not isinstance(images, np.ndarray) or images.ndim < 2 or not len(images) or images.dtype.kind not in "fiu":
-        raise ValueError(f"--images={path} holds no images; give one array of numbers (N, H, W, C) in a .npy file.")
+        raise ValueError(f"--images={path} contains no images; give one numeric array (N, H, W, C) in a .npy file.")
     return images.astype(np.float32)
 
 
 def compare(given: argparse.Namespace) -> None:
-    """One table over several runs, and the page of --html."""
+    """Prints one table of several runs, and writes the page of --html."""
     from ddnp_jax.pipeline import report
 
     paths = (path / "report.json" if path.is_dir() else path for path in given.runs)
@@ -158,7 +160,7 @@ def compare(given: argparse.Namespace) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Its errors end in one sentence."""
+    """Reports errors in one sentence."""
 
     def error(self, message: str) -> NoReturn:
         """Ends the process."""
@@ -178,26 +180,33 @@ def _parser() -> argparse.ArgumentParser:
     network = f"a model of this library (of {CLASSES} classes), or MODULE:NAME: a network, its class, or a function"
     of.add_argument("network", metavar="NETWORK", help=f"{network} that returns it, or (network, variables)")
     of.add_argument("--input_shape", type=_shape, required=True, metavar="H,W,C", help="shape of one image")
-    of.add_argument("--p", type=float, help="part of the prunable FLOPs that remains; says what uniform widths cost")
-    of.add_argument("--residual", action="store_true", help="also remove channels that are added to those of others")
-    of.add_argument("--convention", choices=flops.CONVENTIONS, default="macs", help="what the FLOPs of p count")
+    of.add_argument("--p", type=float, help="fraction of the prunable FLOPs to keep; shows uniform widths that meet it")
+    of.add_argument("--residual", action="store_true", help="also allow pruning of residual streams")
+    of.add_argument("--convention", choices=flops.CONVENTIONS, default="macs", help="how FLOPs are counted for p")
     _add_attribute(of)
     to = command("export", export_saved)
     to.add_argument("folder", type=Path, metavar="FOLDER", help="a run's folder, or one that save_pruned wrote")
     to.add_argument("--format", choices=[*export.FILES, PYTORCH], required=True)
-    to.add_argument("--output", type=Path, required=True, metavar="PATH", help="file to write; of pytorch a folder")
-    to.add_argument("--images", type=Path, metavar="FILE.npy", help="images (N, H, W, C) for the comparison and 8 bits")
-    to.add_argument("--input_shape", type=_shape, metavar="H,W,C", help=f"where there is no {_SERVING} and no --images")
-    to.add_argument("--network", help="the unpruned network, where it cannot be made from the folder; as in describe")
+    to.add_argument("--output", type=Path, required=True, metavar="PATH", help="file to write; for pytorch, a folder")
+    to.add_argument(
+        "--images", type=Path, metavar="FILE.npy", help="images (N, H, W, C) for the comparison and for calibration"
+    )
+    to.add_argument(
+        "--input_shape",
+        type=_shape,
+        metavar="H,W,C",
+        help=f"shape of one image, if there is no {_SERVING} and no --images",
+    )
+    to.add_argument("--network", help="the unpruned network, if it cannot be rebuilt from the folder; as in describe")
     _add_attribute(to)
     over = command("compare", compare)
     over.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, or its report.json")
-    over.add_argument("--html", type=Path, metavar="PATH", help="file for the table as a page, with plots")
+    over.add_argument("--html", type=Path, metavar="PATH", help="file for an HTML page with the table and plots")
     return parser
 
 
 def _add_attribute(parser: argparse.ArgumentParser) -> None:
-    text = "argument with which the network is made, for example num_classes=10; may be given again"
+    text = "constructor argument of the network, for example num_classes=10; may be repeated"
     parser.add_argument("--attribute", type=_attribute, action="append", default=[], metavar="NAME=VALUE", help=text)
 
 

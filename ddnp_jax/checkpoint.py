@@ -1,8 +1,8 @@
-"""What survives a run being stopped: the checkpoints of its stages, written by orbax.
+"""Checkpoints of the stages of a run, written by orbax.
 
 Orbax saves atomically, but restores flipped bits in array data silently, and raises almost anything on a missing
-or truncated file. So each checkpoint carries a record with a SHA-256 per leaf, and one that does not match its record
-is set aside for the one before it.
+or truncated file. So each checkpoint has a record with a SHA-256 per leaf; one that does not match its record is
+set aside, and the previous one is used.
 """
 
 import functools
@@ -26,30 +26,30 @@ from ddnp_jax import files, parallel
 
 
 class _DamagedError(Exception):
-    """Why one checkpoint cannot be trusted."""
+    """Raised for a damaged checkpoint, with the reason."""
 
 
 class Checkpoints:
-    """The checkpoints of one stage of a run, as a context manager: on leaving, all that was saved is on disk.
+    """The checkpoints of one stage of a run, as a context manager that waits for all writes on exit.
 
-    Kept are the latest `keep` and the one with the highest metric. In a run of several processes all of them make every
-    call, on a directory that all of them see.
+    The latest `keep` checkpoints and the one with the highest metric are kept. In a run with several processes, all of
+    them make every call, with a directory that all of them can access.
     """
 
     def __init__(self, directory: str | Path, keep: int = 2, made_from: str = "") -> None:
-        """Opens the directory, or makes it.
+        """Opens the directory, or creates it.
 
         Args:
-          directory: Directory of this stage alone.
-          keep: Number of latest checkpoints that stay; 2 leaves one to fall back to.
-          made_from: Names all that the states are made from; checkpoints that were made from something else are not
-            restored. "" restores any.
+          directory: Directory of this stage only.
+          keep: Number of latest checkpoints to keep; with 2 there is one to fall back to.
+          made_from: Fingerprint of the inputs of the states; checkpoints with another one are not restored. "" restores
+            any.
         """
         self.directory = Path(directory).absolute()
         self._made_from = made_from
         self._metrics: dict[int, float | None] = {}
         policy = policies.AnyPreservationPolicy([policies.LatestN(keep), _KeepBest(self._metrics)])
-        # Orbax's own metrics have no checksum, and a damaged file of them makes opening fail: ours are in the record.
+        # Orbax's own metrics have no checksum, and a damaged file of them makes opening fail, so the record has ours.
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy, cleanup_tmp_directories=True, lightweight_initialize=True
         )
@@ -69,9 +69,9 @@ class Checkpoints:
         """Saves a pytree; the files are written in the background.
 
         Args:
-          step: Number of the step; a state saved already under its own step is not saved again.
-          state: Pytree of arrays, replicated where they are on devices.
-          metric: Measure of the state, higher being better; None where it was not measured.
+          step: Number of the step; a state that is already saved for its step is not saved again.
+          state: Pytree of arrays, replicated if they are on devices.
+          metric: Metric of the state, higher is better; None if it was not evaluated.
 
         Raises:
           ValueError: The metric is not finite, two leaves share a name, or the step holds another state.
@@ -144,7 +144,7 @@ class Checkpoints:
             reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
             raise ValueError(
                 f"Every checkpoint in {self.directory} is damaged ({reasons}); "
-                "put a good copy back, or delete the directory to start this stage again."
+                "restore a good copy, or delete the directory to start this stage again."
             )
         return None
 
@@ -164,7 +164,7 @@ class Checkpoints:
         if self._made_from and record.get("made_from", self._made_from) != self._made_from:
             raise ValueError(
                 f"Checkpoint {step} in {self.directory} was made from other weights, data or settings than those that "
-                "the run has now; put those back, or delete this folder to repeat its stage."
+                "the run has now; restore those, or delete this folder to repeat its stage."
             )
         named = _named(template)
         wanted = {name: _key_data(x) for name, x in named.items()}

@@ -1,4 +1,4 @@
-"""From a Selection to a smaller network: the cut, and the proof that it computes what the masked network does."""
+"""From a Selection to a smaller network, and its verification against the masked network."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,15 +23,15 @@ from ddnp_jax.networks import (
 )
 from ddnp_jax.topology import Selection, Topology, jaxprs, variable_shapes
 
-Rebuild = Callable[[tuple[int, ...]], Any]  # makes the smaller network from the channels per gate
+Rebuild = Callable[[tuple[int, ...]], Any]  # builds the smaller network from the channels per gate
 
 
 class Verification(NamedTuple):
-    """How near a smaller network is to the masked one.
+    """How close the outputs of a smaller network are to those of the masked one.
 
     Attributes:
-      max_difference: Largest difference of an output.
-      argmax_agreement: Fraction of the predictions (largest outputs along the last axis) that are the same.
+      max_difference: Largest absolute difference of an output.
+      argmax_agreement: Fraction of the predictions (argmax along the last axis) that agree.
     """
 
     max_difference: float
@@ -41,25 +41,25 @@ class Verification(NamedTuple):
 def compact(
     model: Any, variables: Any, selection: Selection, topology: Topology, rebuild: Rebuild | None = None
 ) -> tuple[Any, Any]:
-    """Cuts the channels that are not selected out of a network.
+    """Removes the channels that are not selected from a network.
 
-    A linen module comes back in `ddnp_jax.Resized`, an ordinary module that gives the layers their new sizes; this
-    library's own models come back with smaller `widths`; an nnx module as a smaller copy with its variables inside. A
-    function has to take the smaller variables as they are. Where the network's code computes with numbers of its own,
-    `rebuild` makes the smaller network.
+    A linen module is returned wrapped in `ddnp_jax.Resized`, an ordinary module that gives the layers their new sizes;
+    this library's own models are returned with smaller `widths`; an nnx module as a smaller copy that holds its
+    variables. A function must accept the smaller variables unchanged. If the network's code has hard-coded channel
+    counts, `rebuild` builds the smaller network.
 
     Args:
       model: The network, of any kind that `trace` takes.
-      variables: Variables of the network; None of an nnx module, which holds them.
-      selection: What stays.
+      variables: Variables of the network; None for an nnx module, which holds them.
+      selection: The channels to keep.
       topology: Topology of `model`, as returned by `trace`.
-      rebuild: Makes the smaller network from the channels per gate, in the order of `topology.gates`.
+      rebuild: Builds the smaller network from the channels per gate, in the order of `topology.gates`.
 
     Returns:
-      The smaller network and its variables (None of an nnx module), without a trace of masks.
+      The smaller network and its variables (None for an nnx module), without any masks.
 
     Raises:
-      ValueError: The selection does not fit, or the network cannot be called with the smaller variables.
+      ValueError: The selection does not match, or the network cannot be called with the smaller variables.
     """
     network = _network(model, topology)
     variables = network.variables(variables)
@@ -93,7 +93,7 @@ def _smaller(
     selection: Selection,
     rebuild: Rebuild | None,
 ) -> Network:
-    """The smaller network; it does not hold the cut variables yet."""
+    """The smaller network; it does not hold the pruned variables yet."""
     if rebuild is not None:
         return _network(rebuild(selection.widths), topology)
     if isinstance(network.model, Backbone) and len(network.model.inner_widths) == len(selection.widths):
@@ -119,7 +119,7 @@ def _resizing(shapes: Mapping[LeafPath, tuple[int, ...]], topology: Topology) ->
 
 
 def _check_sizes(small: Network, cut: Any, topology: Topology, is_rebuilt: bool) -> None:
-    """Compares what the smaller network expects with what was cut, as far as the network says what it expects."""
+    """Compares the shapes that the smaller network expects, where known, with those of the pruned variables."""
     if small.kind == "function" or (small.kind == "nnx" and not is_rebuilt):
         return
     expected = {path: np.shape(leaf) for path, leaf in flatten(variable_shapes(small, _image(topology))).items()}
@@ -139,7 +139,7 @@ def _check_sizes(small: Network, cut: Any, topology: Topology, is_rebuilt: bool)
 
 
 def _check_program(network: Network, variables: Any, small: Network, cut: Any, topology: Topology) -> None:
-    """Raises where the smaller network cannot be called or computes something else; only traces."""
+    """Raises if the smaller network cannot be called or computes something else; the network is only traced."""
     image = _image(topology)
     whole = jax.make_jaxpr(network.evaluate)(variables, image)
     try:
@@ -175,23 +175,26 @@ def verify(
     tolerance: float = 1e-4,
     outputs: Outputs = None,
 ) -> Verification:
-    """Compares a smaller network with the masked one that it was cut from.
+    """Verifies that a smaller network computes the same as the masked network that it was made from.
 
-    Both compute in float32, whatever shorter type their modules ask for: in bfloat16 another order of a sum would hide
-    what is looked for. All variables must be finite; a forward pass would not show it where they are not, because a
-    ReLU may turn NaN into 0.
+    Both compute in float32, even if their modules specify a lower precision: in bfloat16, a different summation order
+    would hide real differences. All variables must be finite; a forward pass might not reveal NaN, because a ReLU can
+    turn it into 0.
 
     Args:
-      model: The whole network.
-      variables: Variables of the whole network; None of an nnx module.
+      model: The unpruned network.
+      variables: Variables of the unpruned network; None for an nnx module.
       small_model: The smaller network.
-      small_variables: Variables of the smaller network; None of an nnx module.
-      selection: What stays.
-      topology: Topology of the whole network, as returned by `trace`.
-      images: (N, *topology.input_shape).
-      tolerance: Allowed difference of an output, relative to the largest absolute value of that output of the masked
+      small_variables: Variables of the smaller network; None for an nnx module.
+      selection: The channels that are kept.
+      topology: Topology of the unpruned network, as returned by `trace`.
+      images: Images (N, *topology.input_shape).
+      tolerance: Maximum difference of an output, relative to the largest absolute value of that output of the masked
         network.
-      outputs: Key, index or function that picks the outputs to compare; None for all of them.
+      outputs: Key, index or function that selects the outputs to compare; None for all of them.
+
+    Returns:
+      The largest difference, and the fraction of predictions that agree.
 
     Raises:
       ValueError: The networks differ by more than the tolerance, or a variable or output is not finite.
@@ -217,13 +220,13 @@ def compare_outputs(
     """Compares the outputs of two forms of a network.
 
     Args:
-      pairs: Per output, its reference and what was found, of the same shape.
-      tolerance: Largest difference that is allowed, relative to the output's largest absolute value.
-      which: What to call the network that is compared, in a message.
-      reference: What to call the one that it is compared with.
+      pairs: Reference and actual value of each output, of the same shape.
+      tolerance: Maximum difference, relative to the output's largest absolute value.
+      which: Name of the compared network in messages.
+      reference: Name of the reference network in messages.
 
     Raises:
-      ValueError: An output differs by more, or is not finite.
+      ValueError: An output differs by more than the tolerance, or is not finite.
     """
     differences = [float(np.max(np.abs(masked - cut))) for masked, cut in pairs]
     agreement = float(np.mean(np.concatenate([np.ravel(a.argmax(-1) == b.argmax(-1)) for a, b in pairs])))
@@ -238,14 +241,14 @@ def compare_outputs(
 
 
 def check_finite(variables: Any, whose: str) -> None:
-    """Raises for NaN and infinite variables, looking at the numbers themselves.
+    """Raises if a variable is NaN or infinite.
 
     Args:
       variables: Variables of a network.
-      whose: What to call the network in the message.
+      whose: Name of the network in the message.
 
     Raises:
-      ValueError: The first leaf that is not finite is named.
+      ValueError: A variable is not finite; the message names the first one.
     """
     for path, leaf in flatten(variables).items():
         if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating):
@@ -264,17 +267,17 @@ def rehearse(
     smallest: tuple[int, ...],
     rebuild: Rebuild | None = None,
 ) -> None:
-    """Cuts a network at random and verifies it, so that one that cannot be cut is found before any search.
+    """Prunes a network at random and verifies it, so that a network that cannot be pruned fails before the search.
 
     Args:
       model: The network.
-      variables: Variables of the network; None of an nnx module.
+      variables: Variables of the network; None for an nnx module.
       topology: Topology of `model`, as returned by `trace`.
-      smallest: Fewest channels per gate.
-      rebuild: Makes the smaller network, as for `compact`.
+      smallest: Minimum number of channels per gate.
+      rebuild: Builds the smaller network, as for `compact`.
 
     Raises:
-      ValueError: The network cannot be cut; the gates at which it fails are named.
+      ValueError: The network cannot be pruned; the message names the gates at which it fails.
     """
     rng = np.random.default_rng(0)
     images = rng.normal(size=(2, *topology.input_shape)).astype(np.float32)
@@ -285,7 +288,7 @@ def rehearse(
         return selection, compact(model, variables, selection, topology, rebuild)
 
     def attempt(gates: set[int]) -> None:
-        # Widths that differ as far as possible, so that swapped ones do not fit by chance.
+        # Widths that differ as much as possible, so that swapped ones do not match by chance.
         selection, small = cut(
             [
                 least + (3 * i + 1) % (channels - least) if channels > least and i in gates else channels
@@ -303,7 +306,7 @@ def rehearse(
             raise
         listed = ", ".join(map(repr, names))
         raise ValueError(f"{error} It happens at the gates {listed}: keep=({listed},) leaves them whole.") from error
-    # And widths that are equal, which code that compares them takes for a reason to do something else.
+    # And equal widths, on which code that compares widths may branch differently.
     common = max(*smallest, min(topology.widths) // 2)
     cut([min(common, channels) for channels in topology.widths])
 

@@ -1,10 +1,10 @@
-"""Every field of an experiment: its type, default, meaning and limits.
+"""The configuration of an experiment: every field with its type, default, meaning and limits.
 
     config = Config(budget=BudgetConfig(p=0.4), search=SearchConfig.of("nppm", epochs=50))
     pipeline.run(config, "runs/mine", model=model, dataset=dataset)
 
-On the command line the same names stand after `--config.`; the files in `configs/` hold values alone. The fields of a
-search method stand in its class `Fields`, in `ddnp_jax/methods/`.
+On the command line, the same names follow `--config.`; the files in `configs/` contain only values. The fields of a
+search method are defined in its class `Fields`, in `ddnp_jax/methods/`.
 """
 
 import dataclasses
@@ -30,67 +30,67 @@ PRECISIONS: Mapping[str, Any] = {"float32": np.float32, "bfloat16": jnp.bfloat16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The network; a network of your own takes its place."""
+    """The network, unless you pass your own."""
 
-    name: str = "resnet56"  # a name that ddnp_jax.models.create knows
-    attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further attributes of the module
+    name: str = "resnet56"  # one of ddnp_jax.models.names()
+    attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # additional attributes of the module
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The images; a data set of your own takes their place."""
+    """The data set, unless you pass your own."""
 
-    name: str = "cifar10"  # 'folder' of image files, or a data set that TFDS has prepared
-    label: str = ""  # how reports call it; '' is its own name
-    data_dir: str = ""  # folder of images, or of prepared TFDS data; '' is TFDS's own folder and download
-    train_split: str = "train"  # of TFDS: the training images to use; 'train[:2000]' are the first ones
-    test_split: str = ""  # of TFDS: the test images; '' is 'test', or else 'validation'
-    test_fraction: float = number(0.2, above=0, below=1)  # of a folder without test images: held out of every class
-    seed: int = number(0, least=0, bits=63)  # draws the held-out splits
-    # Parts of the training images: what the search reads, held out from base training; and what chooses the best
+    name: str = "cifar10"  # 'folder' for image files, or the name of a prepared TFDS data set
+    label: str = ""  # its name in reports; '' for the data set's own name
+    data_dir: str = ""  # folder of images or of prepared TFDS data; '' for TFDS's default, with download
+    train_split: str = "train"  # TFDS split of training images; 'train[:2000]' for the first 2,000
+    test_split: str = ""  # TFDS split of test images; '' for 'test', or 'validation' if there is none
+    test_fraction: float = number(0.2, above=0, below=1)  # held out of every class of a folder without test images
+    seed: int = number(0, least=0, bits=63)  # random seed of the held-out splits
+    # Fractions of the training images: for the search, held out from base training; and for selecting the best
     # checkpoint, never trained on.
     search_fraction: float = number(0.05, least=0, below=1, about="a fraction of the training images")
     validation_fraction: float = number(0.02, least=0, below=1, about="a fraction of the training images")
-    mean: tuple[float, ...] = ()  # per channel, of images in [0, 1]; () is what is usual for the data set
-    std: tuple[float, ...] = number((), above=0)  # likewise
-    bgr: bool = False  # whether the network sees blue first; mean and std are in its order
-    pad: int = number(4, least=0, about="a number of pixels")  # zeros on each side before the crop of small images
+    mean: tuple[float, ...] = ()  # per channel, of images in [0, 1]; () for the usual mean of the data set
+    std: tuple[float, ...] = number((), above=0)  # standard deviation, likewise
+    bgr: bool = False  # whether the network takes BGR images; mean and std are in its channel order
+    pad: int = number(4, least=0, about="a number of pixels")  # zero padding per side before crops of small images
     flip: bool = True  # random horizontal flip
-    crop_size: int = number(224, least=1)  # side in pixels of the crops that are made of photographs
+    crop_size: int = number(224, least=1)  # side in pixels of the crops of photographs
     resize_size: int = number(256, least=1)  # shorter side of a photograph before the center crop of evaluation
-    threads: int = number(0, least=0, about="how many threads; 0 is one per core")  # that decode photographs
+    threads: int = number(0, least=0, about="how many threads; 0 is one per core")  # decoder threads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BudgetConfig:
-    """What remains of the network."""
+    """How much of the network to keep."""
 
-    kind: str = choice("flops", "flops", "params", "latency")  # the prunable layers' FLOPs; of the network: the others
+    kind: str = choice("flops", "flops", "params", "latency")  # what is counted; 'flops' are those of prunable layers
     p: float = number(0.5, above=0, most=1, about="the fraction of the cost that remains")
-    convention: str = choice("macs", *flops.CONVENTIONS)  # 'macs' of conv and dense, or 3 more per output element
+    convention: str = choice("macs", *flops.CONVENTIONS)  # 'macs', or 'authors': 3 more per output element
     residual: bool = False  # whether channels of residual streams may be removed too, one set for all blocks of a stage
-    multiple: int = number(1, least=1)  # widths are multiples of this (whole gates excepted)
+    multiple: int = number(1, least=1)  # widths are multiples of this (except those of unpruned gates)
     latency_points: int = number(5, least=2)  # for 'latency': widths per gate at which layers are timed
-    latency_batch: int = number(0, least=0)  # images per call; 0: a device's share of an evaluation batch
-    runtime: str = choice(latency.XLA, *latency.RUNTIMES)  # where it is measured: XLA here, ONNX Runtime on the CPU
+    latency_batch: int = number(0, least=0)  # images per call; 0 for a device's share of an evaluation batch
+    runtime: str = choice(latency.XLA, *latency.RUNTIMES)  # what latency is measured in
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """The trainer, SGD with momentum, of base training and of fine-tuning."""
+    """SGD with momentum, for base training and fine-tuning."""
 
     epochs: int = number(200, least=1)  # passes over the stage's training images
     batch_size: int = number(128, least=1)  # images per update, over all devices
-    micro_batches: int = number(1, least=1)  # steps that share an update, each on its part: for small devices
-    learning_rate: float = number(0.1, least=0.0)  # for this batch size
+    micro_batches: int = number(1, least=1)  # gradient accumulation: micro-batches per update
+    learning_rate: float = number(0.1, least=0.0)  # peak, for this batch size
     momentum: float = number(0.9, least=0.0, most=1.0)
-    weight_decay: float = number(1e-4, least=0.0)  # added to the gradient of every parameter
+    weight_decay: float = number(1e-4, least=0.0)  # L2 regularization of every parameter
     warmup_epochs: float = number(0.0, least=0.0)  # linear warm-up from 0
     schedule: str = choice("step", *SCHEDULES)  # 'constant', 'step' (x0.1 at decay_at) or 'cosine' (to 0)
     decay_at: tuple[float, ...] = number((0.5, 0.75), above=0, most=1, about="fractions of the run")  # for 'step'
-    label_smoothing: float = number(0.0, least=0.0, most=1.0)  # mass that the label gives to all classes
-    augment: bool = True  # random crops and flips, as `data` says
-    chunk_steps: int = number(50, least=1)  # steps per dispatch; logging and stopping happen between chunks
+    label_smoothing: float = number(0.0, least=0.0, most=1.0)  # label smoothing of the cross-entropy
+    augment: bool = True  # random crops and flips, as configured in `data`
+    chunk_steps: int = number(50, least=1)  # steps per dispatch; the run logs and stops only between chunks
     save_every: int = number(8, least=1)  # chunks between checkpoints and evaluations on held-out training images
 
     @property
@@ -103,45 +103,45 @@ class TrainerConfig:
 class BaseConfig(TrainerConfig):
     """Base training."""
 
-    weights: str = ""  # PyTorch checkpoint or save_pruned folder; '' trains from scratch
+    weights: str = ""  # PyTorch checkpoint or save_pruned folder; '' to train from scratch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TrainerConfig):
-    """Fine-tuning of the cut network."""
+    """Fine-tuning of the pruned network."""
 
-    epochs: int = number(200, least=0)  # 0: the cut network is the result
-    control: bool = False  # then fine-tunes the unpruned network in the same way, for a fair comparison
+    epochs: int = number(200, least=0)  # 0 to skip fine-tuning
+    control: bool = False  # whether to fine-tune the unpruned network too, for a fair comparison
     warmup_epochs: float = number(5.0, least=0.0)  # linear warm-up from 0
-    distillation_weight: float = number(0.0, least=0.0, most=1.0)  # share of the unpruned network's outputs in the loss
-    distillation_temperature: float = number(4.0, least=1e-3)  # of those outputs
-    recalibration_steps: int = number(0, least=0)  # batches that re-estimate batch statistics before fine-tuning
+    distillation_weight: float = number(0.0, least=0.0, most=1.0)  # from the unpruned network
+    distillation_temperature: float = number(4.0, least=1e-3)  # of the distillation loss
+    recalibration_steps: int = number(0, least=0)  # batches for re-estimating batch statistics before fine-tuning
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """The search; on the command line, and in config.json, the method's own fields stand beside the others."""
+    """The search; on the command line and in config.json, the method's fields are on the same level as these."""
 
     method: str = choice("ddnp", *methods.METHODS)
-    epochs: int = number(200, least=1)  # passes over the search images; of methods that score channels always 1
+    epochs: int = number(200, least=1)  # passes over the search images; always 1 for scores
     batch_size: int = number(256, least=1)  # images per step, over all devices
-    augment: bool = False  # random crops and flips, as `data` says
+    augment: bool = False  # random crops and flips, as configured in `data`
     chunk_steps: int = number(10, least=1)  # steps per dispatch
     save_every: int = number(10, least=1)  # chunks between checkpoints and evaluations
-    test_curve: bool = False  # also logs test accuracy at every checkpoint, for figures; it decides nothing
-    # The method's own fields by name, as far as they differ from its defaults; those of other methods are not read.
+    test_curve: bool = False  # also log test accuracy at every checkpoint, for plots only
+    # Fields of the method by name, where they differ from its defaults; those of other methods are ignored.
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, method: str, **values: Any) -> "SearchConfig":
-        """The search of a method, with the defaults that suit it.
+        """Returns the section for a method, with that method's defaults.
 
         Args:
           method: One of `ddnp_jax.methods.METHODS`.
-          **values: Other values, of the fields of this class and of the method's.
+          **values: Values of fields of this class and of the method.
 
         Raises:
-          ValueError: The method or a field is unknown, or a value cannot be.
+          ValueError: The method or a field is unknown, or a value is invalid.
         """
         chosen = methods.find(method)
         common, own = _parted({**chosen.job_fields, **values})
@@ -150,7 +150,7 @@ class SearchConfig:
 
     @property
     def micro_batches(self) -> int:
-        """Steps that share an update: the search takes whole batches."""
+        """Micro-batches per update; the search does not accumulate gradients."""
         return 1
 
     @property
@@ -159,10 +159,10 @@ class SearchConfig:
         return self.batch_size
 
     def method_fields(self) -> Any:
-        """The fields of the method, an instance of its class.
+        """Returns the fields of the method, an instance of its class `Fields`.
 
         Raises:
-          ValueError: The field and what it may be are named.
+          ValueError: A value is invalid; the message names the field and its limits.
         """
         known = methods.default_fields(self.method)
         own = {name: value for name, value in self.fields.items() if name in known}
@@ -174,10 +174,10 @@ class SearchConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How several devices share the work."""
+    """How work is distributed over devices."""
 
-    mode: str = choice("shard_map", *parallel.MODES)  # the same numbers
-    sync_batch_norm: bool = True  # batch statistics of the whole batch; else of each device
+    mode: str = choice("shard_map", *parallel.MODES)  # the results are the same
+    sync_batch_norm: bool = True  # batch statistics over all devices, or of each device
     cpu_fusions: str = cpu.AUTO  # what XLA:CPU may fuse, as for `configure_cpu`
 
 
@@ -185,12 +185,12 @@ class ParallelConfig:
 class Config:
     """An experiment."""
 
-    seed: int = number(0, least=0, bits=63)  # of weights, order, augmentation and search; data.seed draws the splits
-    variant: str = "default"  # name of this form in reports
+    seed: int = number(0, least=0, bits=63)  # of weights, order, augmentation and search; for splits see data.seed
+    variant: str = "default"  # name of this variant in reports
     precision: str = choice("float32", *PRECISIONS)  # of the computation; parameters stay float32
     eval_batch_size: int = number(512, least=1)  # images per evaluation step, over all devices
-    notes: tuple[str, ...] = ()  # sentences that the report repeats
-    export: str = several(*FILES)  # formats, joined by commas, in which the pruned network is written besides
+    notes: tuple[str, ...] = ()  # remarks to include in the report
+    export: str = several(*FILES)  # comma-separated formats to export the pruned network to
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     budget: BudgetConfig = BudgetConfig()
@@ -205,7 +205,7 @@ class Config:
         return PRECISIONS[self.precision]
 
     def stage(self, name: Stage) -> BaseConfig | SearchConfig | FinetuneConfig:
-        """The section of a stage; the control is fine-tuned as the pruned network is."""
+        """The section of a stage; the control uses that of fine-tuning."""
         return getattr(self, "finetune" if name == "control" else name)
 
 
@@ -225,10 +225,10 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 def typed(config: "Config | ConfigDict | Mapping[str, Any]") -> Config:
-    """A configuration of any form as a `Config`, with every field of its method.
+    """Converts a configuration of any form to a `Config` with every field of its method.
 
     Raises:
-      ValueError: A name is no field, a value is not of its field's type, or a method's field is missing.
+      ValueError: A field is unknown, a value has the wrong type, or a field of the method is missing.
     """
     if isinstance(config, Config):
         found = filled(Config(), {name: getattr(config, name) for name in names(config)})
@@ -266,7 +266,7 @@ def _completed(search: SearchConfig) -> SearchConfig:
     of_methods = {name for method in methods.METHODS for name in methods.default_fields(method)}
     if unknown := [name for name in search.fields if name not in of_methods]:
         known = ", ".join(methods.default_fields(search.method))
-        raise ValueError(f"search.{unknown[0]} is no field of the method {search.method!r}; its fields are {known}.")
+        raise ValueError(f"search.{unknown[0]} is not a field of the method {search.method!r}; its fields are {known}.")
     own = dataclasses.asdict(search.method_fields())
     epochs = methods.find(search.method).passes or search.epochs
     return dataclasses.replace(search, epochs=epochs, fields={**shared_search_fields(), **search.fields, **own})

@@ -1,4 +1,4 @@
-"""How a process ends from wherever it is: with one sentence and an exit code."""
+"""Ending a process from any thread, with a one-sentence message and an exit code."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ _leaving = threading.Lock()
 
 
 def leave(code: int, message: str) -> NoReturn:
-    """Ends the process at once: threads of JAX and orbax may be waiting, for other processes for example."""
+    """Ends the process immediately: threads of JAX and orbax may be waiting, for example for other processes."""
     _leaving.acquire()  # and never released: of several threads that leave, one says why
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
@@ -19,5 +19,5 @@ def leave(code: int, message: str) -> NoReturn:
 
 
 def leave_to_resume(reason: str) -> NoReturn:
-    """Ends a process that cannot go on without the others of its run."""
+    """Ends a process that cannot continue without the other processes of its run."""
     leave(RESUMABLE, f"{reason}; start all of them again to resume.")

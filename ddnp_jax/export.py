@@ -1,12 +1,12 @@
-"""Networks for other runtimes: StableHLO and ONNX, each read back and compared before it is written.
+"""Exports networks to StableHLO and ONNX; every export is read back and compared before it is written.
 
     export.onnx("network.onnx", pruned.model, pruned.variables, images)
     export.onnx_int8("network_int8.onnx", pruned.model, pruned.variables, images, calibration)
     export.stablehlo("network.stablehlo", pruned.model, pruned.variables, images)
 
-All take any number of images per call. With `serving`, what `Dataset.serving` returns and a run keeps as
-`pruned/serving.json`, the exported network takes pixels and normalizes them itself, and its metadata say what it sees
-and what its outputs stand for. A run exports with `--config.export`. For PyTorch: `ddnp_jax.torch_weights.save`.
+The batch size is dynamic. With `serving`, which `Dataset.serving` returns and a run saves as `pruned/serving.json`, the
+exported network takes pixels and normalizes them itself, and its metadata describe its input and the meaning of its
+outputs. A run exports with `--config.export`. For PyTorch: `ddnp_jax.torch_weights.save`.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from ddnp_jax.extras import needed_by
 from ddnp_jax.interpreter import FullPrecision, evaluate
 from ddnp_jax.networks import Network, as_network, first_line
 
-# What a run writes, by format; the metadata of StableHLO are a file beside it.
+# Files that a run writes, by format; StableHLO has its metadata in a separate file.
 FILES = {
     "onnx": ("network.onnx",),
     "onnx_int8": ("network_int8.onnx",),
@@ -37,7 +37,7 @@ FILES = {
 }
 PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-4  # of the largest output, as in `verify`
-CALIBRATION_BATCH = 32  # images that are in memory at once, with all that the network computes of them
+CALIBRATION_BATCH = 32  # images that are in memory at once, with all their activations
 _METADATA = "ddnp_jax"  # key of an ONNX file's metadata
 _PACKAGES = {"onnx": ("jax2onnx", "onnx", "onnxruntime"), "stablehlo": ("flatbuffers",)}  # by extra
 
@@ -45,13 +45,13 @@ Serving = Mapping[str, Any]
 
 
 def check_installed(form: str) -> None:
-    """Raises where a package is missing that a format needs; imports none.
+    """Checks that the packages that a format needs are installed, without importing them.
 
     Args:
       form: One of `FILES`.
 
     Raises:
-      ModuleNotFoundError: The package and the command that installs it are named.
+      ModuleNotFoundError: A package is missing; the message gives the command that installs it.
     """
     extra = form.partition("_")[0]
     with needed_by(f"export={form!r}", extra):
@@ -69,21 +69,21 @@ def stablehlo(
     serving: Serving | None = None,
     platforms: Sequence[str] = PLATFORMS,
 ) -> Verification:
-    """Writes a network as a StableHLO artifact, which `jax.export.deserialize` reads without this library and flax.
+    """Exports a network as a StableHLO artifact, which `jax.export.deserialize` reads without this library or flax.
 
-    JAX promises to read artifacts for a limited time; a folder of `save_pruned` is the archive. The metadata are
-    written beside it, as `PATH.json`.
+    JAX guarantees compatibility of artifacts only for a limited time; use `save_pruned` for archiving. The metadata are
+    written to `PATH.json`.
 
     Args:
       path: Path of the file.
       model: The network, of any kind that `trace` takes; evaluation mode is exported.
-      variables: Variables of the network; None of an nnx module, which holds them.
-      images: Images (N, H, W, C) to compare with: as the network takes them, or pixels where there is `serving`.
-      serving: What must be done to an image first; None of nothing.
-      platforms: Platforms that it runs on.
+      variables: Variables of the network; None for an nnx module, which holds them.
+      images: Images (N, H, W, C) for the comparison: as the network takes them, or pixels if `serving` is given.
+      serving: Preprocessing to include, as returned by `Dataset.serving`; None for none.
+      platforms: Target platforms.
 
     Returns:
-      How near the outputs of the file are to those of the network.
+      How close the outputs of the exported network are to those of the original.
 
     Raises:
       ModuleNotFoundError: flatbuffers is missing.
@@ -103,25 +103,25 @@ def stablehlo(
 
 
 def onnx(path: str | Path, model: Any, variables: Any, images: Any, *, serving: Serving | None = None) -> Verification:
-    """Writes a network as an ONNX file, and compares it in ONNX Runtime on the CPU.
+    """Exports a network as an ONNX file, and compares it in ONNX Runtime on the CPU.
 
-    Inputs stay (N, H, W, C). The file computes in float32, whatever shorter type the network asks for. The metadata are
-    a property of the file, in JSON.
+    Inputs stay (N, H, W, C). The file computes in float32, even if the network specifies a lower precision. The
+    metadata are stored in the file, as JSON.
 
     Args:
-      path: Path of the file; the other arguments as of `stablehlo`.
-      model: See there.
-      variables: See there.
-      images: See there.
-      serving: See there.
+      path: Path of the file.
+      model: As for `stablehlo`.
+      variables: As for `stablehlo`.
+      images: As for `stablehlo`.
+      serving: As for `stablehlo`.
 
     Returns:
-      How near the outputs of the file are to those of the network.
+      How close the outputs of the exported network are to those of the original.
 
     Raises:
       ModuleNotFoundError: jax2onnx, onnx or onnxruntime is missing.
-      ValueError: jax2onnx or ONNX Runtime cannot do the network, a variable is not finite, or the outputs differ by
-        more than 1e-4 of the largest.
+      ValueError: jax2onnx or ONNX Runtime does not support the network, a variable is not finite, or the outputs differ
+        by more than 1e-4 of the largest.
     """
     served = _InFloat32(model, variables, images, serving)
     content = _converted(served)
@@ -139,32 +139,32 @@ def onnx_int8(
     *,
     serving: Serving | None = None,
 ) -> Verification:
-    """Writes a network as an ONNX file that computes in 8 bits, as ONNX Runtime quantizes it.
+    """Exports a network as an ONNX file in 8 bits, using ONNX Runtime's static quantization.
 
-    Weights get a scale per channel, activations one per tensor, from their smallest and largest value over the
-    calibration images. How far the outputs may be from those of the network is for the user to judge, by accuracy.
+    Weights get a scale per channel, activations one per tensor, from their minimum and maximum over the calibration
+    images. The difference of the outputs is not limited; evaluate the accuracy of the exported network.
 
     Args:
-      path: Path of the file; the other arguments as of `stablehlo`.
-      model: See there.
-      variables: See there.
-      images: See there.
-      calibration: Images (N, H, W, C) like `images`, a few hundred, which are not those of a test.
-      serving: See there.
+      path: Path of the file.
+      model: As for `stablehlo`.
+      variables: As for `stablehlo`.
+      images: As for `stablehlo`.
+      calibration: A few hundred images (N, H, W, C) like `images`, not taken from the test set.
+      serving: As for `stablehlo`.
 
     Returns:
-      How near the outputs of the file are to those of the network.
+      How close the outputs of the exported network are to those of the original.
 
     Raises:
       ModuleNotFoundError: jax2onnx, onnx or onnxruntime is missing.
-      ValueError: There are no calibration images, jax2onnx or ONNX Runtime cannot do the network, or a variable or an
-        output is not finite.
+      ValueError: There are no calibration images, jax2onnx or ONNX Runtime does not support the network, or a
+        variable or an output is not finite.
     """
     with needed_by("export to ONNX", "onnx"):
         from onnxruntime import quantization
         from onnxruntime.quantization import shape_inference
     if not len(calibration):
-        raise ValueError("calibration holds no images; give a few hundred, which are not those of a test.")
+        raise ValueError("calibration contains no images; give a few hundred that are not from the test set.")
     served = _InFloat32(model, variables, images, serving)
     with tempfile.TemporaryDirectory() as folder:
         whole, prepared, small = (Path(folder, name) for name in ("whole.onnx", "prepared.onnx", "small.onnx"))
@@ -180,7 +180,7 @@ def onnx_int8(
 
 
 def in_onnx_runtime(function: Callable[[jax.Array], Any], shape: Sequence[int]) -> Callable[[Any], list[np.ndarray]]:
-    """A function of one float32 array as ONNX Runtime computes it on the CPU.
+    """Converts a function of one float32 array to one computed by ONNX Runtime on the CPU.
 
     Args:
       function: The function, whose constants become part of it.
@@ -194,7 +194,7 @@ def in_onnx_runtime(function: Callable[[jax.Array], Any], shape: Sequence[int]) 
 
 
 def read_onnx(path: str | Path) -> Callable[[Any], list[np.ndarray]]:
-    """An ONNX file as a function from images (N, H, W, C) to its outputs, computed by ONNX Runtime on the CPU.
+    """Loads an ONNX file as a function from images (N, H, W, C) to outputs, computed by ONNX Runtime on the CPU.
 
     Raises:
       ModuleNotFoundError: onnxruntime is missing.

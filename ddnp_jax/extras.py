@@ -1,4 +1,4 @@
-"""Packages that only a part of the library needs, the extras of setup.cfg."""
+"""Optional dependencies: the extras of setup.cfg."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def needed_by(what: str, extra: str = "job") -> Iterator[None]:
-    """A context whose imports end in one sentence where a package is missing.
+    """A context that turns the ImportError of a missing package into a one-sentence message.
 
     Args:
       what: What needs the packages that are imported.
@@ -19,6 +19,6 @@ def needed_by(what: str, extra: str = "job") -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package in ("", "ddnp_jax"):  # a part has said it already, or this library itself is broken
+        if package in ("", "ddnp_jax"):  # already reported, or this library itself is broken
             raise
         raise ModuleNotFoundError(f"{what} needs {package}; run `pip install ddnp_jax[{extra}]`.") from error

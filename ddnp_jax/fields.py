@@ -1,4 +1,4 @@
-"""Dataclasses whose fields say what they may be: the type by the annotation, the limits beside the default.
+"""Self-validating dataclasses: fields have a type (the annotation) and limits (next to the default).
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Trainer:
@@ -8,8 +8,8 @@
     trainer = filled(Trainer(), {"epochs": 20}, "base.")
     check_limits(trainer, "base.")
 
-`several` holds any of some names. `filled` refuses unknown names and wrong types, `check_limits` what is beyond the
-limits. `built` makes a dataclass from the values of a file.
+`several` holds any of some names. `filled` raises for unknown names and wrong types, `check_limits` for values beyond
+the limits. `built` makes a dataclass from the values of a file.
 """
 
 import dataclasses
@@ -141,7 +141,7 @@ def names(section: Any) -> tuple[str, ...]:
 
 
 def check_limits(section: Any, prefix: str = "", like: type | None = None) -> None:
-    """Refuses values beyond the limits of their fields, in a dataclass and in those that it holds.
+    """Checks that the values of a dataclass, and of nested ones, are within the limits of their fields.
 
     Args:
       section: An instance of a dataclass.
@@ -183,7 +183,7 @@ def filled(section: T, values: Mapping[str, Any], prefix: str = "") -> T:
     """
     kinds = _kinds(type(section))
     if unknown := [name for name in values if name not in kinds]:
-        raise ValueError(f"{prefix}{unknown[0]} is no field of the configuration; there are {', '.join(kinds)}.")
+        raise ValueError(f"{prefix}{unknown[0]} is not a field of the configuration; there are {', '.join(kinds)}.")
     taken = {name: _taken(kinds[name], value, getattr(section, name), prefix + name) for name, value in values.items()}
     return dataclasses.replace(typing.cast(Any, section), **taken)
 

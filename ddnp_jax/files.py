@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON."""
+"""Atomic writing of files, and JSON."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ _SEAL = "checksum"  # field of a file that `write_sealed` wrote
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Writes a file so that after a kill or a power cut it is either the old one or the new one, whole.
+    """Writes a file atomically: after a kill or a power failure it is either the old one or the new one.
 
     Args:
       path: Path of the file, whose folder exists.
@@ -58,7 +58,7 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); put a good copy back, or delete it.") from error
+        raise ValueError(f"{path} is not JSON ({error}); restore a good copy, or delete it.") from error
 
 
 def checksum(value: Any) -> str:
@@ -80,10 +80,10 @@ def read_sealed(path: str | Path) -> dict[str, Any]:
     """
     fields = read_json(path)
     if not isinstance(fields, dict) or fields.pop(_SEAL, None) != checksum(fields):
-        raise ValueError(f"{path} is damaged: its checksum is wrong; put a good copy back, or delete it.")
+        raise ValueError(f"{path} is damaged: its checksum is wrong; restore a good copy, or delete it.")
     return fields
 
 
 def user_cache() -> Path:
-    """Folder of what this library keeps for a user, beside every run."""
+    """Folder of this library's per-user cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddnp_jax"

@@ -27,7 +27,7 @@ def top1(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def check_labels(shape: tuple[int, ...], labels: Any, name: str = "the network", batch: int = 0) -> None:
-    """Checks that labels fit the logits of the default loss, on the host.
+    """Checks, on the host, that the labels match the logits of the default loss.
 
     Args:
       shape: Shape of the network's outputs for the batch.
@@ -36,11 +36,11 @@ def check_labels(shape: tuple[int, ...], labels: Any, name: str = "the network",
       batch: Number of the batch, for messages.
 
     Raises:
-      ValueError: The outputs are no logits (N, K), or the labels are no whole numbers (N,) in 0..K - 1.
+      ValueError: The outputs are not logits (N, K), or the labels are not integers (N,) in 0..K - 1.
     """
     advice = "give loss=, a function (outputs, targets) -> scalar, for anything but classes."
     if len(shape) != 2:
-        raise ValueError(f"{name} returns outputs {shape}, which are no logits (N, K); {advice}")
+        raise ValueError(f"{name} returns outputs {shape}, which are not logits (N, K); {advice}")
     if not hasattr(labels, "shape") or not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != shape[:1]:
         found = f"{labels.dtype} {labels.shape}" if hasattr(labels, "shape") else type(labels).__name__
         raise ValueError(
@@ -59,18 +59,18 @@ def check_labels(shape: tuple[int, ...], labels: Any, name: str = "the network",
 def check_loss(
     loss: Loss, found: Any, targets: Any, outputs: Outputs = None, name: str = "the network", argument: str = "loss"
 ) -> None:
-    """Checks that an own loss takes what a network returns; nothing is computed.
+    """Checks that a custom loss accepts the outputs of a network; nothing is computed.
 
     Args:
       loss: Loss `(outputs, targets) -> scalar`.
       found: What the network returns for a batch, or its shapes.
       targets: Targets of the batch.
-      outputs: Which of the outputs count, as in `measure`.
+      outputs: Which of the outputs to use, as in `measure`.
       name: Name of the network, for messages.
       argument: Name of the argument that holds the loss, for messages.
 
     Raises:
-      ValueError: The loss cannot be computed, or is no floating-point scalar.
+      ValueError: The loss cannot be computed, or is not a floating-point scalar.
     """
     counted = found if outputs is None else jax.eval_shape(lambda found: picked(found, outputs, name), found)
     given = f"the outputs ({structure(counted)}) of {name} and targets ({structure(targets)})"
@@ -96,15 +96,15 @@ def measure(
     label_smoothing: float = 0.0,
     name: str = "the network",
 ) -> dict[str, jax.Array]:
-    """The "loss" of what a network returned and, of the default loss, the "top1" accuracy in percent.
+    """Computes the "loss" of a network's outputs and, for the default loss, the "top1" accuracy in percent.
 
     Args:
       found: What the network returned for a batch.
       targets: Targets of the batch.
-      loss: Loss `(outputs, targets) -> scalar`; None is the cross-entropy of logits (N, K) against integer labels (N,).
-      outputs: Which of the outputs count: a key, an index or a function; see `networks.picked`. Without it an own loss
-        is given everything that the network returned.
-      label_smoothing: Mass that the label gives to all classes, in the default loss.
+      loss: Loss `(outputs, targets) -> scalar`; None for the cross-entropy of logits (N, K) with integer labels (N,).
+      outputs: Which of the outputs to use: a key, an index or a function; see `networks.picked`. Without it, a custom
+        loss receives everything that the network returned.
+      label_smoothing: Label smoothing of the default loss.
       name: Name of the network, for messages.
     """
     if loss is not None:
@@ -121,14 +121,14 @@ def distillation(logits: jax.Array, teacher_logits: jax.Array, temperature: floa
 
 
 def resource(kind: str, cost: jax.Array, total: float, p: float) -> jax.Array:
-    """Resource loss R(T, p T_total): how far the present cost T is from the wanted p T_total.
+    """Resource loss R(T, p T_total): how far the current cost T is from the target p T_total.
 
     Args:
       kind: 'log_abs' |log(T / p T_total)| (the authors' DDNP form), 'log_max' log(max(T, p T_total) / p T_total) (their
         NPPM form), 'abs' |T / T_total - p| or 'square' (T / T_total - p)².
       cost: T, in the unit of `total`.
-      total: T_total, the cost of the whole network.
-      p: Fraction that may remain.
+      total: T_total, the cost of the unpruned network.
+      p: Fraction of the cost to keep.
     """
     target = p * total
     match kind:
@@ -150,7 +150,7 @@ def tie(gates: tuple[jax.Array, ...], k: jax.Array, rng: jax.Array, noise: float
     detached, so that only the widths move.
 
     Args:
-      gates: Per gate the relaxed Bernoulli values (C_l,).
+      gates: Relaxed Bernoulli values (C_l,) per gate.
       k: (L,) widths in (0, 1).
       rng: Key for u.
       noise: Half the range of u.

@@ -1,7 +1,7 @@
-"""Masks applied from outside: the program of a network is evaluated with masks in front of the layers that read gates.
+"""Masks applied from outside: a network is evaluated with masks in front of the layers that read gates.
 
 The traced program (jaxpr) is evaluated equation by equation; a gate's mask multiplies the input of each layer that
-reads the gate. No module knows of it.
+reads the gate. The modules themselves are unchanged.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,26 +31,26 @@ def apply_masked(
 ) -> Any:
     """Applies a network in evaluation mode with masked channels.
 
-    The masks act behind batch norm and activation, so that a mask of zeros and ones gives the network without the
-    removed channels. They may be traced and differentiated; only their gradient is formed, not that of the variables.
+    The masks are applied after batch norm and activation, so that a binary mask gives the network without the removed
+    channels. They may be traced and differentiated; only their gradient is computed, not that of the variables.
 
     Args:
       model: The network, of any kind that `trace` takes.
-      variables: Variables of the network; None of an nnx module, which holds them.
+      variables: Variables of the network; None for an nnx module, which holds them.
       x: Images (N, *topology.input_shape).
       masks: One mask (C_l,) per gate.
       topology: Topology of `model`, as returned by `trace`.
-      observe: Called while tracing with a gate's number and what its consumers read, unmasked, (..., C_l), once for
-        every different input, in the order of the forward pass: channels are moved to the end where they are elsewhere,
-        as after a flatten.
-      interpreter: How the program is evaluated; `FullPrecision` for proofs.
+      observe: Called while tracing with the index of a gate and the unmasked input (..., C_l) of its consumers, once
+        for every distinct input, in the order of the forward pass. Channels are moved to the last axis if necessary, as
+        after a flatten.
+      interpreter: Evaluates the program; `FullPrecision` for verification.
 
     Returns:
-      What the model returns.
+      The outputs of the model.
 
     Raises:
-      ValueError: Number or shape of the masks, or the images' shape, are not the topology's; or the program of the
-        network is another one than the traced one.
+      ValueError: The number or shape of the masks or the shape of the images does not match the topology, or the
+        network's program differs from the traced one.
     """
     _check(x, masks, topology)
     network = as_network(model, **dict(topology.call_kwargs))

@@ -1,4 +1,4 @@
-"""Networks by their names: those of this library, and whatever a module makes."""
+"""Networks by name: those of this library, and those of the user's modules."""
 
 import importlib
 import inspect
@@ -14,11 +14,11 @@ from flax import nnx
 from ddnp_jax import models
 from ddnp_jax.networks import as_network, first_line
 
-CLASSES = 1000  # of this library's models, where nothing else is said
+CLASSES = 1000  # of this library's models by default
 
 
 def network_of(name: str, attributes: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The network of a name, and its variables.
+    """Returns the network with a name, and its variables.
 
     Args:
       name: A model of this library, or MODULE:NAME. The latter is a network, a module class, or a function that returns
@@ -34,7 +34,9 @@ def network_of(name: str, attributes: Mapping[str, Any]) -> tuple[Any, Any]:
     if ":" not in name:
         if name not in models.names():
             known = ", ".join(models.names())
-            raise ValueError(f"{name!r} is no model of this library ({known}); give one, or your own as MODULE:NAME.")
+            raise ValueError(
+                f"{name!r} is not a model of this library ({known}); give one, or your own as MODULE:NAME."
+            )
         return models.create(name, **{"num_classes": CLASSES, **attributes}), None
     found = _imported(name)
     made = found if isinstance(found, nn.Module | nnx.Module) else _made(name, found, attributes)

@@ -1,7 +1,7 @@
 """Devices and hosts: a step written from one device's view runs on all devices of all processes.
 
-Every state is replicated and every batch split, so there is one mesh with one axis and nothing else to choose. The axis
-is known in this file alone: a step is given `Devices`.
+States are replicated and batches split over a mesh with a single axis. Only this file uses the axis; a step receives
+`Devices`.
 """
 
 import os
@@ -57,7 +57,7 @@ def initialize(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> relay.Relay | None:
-    """Joins this process to the others of the run; must come before anything touches a device.
+    """Joins this process to the others of the run; must be called before any device is used.
 
     From then on, the process ends soon after another one that ended before its time, with a sentence and
     `ending.RESUMABLE`.
@@ -116,10 +116,10 @@ def _found(names: Iterable[str]) -> dict[str, Any]:
 
 
 def check_devices() -> None:
-    """Raises where JAX can start none of the devices that it is asked for.
+    """Raises if JAX cannot initialize any of the requested devices.
 
     Raises:
-      ValueError: JAX_PLATFORMS, or what else was asked for, names a platform that is not here.
+      ValueError: A requested platform, for example by JAX_PLATFORMS, is not available.
     """
     try:
         jax.devices()
@@ -198,7 +198,7 @@ def process() -> tuple[int, int]:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether `flag` is true in any process; every process must ask, and all get the same answer."""
+    """Whether `flag` is true in any process; every process must call this, and all get the same result."""
     if jax.process_count() == 1:
         return flag
     with jax.transfer_guard("allow"):  # one byte each; its gather moves it implicitly
@@ -215,10 +215,10 @@ def on_first_process(write: Callable[[], Any]) -> None:
     if jax.process_index() == 0:
         try:
             write()
-        except Exception as caught:  # whatever it is, the others must not wait for ever
+        except Exception as caught:  # whatever it is, the others must not wait forever
             error = caught
     if any_process(error is not None):
-        raise error or OSError("the first process could not write; its own message says why.")
+        raise error or OSError("the first process could not write; see its own message.")
 
 
 def check_mode(mode: str) -> None:

@@ -1,4 +1,4 @@
-"""A clean stop on SIGTERM and Ctrl-C: what runs may end at the next good moment, saved and resumable."""
+"""A graceful stop on SIGTERM and Ctrl-C: a run ends at the next safe point, saved and resumable."""
 
 import signal
 import sys
@@ -9,7 +9,7 @@ from ddnp_jax import ending, parallel
 
 
 class Preempted(SystemExit):
-    """The run was asked to stop and ends; the same command resumes it. Uncaught, it exits with `ending.RESUMABLE`."""
+    """Raised when the run stops on request; the same command resumes it. Uncaught, it exits with `ending.RESUMABLE`."""
 
     def __init__(self, message: str) -> None:
         super().__init__(ending.RESUMABLE)
@@ -20,10 +20,10 @@ class Preempted(SystemExit):
 
 
 class PreemptionGuard:
-    """While entered, SIGTERM and Ctrl-C only ask the run to stop, so that it can save and leave between two chunks.
+    """While active, SIGTERM and Ctrl-C only request a stop, so that the run can save and exit between two chunks.
 
-    A second Ctrl-C interrupts at once. Repeated SIGTERMs change nothing: schedulers send several. Must be entered in
-    the main thread; in a run of several processes, by all of them. One that is not entered never asks to stop.
+    A second Ctrl-C interrupts immediately. Repeated SIGTERMs have no effect: schedulers send several. Must be entered
+    in the main thread; in a run of several processes, by all of them. One that is not entered never asks to stop.
     """
 
     _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -46,17 +46,17 @@ class PreemptionGuard:
             print(error.message, file=sys.stderr, flush=True)
 
     def stop_requested(self) -> bool:
-        """Whether any process of the run was asked to stop; all processes ask at the same point, and agree."""
+        """Whether any process of the run was requested to stop; all processes call this at the same point and agree."""
         return parallel.any_process(self._requested)
 
     def check(self, message: str) -> None:
-        """Ends the run if it was asked to stop; all processes call at the same point.
+        """Ends the run if a stop was requested; all processes call this at the same point.
 
         Args:
           message: What is saved, for the person who reads it; said on standard error when the guard is left.
 
         Raises:
-          Preempted: It was asked to stop.
+          Preempted: A stop was requested.
         """
         if self.stop_requested():
             raise Preempted(message)

@@ -1,4 +1,4 @@
-"""The three-line use: a trained network, images and a budget in, a smaller network out."""
+"""The high-level interface: takes a trained network, images and a budget, and returns a smaller network."""
 
 import dataclasses
 import difflib
@@ -19,24 +19,24 @@ from ddnp_jax.topology import Gate, Selection, Topology, trace
 from ddnp_jax.training.fitting import TargetsCheck, checked_batch
 from ddnp_jax.training.steps import Batch
 
-VERIFIED_IMAGES = 64  # of the first batch, with which the cut is verified
+VERIFIED_IMAGES = 64  # images of the first batch that the pruned network is verified on
 
 Floors = int | float | Mapping[str, int | float] | Callable[[Gate], int | float] | None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Pruned:
-    """A pruned network; it is not fine-tuned yet.
+    """A pruned network, before fine-tuning.
 
     Attributes:
       model: The smaller network.
-      variables: Its variables; None of an nnx module, which holds them.
-      selection: The channels that stayed.
+      variables: Its variables; None for an nnx module, which holds them.
+      selection: The channels that were kept.
       topology: Topology of the unpruned network.
-      history: Every metric over the steps of the search, (steps,); empty of methods that need no images.
+      history: Every metric over the steps of the search, (steps,); empty for methods that need no images.
       budget: The budget that was met.
-      verification: How near the smaller network is to the masked one.
-      notes: What is worth knowing of the search, for example whether it has converged.
+      verification: How close the smaller network's outputs are to the masked network's.
+      notes: Remarks on the search, for example whether it has converged.
     """
 
     model: Any
@@ -49,11 +49,11 @@ class Pruned:
     notes: tuple[str, ...]
 
     def __repr__(self) -> str:
-        """As `describe`: all that it holds would fill pages."""
+        """As `describe`; a complete representation would fill pages."""
         return self.describe()
 
     def describe(self) -> str:
-        """Sizes before and after, the widths of all gates and how the cut was verified, as text."""
+        """Returns the sizes before and after, the widths of all gates and the result of the verification, as text."""
         difference = f"largest difference to the masked network: {self.verification.max_difference:.1e}"
         return "\n".join([self.budget.describe(self.selection.widths), difference, *self.notes])
 
@@ -81,45 +81,46 @@ def prune(
     progress: bool = True,
     **fields: Any,
 ) -> Pruned:
-    """Removes channels of a trained network, as many as a budget asks for.
+    """Prunes the channels of a trained network to a budget.
 
-    The network is traced, the method searches which channels stay, they are cut out, and the smaller network is proved
-    to compute what the masked one does. Fine-tune it afterwards, with `ddnp_jax.fit` or with your own code.
+    The network is traced, the method decides which channels to keep, the others are removed, and the smaller network
+    is verified to compute the same as the masked one. Fine-tune it afterwards, with `ddnp_jax.fit` or your own code.
 
     Args:
       model: A flax.linen module, a flax.nnx module, or a function `(variables, images) -> outputs`.
-      variables: Trained variables; None of an nnx module, which holds them.
-      batches: Batches (images, targets) of arrays, images (N, H, W, C), in a list or anything else that can be read
-        again and again. Methods that need no images read the first one, with which the cut is verified.
-      p: Part of the prunable FLOPs that remains, in (0, 1]; `flops.p_for_reduction` gives it for a part of the whole
-        network that is to go.
-      method: Name of the method; `ddnp_jax.methods.METHODS` lists them.
-      steps: Steps of the search, one batch each; None takes the method's own number. Methods that need no images take
-        none.
-      seed: Seed of everything that is drawn.
-      loss: Loss `(outputs, targets) -> scalar` that the network was trained for; None is the cross-entropy of integer
-        labels.
-      outputs: Which of the network's outputs count: a key, an index, or a function of them; None where there is one.
-      performance: `(outputs, targets) -> scalar` in [0, 1], which NPPM's predictor learns; None is the accuracy of the
-        default loss, and exp(-loss) of an own one.
-      input_shape: Shape of one image; None takes that of the first batch.
-      budget: A budget of another kind, whose `topology` is then taken; it replaces `p`, `residual`, `keep`, `floors`
+      variables: Trained variables; None for an nnx module, which holds them.
+      batches: Reusable iterable, such as a list, of batches (images, targets) of arrays with images (N, H, W, C).
+        Methods that need no images use only the first batch, for verification.
+      p: Fraction of the prunable FLOPs to keep, in (0, 1]; `flops.p_for_reduction` computes it from the fraction of the
+        total FLOPs to remove.
+      method: Name of the method; one of `ddnp_jax.methods.METHODS`.
+      steps: Number of search steps, one batch each; None for the method's default. Ignored by methods that need no
+        images.
+      seed: Random seed of the search.
+      loss: Loss `(outputs, targets) -> scalar` that the network was trained with; None for the cross-entropy with
+        integer labels.
+      outputs: Which of the network's outputs to use: a key, an index, or a function of them; None if there is only one.
+      performance: `(outputs, targets) -> scalar` in [0, 1] that NPPM's predictor learns; None for the accuracy with the
+        default loss, and exp(-loss) with a custom one.
+      input_shape: Shape of one image; None to take it from the first batch.
+      budget: A budget of another kind, whose `topology` is then used; it replaces `p`, `residual`, `keep`, `floors`
         and `multiple`.
       residual: Whether channels that are added to those of other layers may be removed too.
-      keep: Names of gates that stay whole, or a function that says so of a gate.
-      floors: Least that stays of every gate: channels (whole numbers) or a part (fractions below 1), one for all
-        gates, by the gate's name, or as a function of the gate.
-      multiple: Widths are multiples of this, except whole gates.
-      rebuild: Makes the smaller network from the channels per gate, where its code computes with numbers of its own.
-      call_kwargs: Further keyword arguments of every call of the network.
-      progress: Whether to report on the way.
+      keep: Names of gates to leave unpruned, or a predicate on gates.
+      floors: Minimum width of every gate, as a number of channels (integer) or a fraction (below 1): one value for all
+        gates, a mapping by gate name, or a function of the gate.
+      multiple: Widths are multiples of this, except those of unpruned gates.
+      rebuild: Builds the smaller network from the channels per gate; for networks with hard-coded channel counts.
+      call_kwargs: Additional keyword arguments for every call of the network.
+      progress: Whether to print progress.
       **fields: Fields of the method.
 
     Returns:
-      The smaller network, and how it was found.
+      The smaller network, with the record of the search.
 
     Raises:
-      ValueError: An argument is wrong, the budget cannot be met, or the network cannot be cut; before any search.
+      ValueError: An argument is invalid, the budget cannot be met, or the network cannot be resized; raised before the
+        search.
     """
     _check_names(method, fields)
     config = methods.configure(method, fields)
@@ -150,7 +151,7 @@ def prune(
 
 
 def _check_names(method: str, fields: Mapping[str, Any]) -> None:
-    """Raises for a misspelt argument of `prune`, which would otherwise count as a field of the method."""
+    """Raises for a misspelled argument of `prune`, which would otherwise be taken for a field of the method."""
     own = methods.default_fields(method)
     known = [*own, *(name for name in inspect.signature(prune).parameters if name != "fields")]
     for name in fields:
@@ -169,10 +170,10 @@ def _steps(method: str, steps: Any) -> int:
 
 
 def _first(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
-    """The first batch, and all batches; an iterator is not asked for its first one twice."""
+    """Returns the first batch and all batches, without losing the first batch of an iterator."""
     iterator = iter(batches)
     try:
         first = next(iterator)
     except StopIteration:
-        raise ValueError("batches holds no batch; give (images, targets) of arrays.") from None
+        raise ValueError("batches is empty; give batches (images, targets) of arrays.") from None
     return first, itertools.chain([first], iterator) if iterator is batches else batches

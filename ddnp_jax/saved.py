@@ -1,4 +1,4 @@
-"""A network in a folder: its weights, and what its module needs to take them. Nothing is pickled."""
+"""Saving a network to a folder: its weights, and what is needed to rebuild its module. Nothing is pickled."""
 
 import hashlib
 import importlib
@@ -30,17 +30,17 @@ _FIELDS: dict[str, type] = {
 
 
 def save_pruned(path: str | Path, model: Any, variables: Any = None) -> None:
-    """Writes a network into a folder, for `load_pruned`.
+    """Saves a network to a folder, for `load_pruned`.
 
-    The folder gets the weights (msgpack) and `model.json`: the module's class and attributes, the sizes of its layers,
-    and the weights' checksum. `model.json` is replaced last and at once, so that a reader finds the old network or the
-    new one, never a mixture.
+    The folder contains the weights (msgpack) and `model.json`: the module's class and attributes, the sizes of its
+    layers, and the checksum of the weights. `model.json` is replaced last and atomically, so that a reader finds either
+    the old network or the new one, never a mixture.
 
     Args:
-      path: Path of the folder, which is made.
-      model: The network. Attributes of a linen module that are neither JSON values, data types nor defaults of their
-        class are listed as missing, and `load_pruned` then needs the module.
-      variables: Variables of the network; None of an nnx module.
+      path: Path of the folder, which is created if necessary.
+      model: The network. If a linen module has attributes that are neither JSON values, data types nor defaults of
+        their class, `load_pruned` needs the unpruned module.
+      variables: Variables of the network; None for an nnx module.
 
     Raises:
       ValueError: A variable is NaN or infinite.
@@ -76,22 +76,22 @@ def save_pruned(path: str | Path, model: Any, variables: Any = None) -> None:
 
 
 def load_pruned(path: str | Path, model: Any = None, variables: Any = None) -> tuple[Any, Any]:
-    """Reads a network that `save_pruned` wrote.
+    """Loads a network saved by `save_pruned`.
 
-    No code of the folder runs: besides this library's own classes, only those are built whose modules the program has
-    imported already.
+    No code from the folder is executed: besides this library's own classes, only classes from modules that are already
+    imported are instantiated.
 
     Args:
       path: Path of the folder.
-      model: The unpruned network, for all but linen modules whose class is known and whose attributes could be written.
-      variables: Variables with the structure of those saved, where that is not nested dictionaries.
+      model: The unpruned network; not needed for linen modules whose class is known and whose attributes were saved.
+      variables: Variables with the structure of those saved, if that is not nested dictionaries.
 
     Returns:
-      The network and its variables; None of an nnx module, which holds them.
+      The network and its variables; None for an nnx module, which holds them.
 
     Raises:
-      ValueError: The folder holds no such network, it is damaged, its module cannot be built again, or `model` has
-        other attributes; the data type may differ.
+      ValueError: The folder does not contain a saved network, it is damaged, its module cannot be rebuilt, or `model`
+        has other attributes; only the data type may differ.
     """
     file = Path(path) / DESCRIPTION
     description = _description(file)
@@ -114,7 +114,7 @@ def load_pruned(path: str | Path, model: Any = None, variables: Any = None) -> t
 
 
 def _is_saved(leaf: Any) -> bool:
-    """Random keys are no weights; the module that reads the folder has its own."""
+    """Random keys are not saved; the module that is loaded into has its own."""
     return not jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key)
 
 
@@ -237,11 +237,11 @@ def _build(description: Mapping[str, Any], file: Path) -> nn.Module:
     if found is None:
         advice = "" if name.startswith("__main__:") else "import its module first, or "
         raise ValueError(
-            f"{file}: {name} is no class of this library, and no module of the program has it; {advice}pass the "
+            f"{file}: {name} is not a class of this library, and no module of the program has it; {advice}pass the "
             "unpruned network, load_pruned(..., model=)."
         )
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ValueError(f"{file}: {name} is no flax module.")
+        raise ValueError(f"{file}: {name} is not a flax module.")
     try:
         return found(**{key: _from_json(value) for key, value in description["attributes"].items()})
     except (TypeError, ValueError, KeyError) as error:
@@ -249,7 +249,7 @@ def _build(description: Mapping[str, Any], file: Path) -> nn.Module:
 
 
 def _class(name: str) -> Any:
-    """A class of this library, or of a module that is imported already; None of others."""
+    """A class of this library, or of a module that is imported already; None for others."""
     module, _, qualname = name.partition(":")
     if module.partition(".")[0] == OWN_PACKAGE and module not in sys.modules:
         try:

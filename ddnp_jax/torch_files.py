@@ -1,4 +1,4 @@
-"""What PyTorch's checkpoint files hold, as float32 arrays by name; nothing but tensors is ever unpickled."""
+"""Reads PyTorch's checkpoint files as float32 arrays by name; only tensors are ever unpickled."""
 
 import math
 import os
@@ -11,13 +11,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-# Where training scripts keep the state dict in a checkpoint; the first that is there is taken.
+# Keys under which training scripts store the state dict in a checkpoint; the first one present is used.
 CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "model_ema")
-# What `torch.compile`, `DataParallel` and detectors put before every name.
+# Prefixes that `torch.compile`, `DataParallel` and detectors add to every name.
 PREFIXES = ("_orig_mod.", "module.", "backbone.")
 COUNTERS = ("num_batches_tracked", "n_averaged")  # of batch norm and of averaged models; no weights
 
-# A file of `torch.save` is not compressed, and weights of one byte become four: what unpacks to more is no such file.
+# `torch.save` does not compress, and weights of one byte become four: a file that unpacks to more is malicious.
 LARGEST_RATIO, ALWAYS_ALLOWED = 10, 2**24
 
 
@@ -28,23 +28,23 @@ class _Refused(ValueError):
 def read(
     path_or_state_dict: str | os.PathLike | Mapping[str, Any], wanted: Collection[str] = ()
 ) -> dict[str, np.ndarray]:
-    """Reads a PyTorch checkpoint as it is.
+    """Reads a PyTorch checkpoint without converting its layout.
 
-    The key of the checkpoint under which the weights lie, and prefixes that are removed, are said on stderr.
+    The key under which the weights are found, and prefixes that are removed, are reported on stderr.
 
     Args:
-      path_or_state_dict: A file of safetensors (named so) or of `torch.save`, which need the extra `torch`, or what it
-        holds: a state dict of tensors or numpy arrays, as it is or under one of the keys in `CONTAINERS`.
-      wanted: Names of the model's tensors, where they are known. A prefix with which one of them begins stays.
+      path_or_state_dict: A `.safetensors` file or a file written by `torch.save`, which need the extra `torch`, or its
+        contents: a state dict of tensors or numpy arrays, directly or under one of the keys in `CONTAINERS`.
+      wanted: Names of the model's tensors, if known. A prefix with which one of them begins is kept.
 
     Returns:
-      Float32 arrays under PyTorch's names, without the `PREFIXES` and without counters ("num_batches_tracked").
+      Float32 arrays with PyTorch's names, without the `PREFIXES` and without counters ("num_batches_tracked").
 
     Raises:
-      FileNotFoundError: There is no such file.
-      ImportError: A file is to be read and the library that reads it is not installed.
-      ValueError: The file is damaged, unpacks to far more than its size, or holds no state dict; or a tensor holds
-        something else than floating-point numbers, or numbers that are not finite, or is there twice.
+      FileNotFoundError: The file does not exist.
+      ImportError: The library for reading the file is not installed.
+      ValueError: The file is damaged, unpacks to far more than its size, or contains no state dict; or a tensor is not
+        floating-point, not finite, or a duplicate.
     """
     given, source = path_or_state_dict, source_of(path_or_state_dict)
     if isinstance(given, Mapping):
@@ -148,7 +148,7 @@ def _unwrapped(checkpoint: Any, source: str) -> Mapping[str, Any]:
         state = state[keys[0]]
     for name, value in state.items():
         if not (isinstance(name, str) and hasattr(value, "shape")):
-            raise ValueError(f"{source} holds {name!r}, which is no tensor; {advice}")
+            raise ValueError(f"{source} holds {name!r}, which is not a tensor; {advice}")
     return state
 
 

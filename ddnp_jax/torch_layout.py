@@ -1,4 +1,4 @@
-"""What a network's variables are called in PyTorch, in what order their numbers lie there, and for which images."""
+"""The names and memory layout of a network's variables in PyTorch, and the image sizes they fit."""
 
 import math
 import re
@@ -14,13 +14,13 @@ from ddnp_jax.topology import Flattened, Topology, trace, variable_shapes
 
 LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
-# Images that a network is tried with where their shape is not given: sides, and a bound for all others.
+# Image sizes to try if the shape is not given: preferred sides, and a bound for all others.
 SIDES, LARGEST_SIDE = (224, 32, 28, 64, 96, 128, 256, 299, 384, 512), 1024
 BATCH = 2  # images of the calls that are tried; nothing is computed
 
 
 class Tensor(NamedTuple):
-    """A variable and what makes a PyTorch tensor of it.
+    """A variable and its conversion to a PyTorch tensor.
 
     Attributes:
       path: Path of the variable.

@@ -1,13 +1,13 @@
-"""PyTorch state dicts in and out, for every flax.linen and flax.nnx model whose modules are named as in PyTorch.
+"""Import and export of PyTorch state dicts, for flax.linen and flax.nnx models whose modules are named as in PyTorch.
 
-One rule ties the names, so that an architecture needs no code here: the names of the modules are joined by dots,
-`_<digits>` in them becomes `.<digits>`, and the leaf takes PyTorch's name: "layer1_0/conv1/kernel" of a linen module
+One rule maps the names, so that no architecture needs code here: the names of the modules are joined by dots,
+`_<digits>` in them becomes `.<digits>`, and the leaf gets PyTorch's name: "layer1_0/conv1/kernel" of a linen module
 and "layer1/0/conv1/kernel" of an nnx module are "layer1.0.conv1.weight". Kernels change from (*spatial, in, out) to
-(out, in, *spatial), and those of transposed convolutions to (in, out, *spatial), turned round. Where one axis of a
-variable holds both the pixels and the channels of an image (the rows of a dense layer behind a flatten, the outputs of
-one whose result becomes an image), PyTorch has the channels first; the trace of the network knows which axes these are.
+(out, in, *spatial), and those of transposed convolutions to (in, out, *spatial), flipped. If one axis of a variable
+holds both the pixels and the channels of an image (the rows of a dense layer after a flatten, the outputs of one whose
+result becomes an image), PyTorch has the channels first; the trace of the network shows which axes these are.
 
-A pruned network goes back to PyTorch with `save`, which writes its state dict and the sizes of its layers.
+`save` exports a pruned network to PyTorch: its state dict and the sizes of its layers.
 """
 
 import os
@@ -35,11 +35,11 @@ from ddnp_jax.torch_layout import (
 
 __all__ = ["export", "layer_sizes", "load", "read", "rename_aliases", "save"]
 
-# Published checkpoints of one network call its classifier by one of these names; either is taken for the other.
+# Published checkpoints of the same network use either of these names for its classifier.
 ALIASES = {"fc": "linear", "linear": "fc"}
 WEIGHTS_FILE, LAYERS_FILE = "weights.safetensors", "pytorch_layers.py"
 
-# What `save` writes beside the weights, for a reader without this library.
+# What `save` writes in addition to the weights, for use without this library.
 LAYERS_SOURCE = '''"""The sizes of a pruned network's layers, for PyTorch alone.
 
     model = load(whole_model, safetensors.torch.load_file("{weights}"))
@@ -76,23 +76,23 @@ def load(
     model: Any,
     input_shape: Sequence[int] | None = None,
 ) -> Any:
-    """Reads a PyTorch checkpoint as the variables of a flax model.
+    """Loads a PyTorch checkpoint as the variables of a flax model.
 
     Args:
-      path_or_state_dict: A file of safetensors (named so) or of `torch.save`, or what it holds; see `read`.
+      path_or_state_dict: A `.safetensors` file, a file written by `torch.save`, or its contents; see `read`.
       model: Model with the checkpoint's architecture and module names, a flax.linen or flax.nnx module.
-      input_shape: Shape of one image, (H, W, C). It is needed only where the weights do not tell what it is about: of
-        models that flatten images which no square image makes, or the network's input itself.
+      input_shape: Shape of one image, (H, W, C). Needed only if it cannot be derived from the weights: for models that
+        flatten feature maps that no square image produces, or the network's input itself.
 
     Returns:
-      Of a linen module the variables as `model.init` returns them, {"params", "batch_stats"}, in float32; of an nnx
-      module a copy of it with these weights inside.
+      For a linen module, the variables as `model.init` returns them, {"params", "batch_stats"}, in float32; for an nnx
+      module, a copy that holds these weights.
 
     Raises:
-      FileNotFoundError: There is no such file.
-      ImportError: A file is to be read and the library that reads it is not installed.
-      ValueError: The file is damaged, holds no state dict, or does not fit the model: the first tensor that is
-        misshapen, extra or missing is named. Or `input_shape` is needed.
+      FileNotFoundError: The file does not exist.
+      ImportError: The library for reading the file is not installed.
+      ValueError: The file is damaged, contains no state dict, or does not match the model (the message names the first
+        missing, unexpected or misshapen tensor); or `input_shape` is needed.
     """
     network, source = torch_network(model), source_of(path_or_state_dict)
     layout = any_layout(network) if input_shape is None else layout_at(network, input_shape)
@@ -110,17 +110,17 @@ def load(
 
 
 def export(model: Any, variables: Any = None, input_shape: Sequence[int] | None = None) -> dict[str, np.ndarray]:
-    """Writes the variables of a flax model as a PyTorch state dict; the inverse of `load`.
+    """Converts the variables of a flax model to a PyTorch state dict; the inverse of `load`.
 
-    `torch_model.load_state_dict({k: torch.from_numpy(v) for k, v in export(model, variables).items()})` reads it.
+    `torch_model.load_state_dict({k: torch.from_numpy(v) for k, v in export(model, variables).items()})` loads it.
 
     Args:
       model: Model, pruned or not: a flax.linen or flax.nnx module.
-      variables: Variables of the model, {"params", "batch_stats"}; None of an nnx module.
-      input_shape: Shape of one image, (H, W, C), where `load` would need it.
+      variables: Variables of the model, {"params", "batch_stats"}; None for an nnx module.
+      input_shape: Shape of one image, (H, W, C), if `load` would need it.
 
     Returns:
-      Writable float32 arrays under PyTorch's names and in its axis order.
+      Writable float32 arrays with PyTorch's names and axis order.
 
     Raises:
       ValueError: The variables do not fit the model, one is NaN or infinite, or `input_shape` is needed.
@@ -131,12 +131,12 @@ def export(model: Any, variables: Any = None, input_shape: Sequence[int] | None 
 def layer_sizes(
     model: Any, variables: Any = None, input_shape: Sequence[int] | None = None
 ) -> dict[str, dict[str, int]]:
-    """Sizes of every layer of a model, by PyTorch's name and under PyTorch's attributes.
+    """Returns the sizes of every layer of a model, with PyTorch's layer and attribute names.
 
     Args:
       model: Model, pruned or not: a flax.linen or flax.nnx module.
-      variables: Variables of the model, {"params", "batch_stats"}; None of an nnx module.
-      input_shape: Shape of one image, (H, W, C), where `load` would need it.
+      variables: Variables of the model, {"params", "batch_stats"}; None for an nnx module.
+      input_shape: Shape of one image, (H, W, C), if `load` would need it.
 
     Returns:
       For example {"conv1": {"in_channels": 3, "out_channels": 64, "groups": 1}, "bn1": {"num_features": 64},
@@ -151,16 +151,16 @@ def layer_sizes(
 def save(
     folder: str | os.PathLike, model: Any, variables: Any = None, input_shape: Sequence[int] | None = None
 ) -> None:
-    """Writes a model, pruned or not, for PyTorch: `weights.safetensors` and `pytorch_layers.py`.
+    """Saves a model, pruned or not, for PyTorch: `weights.safetensors` and `pytorch_layers.py`.
 
-    The module holds the sizes of every layer and a function that gives them, and the weights, to the whole network in
-    PyTorch; it needs PyTorch alone.
+    `pytorch_layers.py` contains the sizes of every layer and a function that applies them, and the weights, to the
+    unpruned network in PyTorch; it depends only on PyTorch.
 
     Args:
-      folder: Path of the folder, which is made.
+      folder: Path of the folder, which is created if necessary.
       model: Model, pruned or not: a flax.linen or flax.nnx module.
-      variables: Variables of the model, {"params", "batch_stats"}; None of an nnx module.
-      input_shape: Shape of one image, (H, W, C), where `load` would need it.
+      variables: Variables of the model, {"params", "batch_stats"}; None for an nnx module.
+      input_shape: Shape of one image, (H, W, C), if `load` would need it.
 
     Raises:
       ImportError: The package safetensors is not installed.
@@ -186,7 +186,7 @@ def _layout_and_state(
 
 
 def rename_aliases(state: Mapping[str, np.ndarray], wanted: Collection[str]) -> dict[str, np.ndarray]:
-    """Gives the tensors of the layers in `ALIASES` the names that are wanted."""
+    """Renames the tensors of the layers in `ALIASES` to the names that are wanted."""
 
     def rename(name: str) -> str:
         module, _, leaf = name.rpartition(".")

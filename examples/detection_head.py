@@ -1,4 +1,4 @@
-"""Prunes a network with dense outputs and a loss of its own: a small detector of squares in noise.
+"""Prunes a network with dense outputs and a custom loss: a small detector of squares in noise.
 
 About 30 seconds on two CPU cores.
 """
@@ -12,7 +12,7 @@ import ddnp_jax
 
 
 class Detector(nn.Module):
-    """A backbone and two heads: where the middle of a square is, and how large the square is."""
+    """A backbone and two heads: the center of a square, and its size."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
@@ -24,14 +24,14 @@ class Detector(nn.Module):
 
 
 def loss(outputs: dict[str, jax.Array], targets: dict[str, jax.Array]) -> jax.Array:
-    """Cross-entropy of the cells, and the absolute error of the size in the cell of the middle."""
+    """Cross-entropy of the cells, and the absolute error of the size in the center's cell."""
     cells = optax.softmax_cross_entropy(outputs["middle"], targets["middle"], axis=(1, 2))
     errors = targets["middle"] * abs(outputs["size"] - targets["size"][:, None, None])
     return (cells + errors.sum((1, 2))).mean()
 
 
 def squares(count: int, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Images of one square each in noise, with the cell of its middle and its size in cells."""
+    """Images of one square each in noise, with the cell of its center and its size in cells."""
     rng = np.random.default_rng(seed)
     images, cells = rng.normal(0, 0.5, (count, 32, 32, 1)), np.zeros((count, 8, 8))
     sides, middles = rng.integers(3, 11, count), rng.integers(6, 26, (count, 2))
@@ -42,7 +42,7 @@ def squares(count: int, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def found(model: nn.Module, variables: dict) -> str:
-    """The loss on new images, and the part of them whose cell is right."""
+    """The loss on new images, and the fraction of them whose cell is correct."""
     images, targets = squares(256, seed=1000)
     outputs = model.apply(variables, images)
     cells, right = (each["middle"].reshape(-1, 64).argmax(1) for each in (outputs, targets))

@@ -1,6 +1,6 @@
-"""The whole job on a folder of images, a sub-folder for each class: train, search, cut, fine-tune, report.
+"""The full pipeline on a folder of images, one sub-folder per class: train, search, prune, fine-tune, report.
 
-Without a folder of yours it writes one of scikit-learn's digits. Needs the extra `job`; within a minute on two
+If no folder is given, it writes one with scikit-learn's digits. Needs the extra `job`; takes less than a minute on two
 CPU cores.
 """
 
@@ -18,7 +18,7 @@ from ddnp_jax.config import BaseConfig, BudgetConfig, Config, FinetuneConfig, Se
 
 
 class Network(nn.Module):
-    """Four convolutions and a classifier; 3 channels in, whatever the files hold."""
+    """Four convolutions and a classifier; takes 3 channels, whatever the files contain."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:

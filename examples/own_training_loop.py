@@ -1,4 +1,4 @@
-"""Every part by itself, in a loop of your own, on a plain function: trace, score, fit to a budget, cut, verify, train.
+"""The building blocks in a custom loop, on a plain function: trace, score, fit to a budget, prune, verify, train.
 
 Needs scikit-learn, for its digits; about 20 seconds on two CPU cores.
 """
@@ -28,7 +28,7 @@ def loss(logits: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def train(params: dict, steps: int) -> dict:
-    """An ordinary loop; it knows nothing of pruning."""
+    """An ordinary training loop without any pruning code."""
     optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, steps))
     gradient = jax.jit(jax.grad(lambda params, x, y: loss(network(params, x), y)))
     state = optimizer.init(params)
@@ -43,7 +43,7 @@ shapes = {"conv0": (3, 3, 1, 16), "conv1": (3, 3, 16, 32), "conv2": (3, 3, 32, 3
 he_normal = jax.nn.initializers.he_normal()
 params = train({name: he_normal(jax.random.key(i), shape) for i, (name, shape) in enumerate(shapes.items())}, steps=300)
 
-# A score of your own: how much the loss changes with a channel's mask, by the gradient where all masks are 1.
+# A custom score: how much the loss changes with a channel's mask, from the gradient at masks of 1.
 topology = ddnp_jax.trace(network, (8, 8, 1), variables=params)
 ones = [np.ones(width, np.float32) for width in topology.widths]
 scores = jax.grad(lambda masks: loss(ddnp_jax.apply_masked(network, params, x[:1408], masks, topology), y[:1408]))(ones)

@@ -1,4 +1,4 @@
-"""Prunes a flax.linen network of your own: train, cut to half of the FLOPs, fine-tune, save, load.
+"""Prunes a custom flax.linen network: train, prune to half of the FLOPs, fine-tune, save, load.
 
 Needs scikit-learn, for its digits; a minute or two on two CPU cores.
 """
@@ -10,13 +10,13 @@ from sklearn.datasets import load_digits
 
 import ddnp_jax
 
-# Scalars in place of DDNP's generators need a few hundred steps, where generators need 2,000.
+# Scalars instead of DDNP's generators need only a few hundred steps; generators need 2,000.
 RATE = {"learning_rate": 0.05}
 SCALARS = {"importance": "scalar", "width": "scalar", "importance_optimizer": RATE, "width_optimizer": RATE}
 
 
 class Network(nn.Module):
-    """An ordinary network: nothing in it is written for pruning."""
+    """An ordinary network without any pruning code."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -34,7 +34,7 @@ batches = [(images[i : i + 64], labels[i : i + 64]) for i in range(0, 1408, 64)]
 
 
 def accuracy(model: nn.Module, variables: dict) -> str:
-    """Top-1 accuracy on the images that are in no batch."""
+    """Top-1 accuracy on the held-out images."""
     found = model.apply(variables, images[1408:]).argmax(1)
     return f"{100 * np.mean(found == labels[1408:]):.1f} %"
 

@@ -1,4 +1,4 @@
-"""Prunes a flax.nnx network; `residual=True` removes channels of its residual stream, too.
+"""Prunes a flax.nnx network; `residual=True` also prunes its residual stream.
 
 Needs scikit-learn, for its digits; about 20 seconds on two CPU cores.
 """
@@ -37,7 +37,7 @@ class Network(nnx.Module):
 
 
 def accuracy(model: nnx.Module) -> str:
-    """Top-1 accuracy on the images that are in no batch."""
+    """Top-1 accuracy on the held-out images."""
     model.eval()
     return f"{100 * np.mean(model(images[1408:]).argmax(1) == labels[1408:]):.1f} %"
 
@@ -47,7 +47,7 @@ order = np.random.default_rng(0).permutation(len(scans.target))
 images, labels = np.float32(scans.images[order, ..., None] / 16), scans.target[order]
 batches = [(images[i : i + 64], labels[i : i + 64]) for i in range(0, 1408, 64)]
 
-# An nnx module holds its variables, so None is given; it stays as it is, and a new module comes back.
+# An nnx module holds its variables, so None is passed; it is not modified, and a new module is returned.
 base = ddnp_jax.fit(Network(nnx.Rngs(0)), None, batches, steps=220, learning_rate=0.1)
 pruned = ddnp_jax.prune(base.model, None, batches, p=0.5, method="taylor", residual=True)
 tuned = ddnp_jax.fit(pruned.model, None, batches, steps=220, learning_rate=0.05)

@@ -1,4 +1,4 @@
-"""Entry points of a checkout: the job on named networks and data, figures and measurements."""
+"""Entry points of a checkout: the pipeline on named networks and data, plots and measurements."""
 
 import importlib.util
 

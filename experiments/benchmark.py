@@ -1,19 +1,19 @@
-"""Speed and memory of the steps beside the same steps in PyTorch, and of loading photographs beside plain loops.
+"""Speed and memory of the steps compared with PyTorch, and of loading photographs compared with plain loops.
 
     python -m experiments.benchmark [--network=resnet56] [--only=search,training,evaluation,data] [--batch_size=128] \
         [--precision=float32] [--rounds=10] [--data_dir=DIR] [--json=PATH]
 
-The steps are those of one of `NETWORKS` on synthetic images. What is loaded, `experiments.loading` says; its seconds
-are those of a core, all threads of the process together.
+The steps are those of one of `NETWORKS` on synthetic images. `experiments.loading` defines what is loaded; its seconds
+are CPU time, summed over all threads of the process.
 
-Everything measured is a process of its own (`experiments.interleaved`), started with the flags that
+Everything measured runs in a separate process (`experiments.interleaved`), started with the flags that
 `experiments.launch` gives a run. A round is one step on CPU and ten elsewhere, where they are one dispatch. Images/s
 come from the median round, ratios are medians of each round's ratio, and peak memory is the maximum resident set of the
 process (interpreter, libraries and compiler included), on a GPU the most bytes in use on the device.
 
 Ours is the run's own code: the search step with learners, soft top-k, optimizer and all losses, the training step with
 augmentation, the evaluation with its counting. PyTorch's (eager, channels_last, for bfloat16 under `torch.autocast`) is
-what the backbone asks for, with the normalized batch lying ready: forward and backward to the masks of the frozen
+the backbone's part, with the normalized batch already on the device: forward and backward to the masks of the frozen
 network; forward, backward and SGD with momentum; forward. It is left out where PyTorch is not installed. On a machine
 with several GPUs set CUDA_VISIBLE_DEVICES to one, because PyTorch uses one. Runs on GPUs by design, but was measured on
 CPU only.

@@ -2,7 +2,8 @@
 
     python -m experiments.budgets
 
-T_all is the whole network per image, T_total its prunable layers, p what remains of T_total; a reduction is of T_all.
+T_all is the entire network per image, T_total its prunable layers, p the fraction of T_total that remains; a reduction
+is of T_all.
 The smallest network keeps one channel per gate. Nothing is computed on a device: everything follows from the topology.
 """
 
@@ -89,7 +90,7 @@ def budgets_table(topologies: dict[Pair, Topology], convention: str) -> str:
 
 
 def printed_table(topologies: dict[Pair, Topology]) -> str:
-    """The reductions that a paper prints beside its p: what that p gives, and which p gives the printed reduction."""
+    """The reductions that a paper lists with its p: what that p gives, and which p gives the listed reduction."""
     header = ["network", "counted as", "p", "reduction (%)", "printed (%)", "difference", "p of the printed reduction"]
     rows = []
     for pair, network in topologies.items():

@@ -1,4 +1,4 @@
-"""The same test images through PyTorch's network and through ours, with the same trained weights.
+"""Compares PyTorch's network and this library's on the same test images with the same trained weights.
 
     python -m experiments.compare_pytorch --config=configs/cifar10_r56.py --torch_checkpoint=resnet56-base.pth.tar
 
@@ -158,7 +158,7 @@ def statistics(logits: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str
 
 
 def summary(figures: Mapping[str, Any]) -> str:
-    """The figures of `compare` for people."""
+    """The figures of `compare` as text."""
     from ddnp_jax.pipeline.report import table
 
     header = ["network", "on", "top-1 (%)", "top-5 (%)", "images/s"]
@@ -177,7 +177,7 @@ def summary(figures: Mapping[str, Any]) -> str:
 
 
 def main(config: ConfigDict, workdir: str | None) -> str:
-    """Compares, and keeps the figures where there is a workdir."""
+    """Compares, and saves the figures if there is a workdir."""
     from ddnp_jax import files, pipeline
     from ddnp_jax.config import typed
 

@@ -37,7 +37,7 @@ SETTINGS = {FULL: BASE, **LAMBDAS, **RHOS, **FORMS, **INPUTS, **OUTPUTS}
 
 
 def panels(config: ConfigDict) -> tuple[Panel, ...]:
-    """The plots; R is normalized by its value for the whole network, log(1 / p) for the default form.
+    """The plots; R is normalized by its value for the unpruned network, log(1 / p) for the default form.
 
     Raises:
       ValueError: That value is 0.

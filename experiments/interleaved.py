@@ -1,6 +1,6 @@
-"""Fair timing: everything measured is a process of its own, and the processes take turns, A B A B ...
+"""Fair timing: everything measured runs in a separate process, and the processes are interleaved, A B A B ...
 
-So each has the whole machine while the others wait, and a slow minute meets all of them. Neither JAX nor PyTorch is
+So each has the entire machine while the others wait, and slowdowns affect all of them. Neither JAX nor PyTorch is
 imported here: the maximum resident set of a process starts from that of its parent.
 """
 

@@ -23,18 +23,18 @@ CHECKOUT = Path(__file__).parents[1]
 _CONFIG_FLAGS = ("--config", "-config")
 _READ_HERE = ("eval_batch_size", "base", "search", "finetune", "parallel")  # of the configuration
 _CACHED_FROM = 0.2  # seconds that a program takes to compile; by JAX's default 1
-_INTERRUPTED = 130  # exit code, as of a shell whose command was interrupted
+_INTERRUPTED = 130  # exit code of an interrupted shell command
 _REQUIRED = {"workdir": "give the folder of the run", "torch_checkpoint": "give a file of PyTorch weights"}
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command resumes from what it holds.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command resumes an unfinished run in it.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Whether several processes share the run.")
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, unless JAX finds it.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run, unless JAX finds it.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, unless JAX finds it.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, unless JAX finds it.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, unless JAX finds it.")
 
 
 def configure(config: ConfigDict, processes: int = 1) -> None:
-    """Prepares JAX, which has not started its devices: for a CPU, and with a cache of compiled programs.
+    """Configures JAX for CPUs and with a compilation cache; must be called before JAX initializes its devices.
 
     Args:
       config: Configuration, with the batch sizes and `parallel.cpu_fusions`.
@@ -57,7 +57,7 @@ def configure(config: ConfigDict, processes: int = 1) -> None:
 
 
 def cpu_devices(config: ConfigDict, processes: int = 1) -> int:
-    """Number of devices that are best on a CPU; arguments as of `configure`.
+    """Returns the best number of devices on a CPU; arguments as for `configure`.
 
     Every core is a device, as far as the batches can be shared: XLA:CPU uses cores better so than within an operation.
     """
@@ -89,7 +89,9 @@ def _located(config: str) -> str:
         if file.is_file():
             _check_python(file)
             return f"{file}{colon}{argument}"
-    raise SystemExit(f"error: --config={path} is no file, here or in {CHECKOUT}; configs/ holds those that there are.")
+    raise SystemExit(
+        f"error: --config={path} is not a file, here or in {CHECKOUT}; see configs/ for the available ones."
+    )
 
 
 def _check_python(file: Path) -> None:
@@ -130,7 +132,7 @@ def _parse(arguments: Sequence[str]) -> list[str]:
         raise SystemExit(f"error: the file of --config imports what is not here ({error}).") from error
     if len(found) > 1:
         raise SystemExit(
-            f"error: {found[1]!r} is no flag; give fields as --config.FIELD=VALUE, --help lists the others."
+            f"error: {found[1]!r} is not a flag; give fields as --config.FIELD=VALUE, --help lists the others."
         )
     return found
 
@@ -168,7 +170,7 @@ def with_arguments(words: str) -> ConfigDict:
 
 
 def prune(config: ConfigDict, workdir: str) -> str:
-    """The main job; returns the line that it ends with."""
+    """Runs the pipeline; returns its last line of output."""
     from ddnp_jax import pipeline
 
     report = pipeline.run(config, workdir)
@@ -225,7 +227,7 @@ def run(
 
 
 def _end(error: Exception, relay: "Relay | None") -> NoReturn:
-    """Ends a run at an error, at once: orbax's threads would go on about it, and other processes wait for this one."""
+    """Ends a run immediately on an error: orbax's threads would keep logging, and other processes wait for this one."""
     from ddnp_jax import ending
 
     # JAX's RuntimeErrors come as ValueErrors out of some functions, and begin with a code in any case.

@@ -1,7 +1,7 @@
 """What the benchmark compares when it measures the loading of photographs, per core.
 
 Ours is what a run does: records, threads, decoding, crops, batches. The others are plain loops over encoded images, one
-random crop of 224 pixels and a flip each. Their images lie in memory, except for one that reads the records as we do.
+random crop of 224 pixels and a flip each. Their images are in memory, except for one that reads records as we do.
 """
 
 import io

@@ -1,6 +1,6 @@
-"""The backbones in plain PyTorch (NCHW), under the published checkpoints' names: the truth that ours is compared with.
+"""The backbones in plain PyTorch (NCHW), with the published checkpoints' names: the reference implementations.
 
-Inner channel counts are data here too (`widths`, as of `ddnp_jax.models`), so that pruned networks can be compared.
+Inner channel counts are data here too (`widths`, as in `ddnp_jax.models`), so that pruned networks can be compared.
 """
 
 import functools
@@ -388,7 +388,7 @@ OTHERS = {
 def create(
     name: str, num_classes: int, widths: Sequence[int] | None = None, channels: int = 3, **attributes: Any
 ) -> nn.Module:
-    """Builds a backbone for images of `channels` channels; the other arguments as of `ddnp_jax.models.create`.
+    """Builds a backbone for images of `channels` channels; the other arguments as for `ddnp_jax.models.create`.
 
     Raises:
       ValueError: The name is unknown.

@@ -1,4 +1,4 @@
-"""CIFAR ResNets in plain PyTorch (NCHW): the truth that tests compare with, and the opponent of the benchmark."""
+"""CIFAR ResNets in plain PyTorch (NCHW): the reference of the tests and of the benchmark."""
 
 from collections.abc import Sequence
 

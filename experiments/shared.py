@@ -1,4 +1,4 @@
-"""What commands of several runs share: their seeds, and the base network."""
+"""Shared by commands of several runs: seeds and the base network."""
 
 from pathlib import Path
 

@@ -27,10 +27,10 @@ from ddnp_jax.training.log import MetricsLog
 from experiments.shared import SEEDS, shared_base
 
 AT_ONCE = flags.DEFINE_integer(
-    "seeds_at_once", 3, "Of these, how many are one search on the same batches; 1 if memory is short.", lower_bound=1
+    "seeds_at_once", 3, "Number of seeds per vmapped search on the same batches; 1 if memory is short.", lower_bound=1
 )
 CHOSEN = flags.DEFINE_multi_string(
-    "setting", [], "A setting to run, by its name in the figure; may be repeated; all if left out."
+    "setting", [], "A setting to run, by its name in the figure; may be repeated; default: all."
 )
 
 Settings = Mapping[str, Mapping[str, Any]]  # fields of the configuration that differ, by the setting's name

@@ -85,7 +85,7 @@ FIGURES: dict[str, Callable[[Report], float]] = {
 
 
 def make(config: ConfigDict, workdir: str) -> str:
-    """Runs, or resumes, every row from every seed; returns the line that the command ends with."""
+    """Runs, or resumes, every row with every seed; returns the last line of output."""
     folder = Path(workdir).absolute()
     names = list(dict.fromkeys(ROWS.value))
     configs = {name: launch.with_arguments(name) for name in names}
@@ -142,7 +142,7 @@ def markdown(config: ConfigDict, rows: Sequence[Row]) -> str:
         + (f" Fine-tuned in the same way: {report.mean(controls)} %." if controls else ""),
         _recipe(recipe, first),
         "Several seeds: mean ± sample standard deviation. Δ: to the base. Latency: of a batch of "
-        f"{first.latency_ms.batch}, base and pruned network in turn, on {first.devices}.",
+        f"{first.latency_ms.batch}, base and pruned network interleaved, on {first.devices}.",
     ]
     if has_published:
         lines.append("Published: Table A4 of the DDNP paper, where every method has its own recipe of fine-tuning.")

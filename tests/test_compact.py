@@ -204,7 +204,7 @@ def test_a_rehearsal_names_the_gate_that_cannot_be_cut():
     assert [gate.name for gate in kept.gates] == ["first"]
     rehearse(model, variables, kept, (1,))
     assert trace(model, SHAPE, keep=lambda gate: gate.channels < 6).gates == kept.gates
-    with pytest.raises(ValueError, match="keep names 'second', which is no gate; the gates are first, scaled"):
+    with pytest.raises(ValueError, match="keep names 'second', which is not a gate; the gates are first, scaled"):
         trace(model, SHAPE, keep=("second",))
 
 

@@ -88,10 +88,10 @@ def test_values_beyond_the_limits_are_refused(config, message):
         ),
         (
             Config(search=SearchConfig(fields={"tie_wieght": 1.0})),
-            "search.tie_wieght is no field of the method 'ddnp'; its fields are resource_loss, resource_weight, import",
+            "search.tie_wieght is not a field of the method 'ddnp'; its fields are resource_loss, resource_weight, ",
         ),
-        ({"serach": {}}, "serach is no field of the configuration; there are seed, variant, precision,"),
-        ({"base": {"epoch": 3}}, "base.epoch is no field of the configuration; there are epochs, batch_size,"),
+        ({"serach": {}}, "serach is not a field of the configuration; there are seed, variant, precision,"),
+        ({"base": {"epoch": 3}}, "base.epoch is not a field of the configuration; there are epochs, batch_size,"),
     ],
 )
 def test_wrong_types_and_names_are_refused(config, message):
@@ -137,7 +137,7 @@ def test_a_search_has_the_defaults_of_its_method():
     fields = typed(Config(search=search)).search.method_fields()
     assert (fields.predictor, fields.resource_loss) == ("none", "log_max")
     assert fields.optimizer == methods.AdamW(learning_rate=0.1, weight_decay=1e-2)
-    with pytest.raises(ValueError, match=r"^search\.tie_weight is no field"):
+    with pytest.raises(ValueError, match=r"^search\.tie_weight is not a field"):
         SearchConfig.of("nppm", tie_weight=0.5)
 
 

@@ -227,8 +227,8 @@ def test_cifar10_keeps_the_published_checksum():
             (
                 {"train_split": split},
                 ValueError,
-                f"data.train_split={split!r} is no part of digits (train: 1442 images, test: 355 images); use the name "
-                "of a split, or a slice of one in TFDS's form, 'train[:2000]' or 'train[10%:20%]'.",
+                f"data.train_split={split!r} is not a part of digits (train: 1442 images, test: 355 images); use the "
+                "name of a split, or a slice of one in TFDS's form, 'train[:2000]' or 'train[10%:20%]'.",
             )
             for split in (
                 *("trian", "train+test", "train[:9]+test"),
@@ -300,7 +300,7 @@ def test_a_data_set_that_cannot_be_read_is_named(tmp_path, digits_dir, content):
         info = folder / "dataset_info.json"
         info.write_text(info.read_text().replace("array_record", content))
     sentence = (
-        f"{folder} exists but is no complete data set in TFDS's array_record format; move it away, or set "
+        f"{folder} exists but is not a complete data set in TFDS's array_record format; move it away, or set "
         "data.data_dir to another folder."
     )
     with pytest.raises(FileNotFoundError, match=f"^{re.escape(sentence)}$"):

@@ -136,9 +136,7 @@ def test_what_else_lies_there(tmp_path):
     assert labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     np.testing.assert_array_equal(images[7], smooth(12, 12, seed=70))
     first = tmp_path / "train/dog/labels.csv"
-    assert dataset.notes[0] == (
-        f"2 files are no images in a folder of a class and were left out, the first is {first}."
-    )
+    assert dataset.notes[0] == (f"2 files are not images in a class folder and were skipped, the first is {first}.")
 
 
 def test_photographs_are_streamed_and_small_images_of_one_size_are_not(tmp_path):
@@ -255,10 +253,10 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 
 def test_folders_that_are_none_are_named(tmp_path):
-    sentence = f"{tmp_path}/nowhere is no folder; give one with a sub-folder of images for each class."
+    sentence = f"{tmp_path}/nowhere is not a folder; give one with a sub-folder of images for each class."
     assert refused(tmp_path / "nowhere", FileNotFoundError) == sentence
     fill(tmp_path, "file.png")
-    assert refused(tmp_path / "file.png", FileNotFoundError).startswith(f"{tmp_path}/file.png is no folder")
+    assert refused(tmp_path / "file.png", FileNotFoundError).startswith(f"{tmp_path}/file.png is not a folder")
 
 
 def test_a_folder_without_classes_is_named(tmp_path):
@@ -307,7 +305,7 @@ def test_photographs_that_are_none_are_named_before_any_is_needed(tmp_path):
     folder = classes_of(tmp_path, size=(120, 100))
     (folder / "eel" / "7.png").write_text("<html>not found</html>")
     with pytest.raises(
-        ValueError, match=r"eel/7\.png cannot be decoded \(it is no image in a known format\); repair or"
+        ValueError, match=r"eel/7\.png cannot be decoded \(it is not an image in a known format\); repair or"
     ):
         data.from_folder(folder)
     (folder / "eel" / "7.png").unlink()

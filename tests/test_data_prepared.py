@@ -221,11 +221,11 @@ def test_damaged_records_are_named(tmp_path):
     [
         (
             dict(train_split="train"),
-            "data.train_split='train' is no part of things (fit: 12 images, held: 4 images); use the name of a split, "
-            "or a slice of one in TFDS's form, 'train[:2000]' or 'train[10%:20%]'.",
+            "data.train_split='train' is not a part of things (fit: 12 images, held: 4 images); use the name of a split"
+            ", or a slice of one in TFDS's form, 'train[:2000]' or 'train[10%:20%]'.",
         ),
-        (dict(test_split=""), "data.test_split='test' is no part of things (fit: 12 images, held: 4 images); use"),
-        (dict(test_split="held[9:]"), "data.test_split='held[9:]' is no part of things"),
+        (dict(test_split=""), "data.test_split='test' is not a part of things (fit: 12 images, held: 4 images); use"),
+        (dict(test_split="held[9:]"), "data.test_split='held[9:]' is not a part of things"),
         (
             dict(train_split="fit[:9]", test_split="fit[8:]"),
             "data.train_split='fit[:9]' and data.test_split='fit[8:]' have images in common; give parts that have "

@@ -137,7 +137,7 @@ def test_onnx_in_8_bits_has_integer_kernels_and_nearly_the_outputs(pruned, tmp_p
 
 def test_8_bits_need_images(pruned, tmp_path):
     pytest.importorskip("onnxruntime")
-    with pytest.raises(ValueError, match=r"^calibration holds no images; give a few hundred, which are not those of"):
+    with pytest.raises(ValueError, match=r"^calibration contains no images; give a few hundred that are not from"):
         export.onnx_int8(tmp_path / "network.onnx", *pruned, PIXELS, PIXELS[:0])
 
 

@@ -38,7 +38,7 @@ def test_a_damaged_file_is_named(tmp_path):
         with pytest.raises(ValueError) as error:
             files.read_json(path)
         assert str(error.value).startswith(f"{path} is not JSON (")
-        assert str(error.value).endswith("); put a good copy back, or delete it.")
+        assert str(error.value).endswith("); restore a good copy, or delete it.")
     with pytest.raises(FileNotFoundError, match=r"nothing\.json"):
         files.read_json(tmp_path / "nothing.json")
 

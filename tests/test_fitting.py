@@ -170,7 +170,7 @@ def test_batches_are_read_again_where_they_end():
     [
         (
             lambda: iter(BATCHES),
-            r"^the batches ended after 2 of 5 steps and cannot be read again; give a list",
+            r"^the batches ended after 2 of 5 steps and cannot be iterated again; give a list",
         ),
         (list, r"^the batches ended after 0 of 5 steps"),
         (lambda: [BATCHES[0][0]], r"^batch 0 is of type ndarray; a batch must be \(images, targets\)\.$"),
@@ -240,7 +240,7 @@ def test_a_search_draws_what_the_job_draws():
 
 
 def test_methods_search_by_an_own_loss():
-    """With the cross-entropy given as an own loss, the same gradients."""
+    """With the cross-entropy given as a custom loss, the same gradients."""
 
     def own(outputs, labels):
         return -jnp.mean(jnp.take_along_axis(nn.log_softmax(outputs), labels[:, None], axis=-1))

@@ -150,7 +150,7 @@ def test_a_table_that_does_not_fit_is_refused_in_one_sentence(tmp_path, path, va
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError) as error:
         LatencyTable.load(file, topology())
-    assert str(error.value).startswith(f"{file} is no latency table of this network (")
+    assert str(error.value).startswith(f"{file} is not a latency table of this network (")
     assert reason in str(error.value)
     assert str(error.value).endswith("; delete it, and it is measured again.")
 
@@ -158,7 +158,7 @@ def test_a_table_that_does_not_fit_is_refused_in_one_sentence(tmp_path, path, va
 def test_a_damaged_file_is_refused(tmp_path):
     file = tmp_path / "latency.json"
     file.write_text("{")
-    with pytest.raises(ValueError, match="is no latency table of this network"):
+    with pytest.raises(ValueError, match="is not a latency table of this network"):
         LatencyTable.load(file, topology())
 
 

@@ -34,7 +34,9 @@ def test_configuration_of_the_checkout_is_found_from_elsewhere(tmp_path, experim
 @pytest.mark.parametrize("config", [["--config=nowhere.py:tiny"], ["--config", "nowhere.py"]])
 def test_missing_configuration_ends_in_a_sentence(tmp_path, config):
     error = refusal(tmp_path, "-m", "experiments.digits_r20", *config, "--config.budget.p=0.4")
-    assert error == f"error: --config=nowhere.py is no file, here or in {ROOT}; configs/ holds those that there are.\n"
+    assert (
+        error == f"error: --config=nowhere.py is not a file, here or in {ROOT}; see configs/ for the available ones.\n"
+    )
 
 
 def test_configuration_beside_the_user_comes_first(tmp_path):
@@ -49,8 +51,8 @@ def test_configuration_beside_the_user_comes_first(tmp_path):
     [
         ("--config=configs/digits_r20.py:nonsense", "the configuration's argument 'nonsense' is unknown; use ddnp, "),
         ("--workdir=", "--workdir is empty; give the folder of the run."),
-        ("--workdir=gs://bucket/run", "workdir=gs://bucket/run is an address and no folder; mount what it names"),
-        ("extra", "'extra' is no flag; give fields as --config.FIELD=VALUE"),
+        ("--workdir=gs://bucket/run", "workdir=gs://bucket/run is a URL, not a folder; mount the storage"),
+        ("extra", "'extra' is not a flag; give fields as --config.FIELD=VALUE"),
         ("--config.base.epochs=abc", "flag --config.base.epochs=abc: invalid literal for int()"),
         ("--config.parallel.cpu_fusions=foo", "parallel.cpu_fusions names 'foo', which is unknown; join some of "),
         ("--config.model.name=resnet18", "model 'resnet18' does not take the attributes shortcut='subsample'"),

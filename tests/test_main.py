@@ -199,7 +199,10 @@ def test_figures_are_those_of_the_library(printed, name):
         (("prune",), "argument COMMAND: invalid choice: 'prune' ("),
         (("describe", "resnet20"), "the following arguments are required: --input_shape"),
         (("describe", "resnet20", "--input=1,2"), "the following arguments are required: --input_shape"),
-        (("describe", "resnet21", "--input_shape=8,8,3"), "'resnet21' is no model of this library (efficientnet_lite0"),
+        (
+            ("describe", "resnet21", "--input_shape=8,8,3"),
+            "'resnet21' is not a model of this library (efficientnet_lite0",
+        ),
         (
             ("describe", "resnet20", "--input_shape=8x8"),
             "argument --input_shape: '8x8' must be whole numbers from 1, jo",
@@ -376,7 +379,7 @@ def test_a_network_of_ones_own_is_exported_with_its_module(folder, printed, monk
     [
         (
             ("--format=onnx_int8",),
-            "--format=onnx_int8 needs --images=FILE.npy, a few hundred images that are not those ",
+            "--format=onnx_int8 needs --images=FILE.npy, a few hundred images that are not from ",
         ),
         (("--images=grey.npy",), "CifarResNet cannot be called with images (4, 32, 32, 1): "),
         (
@@ -386,20 +389,20 @@ def test_a_network_of_ones_own_is_exported_with_its_module(folder, printed, monk
         (("--images=own_networks.py",), "--images=own_networks.py cannot be read ("),
         (
             ("--images=empty.npy",),
-            "--images=empty.npy holds no images; give one array of numbers (N, H, W, C) in a .npy",
+            "--images=empty.npy contains no images; give one numeric array (N, H, W, C) in a .npy",
         ),
         (
             ("--images=texts.npy",),
-            "--images=texts.npy holds no images; give one array of numbers (N, H, W, C) in a .npy",
+            "--images=texts.npy contains no images; give one numeric array (N, H, W, C) in a .npy",
         ),
         (
             ("--images=many.npz",),
-            "--images=many.npz holds no images; give one array of numbers (N, H, W, C) in a .npy ",
+            "--images=many.npz contains no images; give one numeric array (N, H, W, C) in a .npy ",
         ),
-        (("--output=run",), "--output=run is no file, which --format=stablehlo writes; give another."),
+        (("--output=run",), "--output=run is not a file, which --format=stablehlo writes; give another path."),
         (
             ("--format=pytorch", "--output=grey.npy"),
-            "--output=grey.npy is no folder, which --format=pytorch writes; giv",
+            "--output=grey.npy is not a folder, which --format=pytorch writes; giv",
         ),
         (("--network=own_networks:small",), "run/pruned/model.json holds a network with "),
     ],
@@ -418,7 +421,7 @@ def test_what_cannot_be_exported_ends_in_a_sentence(saved, arguments, sentence):
 def test_damaged_preprocessing_is_named(saved, content):
     (saved / "pruned/serving.json").write_text(content)
     found = refused("export", "run", "--format=stablehlo", "--output=network")
-    assert found.startswith("error: run/pruned/serving.json ") and "put a good copy back" in found
+    assert found.startswith("error: run/pruned/serving.json ") and "restore a good copy" in found
 
 
 def test_a_missing_package_is_named(saved, monkeypatch):

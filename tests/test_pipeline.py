@@ -125,7 +125,7 @@ def test_report_says_what_the_pruned_network_does(finished, config):
     ):
         assert (workdir / name).stat().st_size > 0, name
     assert json.loads((workdir / "pruned" / "serving.json").read_text()) == dataset.serving()
-    usual = "Pixels, times 0.003922, less the mean (0.3), are divided by the deviation (0.35)."
+    usual = "Pixels, times 0.003922, minus the mean (0.3), are divided by the standard deviation (0.35)."
     assert usual in (workdir / "report.md").read_text()
 
 
@@ -276,7 +276,7 @@ def test_budget_in_measured_latency_is_the_same_numbers_when_the_run_resumes(con
     assert report["budget"]["kind"] == "latency"
     assert report["widths"] == [20, 12]
     assert report["budget"]["unit"] == f"ms (batch {config.eval_batch_size // jax.device_count()}, cpu)"
-    assert "the whole network was measured at" in (tmp_path / "report.md").read_text()
+    assert "the entire network was measured at" in (tmp_path / "report.md").read_text()
     # Nothing was cut, so the control, trained in the same way, is the same to the last bit
     tuned, control = ([line | {"stage": ""} for line in log_of(tmp_path) if line["stage"] == s] for s in TUNED)
     assert len(tuned) > 4 and tuned == control
@@ -400,7 +400,7 @@ def test_numbers_of_the_stages_are_refused_at_once(field, value, message, config
 
 def test_a_workdir_without_its_configuration_is_refused(config, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"has metrics\.jsonl of a run but not its config\.json; put it back"):
+    with pytest.raises(ValueError, match=r"has metrics\.jsonl of a run but not its config\.json; restore it"):
         pipeline.prepare(config, tmp_path)
     assert not (tmp_path / "config.json").exists()
 
@@ -413,12 +413,12 @@ def test_a_workdir_without_its_configuration_is_refused(config, tmp_path):
             '{"stage": "search"}\n',
             "metrics.jsonl, line 1, has no stage and step; repair or delete the line.",
         ),
-        ("results.json", "{}", "results.json is damaged: its checksum is wrong; put a good copy back, or delete it."),
+        ("results.json", "{}", "results.json is damaged: its checksum is wrong; restore a good copy, or delete it."),
         ("search", "", "search is a file where the run keeps a folder; move it away."),
         (
             "finetune/seconds.json",
             '{"seconds": 12.5, "checksum": "of another number"}',
-            "finetune/seconds.json is damaged: its checksum is wrong; put a good copy back, or delete it.",
+            "finetune/seconds.json is damaged: its checksum is wrong; restore a good copy, or delete it.",
         ),
     ],
 )
@@ -480,7 +480,7 @@ def test_what_was_made_of_another_base_is_refused(config, tmp_path, monkeypatch)
     report = run()
     results = (tmp_path / "results.json").read_text()
     (tmp_path / "results.json").write_text(results.replace(f'"top1": {report["pruned_top1"]}', '"top1": 99.0'))
-    with pytest.raises(ValueError, match=r"results\.json is damaged: its checksum is wrong; put a good copy back"):
+    with pytest.raises(ValueError, match=r"results\.json is damaged: its checksum is wrong; restore a good copy"):
         run()
     (tmp_path / "results.json").write_text(results)
     with pytest.raises(ValueError, match=r"given\.model\.class: workdir has '.*:Own', this run has '.*:Twin'"):

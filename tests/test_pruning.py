@@ -239,12 +239,12 @@ def test_another_budget_and_residual_streams():
         ({"performance": lambda outputs, targets: targets[0]}, r"performance= returns an array \(\) from .* one float"),
         ({"p": 0.001}, r"p=0.001 cannot be met: .* use p of at least 0\."),
         ({"p": 1.5}, r"p=1.5 must be in \(0, 1\]"),
-        ({"floors": {"third": 2}}, "floors names 'third', which is no gate; the gates are first, second"),
+        ({"floors": {"third": 2}}, "floors names 'third', which is not a gate; the gates are first, second"),
         (
             {"floors": 9},
             r"the floor of gate first is 9; it must be a fraction below 1, or a whole number from 1 to its 8",
         ),
-        ({"keep": ["third"]}, "keep names 'third', which is no gate"),
+        ({"keep": ["third"]}, "keep names 'third', which is not a gate"),
         ({"input_shape": (9, 9, 3)}, None),
         ({"outputs": "logits"}, r"Small returns an array .*, which has no outputs='logits'"),
     ],
@@ -289,19 +289,19 @@ def test_outputs_that_are_no_logits_are_refused():
     variables = zoo.randomized(Dense(), SHAPE)
     with pytest.raises(ValueError, match=r"Dense returns \['embedding'\].*say with outputs= which of them counts"):
         prune(Dense(), variables, batches(labels))
-    with pytest.raises(ValueError, match=r"Dense returns outputs \(8, 8, 8, 4\), which are no logits \(N, K\); give"):
+    with pytest.raises(ValueError, match=r"Dense returns outputs \(8, 8, 8, 4\), which are not logits \(N, K\); give"):
         prune(Dense(), variables, batches(labels), outputs="map")
 
 
 def test_batches_that_end_and_weights_that_are_not_finite():
     variables, given = zoo.randomized(Small(), SHAPE), batches(labels)
-    with pytest.raises(ValueError, match="the batches ended after 3 of 5 steps and cannot be read again"):
+    with pytest.raises(ValueError, match="the batches ended after 3 of 5 steps and cannot be iterated again"):
         prune(Small(), variables, iter(given), steps=5, **FAST)
     assert (
         prune(Small(), variables, iter(given), steps=3, **FAST).selection
         == prune(Small(), variables, given, steps=3, **FAST).selection
     )
-    with pytest.raises(ValueError, match="batches holds no batch"):
+    with pytest.raises(ValueError, match="batches is empty"):
         prune(Small(), variables, [])
     variables["params"]["second"]["kernel"] = variables["params"]["second"]["kernel"].copy()
     variables["params"]["second"]["kernel"][0, 0, 0, 0] = np.nan
@@ -312,7 +312,7 @@ def test_batches_that_end_and_weights_that_are_not_finite():
 def test_images_that_are_not_finite_and_variables_of_another_network():
     variables, given = zoo.randomized(Small(), SHAPE), batches(labels)
     for refuse in (ddnp_jax.fit, prune):
-        with pytest.raises(ValueError, match="the images of batch 0 hold NaN or infinite values"):
+        with pytest.raises(ValueError, match="the images of batch 0 contain NaN or infinite values"):
             refuse(Small(), variables, [(x * np.nan, y) for x, y in given], steps=1)
     with pytest.raises(ValueError, match=r"variable batch_stats/BatchNorm_0/mean has shape \(6,\), and \(8,\) in"):
         prune(Small(), zoo.randomized(Numbers(), SHAPE), given)
@@ -352,5 +352,5 @@ def test_labels_are_checked_against_literal_shapes():
     with pytest.raises(ValueError, match=r"label 4 of image 2 of batch 0 is outside 0\.\.3"):
         losses.check_labels((3, 4), np.array([0, 3, 4]))
     for (shape, given), _ in zip(itertools.product([(3,), (3, 4, 5)], [np.array([0, 1, 2])]), range(4), strict=False):
-        with pytest.raises(ValueError, match="which are no logits"):
+        with pytest.raises(ValueError, match="which are not logits"):
             losses.check_labels(shape, given)

@@ -133,13 +133,13 @@ def test_markdown_states_the_result():
         "| pruned, after fine-tuning  |     91.50 |     99.88 | 21.000 M |    0.136 M |        60.00 |\n"
         "| change, base to fine-tuned |     -0.50 |     +0.12 | -47.50 % |   -50.00 % |     -25.00 % |\n"
     ) in written
-    assert "FLOPs: multiply-accumulates of convolutions and dense layers; whole network." in written
+    assert "FLOPs: multiply-accumulates of convolutions and dense layers; entire network." in written
     assert "Latency: forward pass of a batch of 128 on 1 x cpu." in written
     assert "over all 8,000 test images" in written
     assert "differ by at most 3.2e-06; 100.00 % of the predictions agree" in written
     assert "Batch-norm statistics in training: per device. Precision: float32." in written
     assert "## Notes\n\n- fine-tuning shortened: 5 epochs\n" in written
-    assert "a part of the change may come from more training" in written
+    assert "part of the change may come from additional training" in written
     assert "not faster" not in written
 
 
@@ -195,7 +195,7 @@ def test_speed_beside_what_the_flops_imply():
         "| XLA                      |   128 |     80.00 |       60.00 |     1.33 |        1.90 |  0.70 |\n"
         "| ONNX Runtime (CPU), int8 |   128 |     40.00 |       20.00 |     2.00 |        1.90 |  1.05 |\n"
     ) in written
-    assert "the part of it that is real. Of int8, the base is in float32.\n" in written
+    assert "measured / implied speed-up. For int8, the base is in float32.\n" in written
     assert "int8" not in markdown()
 
 
@@ -224,11 +224,11 @@ def test_a_network_that_is_not_faster_is_called_so():
     written = markdown(latency_ms=slow)
     assert "**The pruned network is not faster here**: 80.00 ms before, 78.40 ms after. The FLOPs fell and" in written
     assert "on its width. With `budget.kind=latency` the budget counts the measured time" in written
-    assert "With `budget.multiple=8` widths are ones that devices like.\n" in written
+    assert "`budget.multiple=8` restricts widths to sizes that run well on most devices.\n" in written
     assert "not faster" not in markdown(latency_ms=dataclasses.replace(slow, after=78.3))
     assert "not faster" not in markdown(latency_ms=slow, flops_total_after=40_000_000)  # nothing was cut
     in_latency = dataclasses.replace(REPORT.budget, kind="latency")
-    assert "on its width. With `budget.multiple=8` widths are" in markdown(latency_ms=slow, budget=in_latency)
+    assert "on its width. `budget.multiple=8` restricts widths" in markdown(latency_ms=slow, budget=in_latency)
 
 
 def test_markdown_tables_of_stages_and_widths():
@@ -261,7 +261,7 @@ def test_markdown_tables_of_stages_and_widths():
 )
 def test_budget_wanted_and_reached(after, sentence):
     written = markdown(budget=dataclasses.replace(REPORT.budget, after=after))
-    assert "Wanted: at most p = 0.5000 of 38.000 M prunable FLOPs (macs), 19.000 M." in written
+    assert "Target: at most p = 0.5000 of 38.000 M prunable FLOPs (macs), 19.000 M." in written
     assert sentence in written
 
 
@@ -276,7 +276,7 @@ def test_budget_in_latency_says_what_was_predicted_and_measured():
     written = markdown(budget=report.Cost(kind="latency", unit="ms (batch 128, cpu)", before=50.0, after=24.9))
     assert "p = 0.5000 of 50.000 ms (batch 128, cpu), 25.000. Reached: p = 0.4980, 24.900. " in written
     assert (
-        "each measured by itself (-50.20 %); the whole network was measured at 80.000 ms before and 60.000 ms after "
+        "each measured alone (-50.20 %); the entire network was measured at 80.000 ms before and 60.000 ms after "
         "(-25.00 %, batch 128)."
     ) in written
     assert "-47.50 % |   -50.00 % |     -25.00 % |" in written  # FLOPs, parameters and latency, whatever the budget
@@ -326,9 +326,10 @@ def test_a_lost_log_is_called_lost(tmp_path):
     report.write(tmp_path, REPORT)
     written = (tmp_path / "report.md").read_text()
     assert (
-        "## Search\n\nThe log of the search is lost: metrics.jsonl has no line of it, so there is no plot.\n" in written
+        "## Search\n\nThe log of the search is lost: metrics.jsonl has no record of it, so there is no plot.\n"
+        in written
     )
-    assert "held-out training images (what it reached is lost: metrics.jsonl has no line of it) and is" in written
+    assert "held-out training images (its accuracy is lost: metrics.jsonl has no record of it) and is" in written
 
 
 @pytest.mark.parametrize(
@@ -337,8 +338,8 @@ def test_a_lost_log_is_called_lost(tmp_path):
         (b'{"stage": "sea', "is not JSON"),
         (b"\xff\n", "is not JSON"),
         (b"{}\n", "has no stage and step"),
-        (b'{"stage": "search", "step": "x"}\n', "has step='x', which is no number"),
-        (b'{"stage": "base", "step": 1, "loss": [1]}\n', r"has loss=\[1\], which is no number"),
+        (b'{"stage": "search", "step": "x"}\n', "has step='x', which is not a number"),
+        (b'{"stage": "base", "step": 1, "loss": [1]}\n', r"has loss=\[1\], which is not a number"),
     ],
 )
 def test_a_damaged_log_is_named_with_its_line(workdir, line, damage):
@@ -506,7 +507,7 @@ def test_compare_names_the_file_and_the_key_that_is_missing_or_damaged(workdir, 
     path = workdir / "report.json"
     values = {key: value for key, value in (REPORT.to_json() | changes).items() if value is not ...}
     path.write_text(json.dumps(values))
-    advice = "give the command of that run again, which writes its report anew."
+    advice = "run the command of that run again to rewrite its report."
     assert compare_file(path) == f"error: {path}: {what}; {advice}"
 
 

@@ -205,7 +205,8 @@ def test_what_must_not_be_overlooked_is_a_warning(tmp_path):
     warnings = [each for each in found.all("p") if each.attributes.get("class") == "warning"]
     assert [each.text.partition(".")[0] for each in warnings] == [
         "The search has not converged: k and its gate differ",
-        "The pruned network was fine-tuned and the base was not, so a part of the change may come from more training, "
+        "The pruned network was fine-tuned and the base was not, so part of the change may come"
+        " from additional training, "
         "or from other images (see Stages)",
     ]
     assert [each.text for each in warnings[0].all("strong")] == ["The search has not converged"]
@@ -288,8 +289,8 @@ def test_comparison_has_the_table_and_the_plots():
     }
     section = found.section("Accuracy and cost, resnet20 on CIFAR-10 (JPEG)")
     assert [each.attributes["aria-label"] for each in section.all("svg")] == [
-        "Top-1 accuracy against the kept part of the FLOPs",
-        "Top-1 accuracy against the kept part of the latency of a batch of 128 on 1 x cpu",
+        "Top-1 accuracy against the kept fraction of the FLOPs",
+        "Top-1 accuracy against the kept fraction of the latency of a batch of 128 on 1 x cpu",
     ]
     for drawing in section.all("svg"):
         assert {"ddnp", "magnitude", "base"} <= {each.text for each in drawing.all("text")}
@@ -357,7 +358,7 @@ def test_points_of_the_plots():
 def test_latencies_are_compared_on_one_device_alone():
     elsewhere = dataclasses.replace(OTHER, devices="8 x H100")
     plots = list(pareto.plots([SEEDS, [elsewhere]], pareto.styles(["ddnp", "magnitude"])))
-    assert [plot.caption.partition("kept part of the ")[2] for plot in plots] == [
+    assert [plot.caption.partition("kept fraction of the ")[2] for plot in plots] == [
         "FLOPs",
         "latency of a batch of 128 on 1 x cpu",
         "latency of a batch of 128 on one of 8 x H100",

@@ -137,9 +137,9 @@ def test_damaged_files_are_named(tmp_path):
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
     for cls, message in [
-        ("os:system", "os:system is no flax module"),
-        ("zoo:Gone", "zoo:Gone is no class of this library, and no module of the program has it"),
-        ("antigravity:Gone", "antigravity:Gone is no class of this library, and no module of the program has it"),
+        ("os:system", "os:system is not a flax module"),
+        ("zoo:Gone", "zoo:Gone is not a class of this library, and no module of the program has it"),
+        ("antigravity:Gone", "antigravity:Gone is not a class of this library, and no module of the program has it"),
         ("flax.linen:Dense", "flax.linen:Dense does not take its attributes"),
     ]:
         changed = json.loads(text) | {"class": cls, "attributes": {"unknown": 1}}
@@ -162,8 +162,8 @@ def write_sealed(description, fields):
 
 HOSTILE_FIELDS = [
     ("class", 3, "class is no str"),
-    ("class", "ddnp_jax.models:create", "ddnp_jax.models:create is no flax module"),
-    ("class", "ddnp_jax", "ddnp_jax is no class of this library"),
+    ("class", "ddnp_jax.models:create", "ddnp_jax.models:create is not a flax module"),
+    ("class", "ddnp_jax", "ddnp_jax is not a class of this library"),
     ("class", "__main__:Gone", r"no module of the program has it; pass the unpruned network"),
     ("attributes", [1], "attributes is no dict"),
     ("attributes", {"dtype": {"dtype": "evil"}}, "does not take its attributes any more"),

@@ -44,10 +44,12 @@ def test_a_run_goes_on_in_its_own_workdir_only(tmp_path):
         claim_workdir(workdir, config)
     for other in ("[]", "null", "3"):
         (workdir / "config.json").write_text(other)
-        with pytest.raises(ValueError, match=r"config\.json holds no configuration of a run; put a good copy back"):
+        with pytest.raises(ValueError, match=r"config\.json contains no configuration of a run; restore a good copy"):
             claim_workdir(workdir, config)
     (workdir / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"config\.json holds no configuration of a run; put a good copy back, or use"):
+    with pytest.raises(
+        ValueError, match=r"config\.json contains no configuration of a run; restore a good copy, or use"
+    ):
         claim_workdir(workdir, config)
     claim_workdir(tmp_path, {f"field{i}": i for i in range(50)})
     with pytest.raises(ValueError, match=r"has 9, this run has no such field\n  and 40 more\nGive this run another"):

@@ -1,4 +1,4 @@
-"""What may remain: how much is wanted and of what, whether it can be reached, and integer widths that meet it."""
+"""Budgets: the target cost, whether it can be reached, and integer widths that meet it."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ddnp_jax.config import BudgetConfig
 
 
-NOTED_UNUSED = 0.02  # the part of a budget from which on `describe` says that it is unused
+NOTED_UNUSED = 0.02  # fraction of a budget above which `describe` reports it as unused
 _SIZES = {"multiply-accumulates": flops.total, "parameters": flops.parameters}
 
 
@@ -28,9 +28,9 @@ class Cost:
     """What a budget counts.
 
     Attributes:
-      of: (topology, widths) -> the cost: exact at integer widths, else a float32 scalar that is differentiable in them.
-      unit: Unit of the cost.
-      form: Format of an amount.
+      of: (topology, widths) -> cost; exact for integer widths, otherwise a differentiable float32 scalar.
+      unit: Unit of the cost, for messages.
+      form: Format specifier of the cost, for messages.
     """
 
     of: Callable[[Topology, Any], Any] = flops.prunable
@@ -45,14 +45,14 @@ def flops_cost(convention: str) -> Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """The cost that may remain: p times the whole network's.
+    """A target cost: the fraction p of the unpruned network's.
 
     Attributes:
-      topology: Topology of the network.
-      p: Fraction in (0, 1] of the cost that remains.
+      topology: Topology of the network, as returned by `trace`.
+      p: Fraction in (0, 1] of the cost to keep.
       counted: What is counted; by default the FLOPs of the prunable layers.
-      multiple: Widths are multiples of this, except gates that stay whole.
-      floors: Least channels of every gate; empty for one each.
+      multiple: Widths are multiples of this, except those of unpruned gates.
+      floors: Minimum number of channels of every gate; empty for one each.
     """
 
     topology: Topology
@@ -63,17 +63,17 @@ class Budget:
 
     @property
     def total(self) -> float:
-        """T_total, the cost of the whole network."""
+        """T_total, the cost of the unpruned network."""
         return self.cost(self.topology.widths)
 
     @property
     def wanted(self) -> float:
-        """The most that may remain, p T_total."""
+        """The target, p T_total: the highest cost that meets the budget."""
         return self.p * self.total
 
     @property
     def smallest_widths(self) -> tuple[int, ...]:
-        """One channel (or one multiple) per gate, or its floor."""
+        """The minimum widths: one channel (or one multiple) per gate, or its floor."""
         floors = self.floors or (1,) * len(self.topology.gates)
         return tuple(
             min(-(-floor // self.multiple) * self.multiple, channels)
@@ -82,18 +82,18 @@ class Budget:
 
     @property
     def least_p(self) -> float:
-        """The smallest p that can be met, rounded up to four digits; above 1 where none can."""
+        """The smallest feasible p, rounded up to four digits; above 1 if there is none."""
         return math.ceil(1e4 * self.cost(self.smallest_widths) / self.total) / 1e4
 
     def cost(self, widths: Any) -> Any:
-        """T at widths (L,): exact for integers, else a float32 scalar that is differentiable in them."""
+        """The cost T at widths (L,): exact for integers, otherwise a differentiable float32 scalar."""
         return self.counted.of(self.topology, widths)
 
     def check(self) -> None:
-        """Refuses a budget that cannot be met.
+        """Checks that the budget can be met.
 
         Raises:
-          ValueError: p is outside (0, 1], there is nothing to prune, or the smallest widths cost more than wanted.
+          ValueError: p is outside (0, 1], there is nothing to prune, or the minimum widths exceed the budget.
         """
         _check_fields(self.topology, self.p, self.multiple)
         if self.cost(self.smallest_widths) > self.wanted:
@@ -107,7 +107,7 @@ class Budget:
             )
 
     def describe(self, widths: tuple[int, ...]) -> str:
-        """Sizes of the network before and after, how much of the budget is used, and the widths, as text."""
+        """Returns the sizes before and after pruning, the used part of the budget, and the widths, as text."""
         lines = [_change(name, of(self.topology), of(self.topology, widths)) for name, of in _SIZES.items()]
         reached, wanted = (f"{cost:{self.counted.form}}" for cost in (self.cost(widths), self.wanted))
         lines.append(f"budget: {reached} of at most {wanted} {self.counted.unit} (p = {self.p:g})")
@@ -120,19 +120,19 @@ class Budget:
         return "\n".join([*lines, *(f"  {gate.name}: {width} of {gate.channels}" for gate, width in gates)])
 
     def fit(self, k: ArrayLike) -> tuple[int, ...]:
-        """Integer widths close to `k_l C_l` that meet the budget and leave no channel's room unused.
+        """Returns integer widths close to `k_l C_l` that meet the budget and leave no room for another channel.
 
-        All widths are scaled by the largest common factor that meets the budget after rounding; the room that rounding
-        leaves is then filled one unit at a time, the gate that lost most to rounding first. Nothing is asked of the
-        cost: a measured one may fall where a width grows. The widths then meet the budget and no single gate can be one
-        unit wider within it, but being two units wider at once may be cheaper.
+        All widths are scaled by the largest common factor that meets the budget after rounding; the remaining budget is
+        then used up one unit at a time, starting with the gate that lost most to rounding. The cost need not be
+        monotonic: a measured one may decrease as a width grows. No single gate of the result can be one unit wider
+        within the budget, although being two units wider may be cheaper.
 
         Args:
-          k: Fraction of channels per gate, in (0, 1].
+          k: Fraction of channels to keep per gate, in (0, 1].
         """
         fractions = np.asarray(k, np.float64)
         ideal = fractions * self.topology.widths
-        # The factors at which a rounded width changes; between two of them all widths stay.
+        # The factors at which a rounded width changes; between two of them all widths are constant.
         halves = [np.arange(0.5, channels / self.multiple + 1) * self.multiple for channels in self.topology.widths]
         factors = np.unique(np.concatenate([half / each for half, each in zip(halves, ideal, strict=True)]))
         wanted = self.wanted
@@ -143,7 +143,7 @@ class Budget:
         return self.smallest_widths
 
     def round(self, k: ArrayLike) -> tuple[int, ...]:
-        """Integer widths nearest to `k_l C_l`, whatever they cost: multiples, between the smallest and the whole."""
+        """Returns the allowed widths nearest to `k_l C_l`, regardless of the budget."""
         ideal = np.asarray(k, np.float64) * self.topology.widths
         rounded = np.floor(ideal / self.multiple + 0.5).astype(int) * self.multiple
         return tuple(map(int, np.clip(rounded, self.smallest_widths, self.topology.widths)))
@@ -175,13 +175,13 @@ def _change(name: str, before: int, after: int) -> str:
 
 
 def make_budget(config: "BudgetConfig", topology: Topology, measured: Callable[..., LatencyTable]) -> Budget:
-    """The budget of a configuration's `budget` section.
+    """Makes the budget of a configuration's `budget` section.
 
     Args:
-      config: The section, checked by itself.
+      config: The section, already checked.
       topology: Topology of the network.
-      measured: (points=, multiple=) -> the latency table; called for kind 'latency' alone, after everything that
-        can be refused without it.
+      measured: (points=, multiple=) -> the latency table; called only for kind 'latency', after all checks that do
+        not need it.
 
     Raises:
       ValueError: There is nothing to prune, or the budget cannot be met.
@@ -205,22 +205,22 @@ def _cost(config: "BudgetConfig", measured: Callable[..., LatencyTable]) -> Cost
 
 
 def floors_of(topology: Topology, floors: Any) -> tuple[int, ...]:
-    """The least channels of every gate.
+    """Returns the minimum number of channels of every gate.
 
     Args:
       topology: Topology of the network.
-      floors: Channels (whole numbers) or a part (fractions below 1): one for all gates, by the gate's name, or as a
-        function of the gate; None for one channel each.
+      floors: Number of channels (integer) or fraction (below 1): one value for all gates, a mapping by gate name, or
+        a function of the gate; None for one channel each.
 
     Raises:
-      ValueError: A floor is neither, is above its gate's channels, or names no gate.
+      ValueError: A floor is neither, exceeds its gate's channels, or names an unknown gate.
     """
     if floors is None:
         return ()
     if isinstance(floors, Mapping):
         names = [gate.name for gate in topology.gates]
         if unknown := [name for name in floors if name not in names]:
-            raise ValueError(f"floors names {unknown[0]!r}, which is no gate; the gates are {', '.join(names)}.")
+            raise ValueError(f"floors names {unknown[0]!r}, which is not a gate; the gates are {', '.join(names)}.")
     found = []
     for gate in topology.gates:
         if isinstance(floors, Mapping):

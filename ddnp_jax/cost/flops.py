@@ -1,8 +1,8 @@
-"""What a network costs: multiply-accumulates (MACs) of its convolution and dense layers, and parameters.
+"""Costs of a network: multiply-accumulates (MACs) of its convolution and dense layers, and parameters.
 
-Two conventions. "macs": MACs per image; biases, batch norm and activations are free. "authors", of the DDNP and NPPM
-authors' code: a layer that touches a gate costs 3 more per output element (batch norm 2, activation 1); the network's
-other layers cost their MACs. Padding counts as if it were image. Matrix products of two activations are no layers.
+There are two conventions. "macs": MACs per image; biases, batch norm and activations are free. "authors", as in the
+DDNP and NPPM authors' code: a layer that touches a gate costs 3 more per output element (batch norm 2, activation 1);
+other layers cost their MACs. Padding is counted like pixels. Matrix products of two activations are not counted.
 """
 
 import functools
@@ -22,7 +22,7 @@ CONVENTIONS = ("macs", "authors")
 
 
 def total(topology: Topology, widths: Any = None, convention: str = "macs") -> Any:
-    """FLOPs of the whole network per image, T_all; arguments as for `prunable`."""
+    """FLOPs of the entire network per image, T_all; arguments as for `prunable`."""
     whole = sum(_macs(layer) for layer in topology.layers if not _touches_gate(layer))
     return prunable(topology, widths, convention) + whole
 
@@ -32,29 +32,29 @@ def prunable(topology: Topology, widths: Any = None, convention: str = "macs") -
 
     Args:
       topology: Topology of the network.
-      widths: Channels per gate, None for the whole network; a sequence or an array (L,), which may be traced and
+      widths: Channels per gate; None for the unpruned network. A sequence or an array (L,), which may be traced and
         fractional: the result is bilinear in it.
       convention: "macs" or "authors".
 
     Returns:
-      An int for integer widths, else a float32 scalar that is differentiable in the widths.
+      An int for integer widths, otherwise a float32 scalar that is differentiable in the widths.
 
     Raises:
-      ValueError: The convention is unknown, or the number of widths is not that of the gates.
+      ValueError: The convention is unknown, or the number of widths does not match the gates.
     """
     check_convention(convention)
     return _sum(_flops_terms(topology, convention), channels(topology, widths))
 
 
 def parameters(topology: Topology, widths: Any = None) -> Any:
-    """Parameters of the whole network, batch statistics not counted.
+    """Number of parameters of the entire network, without batch statistics.
 
     Args:
       topology: Topology of the network.
       widths: Channels per gate, as for `prunable`; the result has constant, linear and bilinear terms.
 
     Returns:
-      An int for integer widths, else a float32 scalar that is differentiable in the widths.
+      An int for integer widths, otherwise a float32 scalar that is differentiable in the widths.
 
     Raises:
       ValueError: The number of widths is not that of the gates.
@@ -63,14 +63,14 @@ def parameters(topology: Topology, widths: Any = None) -> Any:
 
 
 def channels(topology: Topology, widths: Any = None) -> Any:
-    """Widths as an array (L + 1,) whose last entry is 1, for whatever depends on no gate.
+    """Returns the widths as an array (L + 1,) whose last entry is 1, for terms that depend on no gate.
 
     Args:
       topology: Topology of the network.
-      widths: Channels per gate, None for the whole network.
+      widths: Channels per gate; None for the unpruned network.
 
     Returns:
-      int64 on the host for integer widths, else float32, traced where the widths are.
+      int64 on the host for integer widths, otherwise float32, traced if the widths are.
 
     Raises:
       ValueError: The number of widths is not that of the gates.
@@ -84,20 +84,25 @@ def channels(topology: Topology, widths: Any = None) -> Any:
 
 
 def check_convention(convention: str) -> None:
-    """Refuses an unknown convention.
+    """Checks that a convention is known.
 
     Raises:
-      ValueError: Names the convention and what it may be.
+      ValueError: The convention is unknown; the message lists the known ones.
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"the FLOPs convention {convention!r} is unknown; use one of {', '.join(CONVENTIONS)}.")
 
 
 def p_for_reduction(topology: Topology, reduction: float, convention: str = "macs") -> float:
-    """The p that removes a fraction `reduction` of the whole network's FLOPs: 1 - reduction * T_all / T_total.
+    """Returns the p that removes a fraction of the entire network's FLOPs: 1 - reduction * T_all / T_total.
+
+    Args:
+      topology: Topology of the network.
+      reduction: Fraction of T_all to remove.
+      convention: "macs" or "authors".
 
     Raises:
-      ValueError: The prunable layers do not have that many FLOPs.
+      ValueError: The prunable layers have fewer FLOPs than that.
     """
     share = total(topology, None, convention) / max(prunable(topology, None, convention), 1)
     if not 0 <= reduction * share < 1:
@@ -109,7 +114,7 @@ def p_for_reduction(topology: Topology, reduction: float, convention: str = "mac
 
 
 def reduction_for_p(topology: Topology, p: float, convention: str = "macs") -> float:
-    """The fraction of the whole network's FLOPs that p removes; the inverse of `p_for_reduction`.
+    """Returns the fraction of the entire network's FLOPs that p removes; the inverse of `p_for_reduction`.
 
     Raises:
       ValueError: p is outside (0, 1].

@@ -1,10 +1,10 @@
-"""What a network takes on a device: measured over the widths of its layers, interpolated, and kept as a plain file.
+"""Latency of a network on a device: measured over the widths of its layers, interpolated, and saved as a plain file.
 
 A table has, for every convolution and dense layer, milliseconds per batch at a grid of its numbers of input and output
 channels; the sum over the layers of their multilinear interpolation is differentiable in the widths. A network takes
-longer than its layers by themselves: normalization, activations, additions, and an overhead for every operation. So the
-whole network is timed too, at several widths, and its time is the overhead and the factor times the sum that fit these
-best.
+longer than the sum of its layers: normalization, activations, additions, and an overhead for every operation. So the
+entire network is timed too, at several widths, and its time is modeled as an overhead plus a factor times the sum, both
+fitted to these times.
 
 Between the points of the grid a device may jump (tiles of 8, 32 or 128 channels): with `budget.multiple` the points are
 multiples too.
@@ -34,8 +34,8 @@ from ddnp_jax.topology import Extent, Layer, Selection, Topology, variable_shape
 
 XLA, ONNX = "xla", "onnx"
 RUNTIMES = (XLA, ONNX)  # XLA on the current device, ONNX Runtime on the CPU
-ROUNDS = 5  # of which the shortest counts: whatever else a machine does adds to the others
-FRACTIONS = (1.0, 0.75, 0.5, 0.25)  # of every gate, at which the whole network is timed
+ROUNDS = 5  # the shortest one counts: other load on the machine only adds time
+FRACTIONS = (1.0, 0.75, 0.5, 0.25)  # of every gate, at which the entire network is timed
 ROUND_MS = 5.0  # shortest time of a round; short layers are called several times
 
 
@@ -45,7 +45,7 @@ class LayerTimes:
 
     Attributes:
       name: Name of the layer, as in the topology.
-      kernel_shape: Shape of the whole network's kernel.
+      kernel_shape: Shape of the kernel in the unpruned network.
       positions: Output positions.
       inputs: Ascending numbers of input channels, up to the whole; empty where no gate changes them.
       outputs: The same of the output channels; a depthwise layer has only these.
@@ -83,7 +83,7 @@ class LayerTimes:
 
 @dataclasses.dataclass(frozen=True)
 class NetworkTime:
-    """Time of the whole network.
+    """Time of the entire network.
 
     Attributes:
       widths: Channels per gate.
@@ -115,7 +115,7 @@ class LatencyTable:
       batch: Images per call.
       layers: Layers, in the topology's order.
       runtime: One of `RUNTIMES`.
-      networks: The whole network at several widths; empty where the layers by themselves are all that counts.
+      networks: Times of the entire network at several widths; empty if only the times of the layers count.
     """
 
     device: str
@@ -129,7 +129,7 @@ class LatencyTable:
 
         Args:
           topology: Topology of the network.
-          widths: Channels per gate, None for the whole network; below the smallest measured width, that one's time.
+          widths: Channels per gate; None for the unpruned network. Below the smallest measured width, its time counts.
 
         Returns:
           A float for integer widths, else a float32 scalar that is differentiable in the widths.
@@ -141,7 +141,7 @@ class LatencyTable:
         return overhead + factor * self.layers_ms(topology, widths)
 
     def layers_ms(self, topology: Topology, widths: Any = None) -> Any:
-        """Milliseconds per batch of all layers, each by itself; arguments and result as of `ms`."""
+        """Milliseconds per batch of all layers, each by itself; arguments and result as for `ms`."""
         channels = flops.channels(topology, widths)
         on_host = isinstance(channels, np.ndarray)
         xp, kind = (np, np.float64) if on_host else (jnp, np.float32)
@@ -180,7 +180,7 @@ class LatencyTable:
                 network.check(topology)
         except ValueError as error:
             raise ValueError(
-                f"{path} is no latency table of this network ({error}); delete it, and it is measured again."
+                f"{path} is not a latency table of this network ({error}); delete it, and it is measured again."
             ) from error
         return table
 
@@ -215,7 +215,7 @@ def measure(
     variables: Any = None,
     rebuild: Rebuild | None = None,
 ) -> LatencyTable:
-    """Compiles and times every layer by itself, and the whole network at several widths.
+    """Compiles and times every layer alone, and the entire network at several widths.
 
     Args:
       model: The network.
@@ -258,7 +258,7 @@ def _networks(
     variables: Any,
     rebuild: Rebuild | None,
 ) -> tuple[NetworkTime, ...]:
-    """The whole network with a part of every gate, timed in turn."""
+    """Times the entire network at fractions of every gate, interleaved."""
     images = jax.ShapeDtypeStruct((batch, *topology.input_shape), jnp.float32)
     network = as_network(model, **dict(topology.call_kwargs))
     drawn = jax.tree.map(_ordinary, variable_shapes(network, images, variables))

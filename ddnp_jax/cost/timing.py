@@ -1,4 +1,4 @@
-"""Fair times of networks in one process: they take turns, so that a slow moment meets all of them."""
+"""Fair timing of networks in one process: measurements are interleaved, so that slowdowns affect all of them."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ ROUNDS, SECONDS = 7, 0.2  # at least, and as many rounds as the time allows: sho
 
 
 def in_turn(calls: Sequence[Callable[[], Any]]) -> list[float]:
-    """Times functions without arguments, one call of each after the other.
+    """Times functions without arguments, interleaved call by call.
 
     Args:
       calls: The functions; each is called once before, which compiles it.

@@ -1,4 +1,4 @@
-"""Data sets: what is read, its held-out splits, the order of its images and how they come to the devices."""
+"""Data sets: loading, held-out splits, the order of images and their transfer to the devices."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -38,11 +38,11 @@ __all__ = [
     "steps_per_epoch",
 ]
 
-FOLDER = "folder"  # the name of every data set that is a folder of image files
+FOLDER = "folder"  # value of `data.name` for a folder of image files
 
 
 class _Usual(NamedTuple):
-    """What is usual for a data set: how reports call it, and the mean and deviation per channel, red first."""
+    """Defaults of a data set: its name in reports, and mean and standard deviation per channel, in RGB order."""
 
     label: str
     mean: tuple[float, ...]
@@ -58,9 +58,9 @@ _USUAL: Mapping[str, _Usual] = {
 
 
 def complete(config: DataConfig) -> DataConfig:
-    """A `data` section with the mean and deviation that are usual for its data set, where it gives none.
+    """Fills in the default mean and standard deviation of a data set in its `data` section, if it has none.
 
-    They stay empty for data sets of which nothing is known here; `load` then refuses them.
+    They stay empty for unknown data sets; `load` then raises an error.
     """
     if config.name not in _USUAL:
         return config
@@ -71,19 +71,19 @@ def complete(config: DataConfig) -> DataConfig:
 def load(config: DataConfig) -> Dataset:
     """Opens a data set and draws its held-out splits.
 
-    Images of one small size are read into memory; others are streamed.
+    Small images of equal size are read into memory; others are streamed.
 
     Args:
-      config: The `data` section. Where `data_dir` is "", TFDS's own folder is read, where cifar10 is downloaded to and
-        imagenet2012 prepared; digits is prepared wherever it is missing.
+      config: The `data` section. If `data_dir` is "", TFDS's default folder is used, to which cifar10 is downloaded and
+        in which imagenet2012 is prepared; digits is prepared if it is missing.
 
     Returns:
       The data set.
 
     Raises:
-      ValueError: A field's value is impossible, or an image is damaged.
-      FileNotFoundError: `data_dir` holds no such data set.
-      OSError: The data set can be neither found nor prepared.
+      ValueError: A field is invalid, or an image is damaged.
+      FileNotFoundError: `data_dir` does not contain the data set.
+      OSError: The data set can neither be found nor prepared.
     """
     config = complete(config)
     preprocessing = Preprocessing.of(config)
@@ -102,7 +102,7 @@ def load(config: DataConfig) -> Dataset:
 
 
 def label(config: DataConfig) -> str:
-    """How reports call the data of a `data` section; they do not hide that it is a slice."""
+    """Returns the name in reports of a `data` section's data set, including its slice."""
     known = _USUAL[config.name].label if config.name in _USUAL else config.name
     parts = [config.label or known or Path(config.data_dir).name]
     if config.train_split != "train":

@@ -1,4 +1,4 @@
-"""Data sets of arrays that are already in memory."""
+"""Data sets from arrays in memory."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from ddnp_jax.data.dataset import Dataset, HeldOut, check_labels
 from ddnp_jax.data.images import InMemory
 from ddnp_jax.data.preprocessing import Preprocessing
 
-_BLOCK = 1000  # images whose statistics are summed at once
+_BLOCK = 1000  # images per block when computing statistics
 
 FLOAT_NOTE = "The images are floating-point arrays; the network sees them as they are, without normalization."
 
@@ -28,29 +28,29 @@ def from_arrays(
     search_fraction: float = 0.05,
     validation_fraction: float = 0.02,
 ) -> Dataset:
-    """Makes a data set of images and labels in memory; they must fit on every device.
+    """Creates a data set from images and labels in memory; it must fit into the memory of every device.
 
-    Images of 8 or 16 bits are scaled to [0, 1] and normalized. Floating-point images are taken as they are, in float32.
+    Images of 8 or 16 bits are scaled to [0, 1] and normalized. Floating-point images are used unchanged, in float32.
 
     Args:
       train: The training images, uint8, uint16 or floating-point (N, H, W, C) or (N, H, W), and their labels, whole
         numbers (N,) from 0.
-      test: The images on which accuracies are reported, of the same type and shape, and their labels.
-      class_names: A name for each class; None where the largest training label tells how many there are.
-      name: How reports call the data set.
-      mean: What is subtracted, one value per channel in units of [0, 1]; None for that of the training images.
-      std: What is divided by, likewise.
-      pad: Zero pixels on each side before a random crop, where a stage augments.
-      flip: Whether to mirror half of the images left and right, where a stage augments.
-      seed: Seed of the held-out splits.
-      search_fraction: The fraction of the training images that the search uses, held out from base training.
-      validation_fraction: The fraction of them by which the best checkpoint is chosen.
+      test: The test images, of the same type and shape, and their labels.
+      class_names: Name of each class; None to derive the number of classes from the largest training label.
+      name: Name of the data set in reports.
+      mean: Mean per channel for normalization, in units of [0, 1]; None for that of the training images.
+      std: Standard deviation per channel, likewise.
+      pad: Zero padding in pixels on each side before a random crop, in stages with augmentation.
+      flip: Whether to flip half of the images horizontally, in stages with augmentation.
+      seed: Random seed of the held-out splits.
+      search_fraction: Fraction of the training images for the search, held out from base training.
+      validation_fraction: Fraction of the training images for selecting the best checkpoint.
 
     Returns:
       The data set.
 
     Raises:
-      ValueError: An argument is impossible; images or labels are named with their index.
+      ValueError: An argument is invalid; the message names the index of an invalid image or label.
     """
     held_out = HeldOut(seed, search_fraction, validation_fraction)
     held_out.check()

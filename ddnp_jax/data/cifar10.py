@@ -27,7 +27,7 @@ class Cifar10(
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         source = self._cifar_info
-        try:  # TFDS retries for minutes before it admits that there is no network
+        try:  # TFDS retries for minutes if there is no network connection
             requests.head(source.url, timeout=20)
         except requests.RequestException as error:
             raise ConnectionError(f"{source.url} did not answer: {type(error).__name__}") from error

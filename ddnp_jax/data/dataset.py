@@ -1,4 +1,4 @@
-"""A data set: its images, its held-out splits, and what who serves the network must know."""
+"""A data set: its images, its held-out splits, and the preprocessing that a deployed network needs."""
 
 import dataclasses
 import hashlib
@@ -15,7 +15,7 @@ from ddnp_jax.data.order import split
 from ddnp_jax.data.preprocessing import Preprocessing
 from ddnp_jax.fields import check_limits
 
-SMALL_SIDE = 96  # pixels; images of one size up to here are kept in memory and trained on whole
+SMALL_SIDE = 96  # pixels; images of equal size up to this are kept in memory and not resized
 MAX_BYTES = 2**31  # of pixels in memory, and on every device
 
 
@@ -24,15 +24,15 @@ class Dataset:
     """A data set.
 
     Attributes:
-      name: How reports call it.
-      num_classes: Labels are 0..num_classes - 1.
-      image_shape: (H, W, C), as the network sees images.
+      name: Name of the data set in reports.
+      num_classes: Number of classes; labels are 0..num_classes - 1.
+      image_shape: Shape (H, W, C) of the network's input images.
       train: The training images, in record order.
-      test: The images on which accuracies are reported, in record order.
-      splits: "train", "search" and "validation" -> sorted int32 indices into `train`; disjoint, together all.
-      preprocessing: How pixels come to the network.
-      class_names: The names of the classes, label by label; None where there are none.
-      notes: Sentences that reports repeat.
+      test: The test images, in record order.
+      splits: "train", "search" and "validation" -> sorted int32 indices into `train`; a partition of it.
+      preprocessing: Preprocessing of the network's input.
+      class_names: Names of the classes by label; None if there are none.
+      notes: Remarks to include in reports.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuses labels that are no classes, and names that are not one per class."""
+        """Raises if a label is out of range, or the number of class names does not match."""
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ValueError(f"class_names has {len(self.class_names)} names for {self.num_classes} classes.")
         for part in ("train", "test"):
@@ -55,7 +55,7 @@ class Dataset:
                 check_labels(images.labels, self.num_classes, part)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this data set from others, in values of JSON: contents, splits and preprocessing."""
+        """Returns the data set's identity as JSON values: contents, splits and preprocessing."""
         preprocessing = dataclasses.asdict(self.preprocessing)
         del preprocessing["threads"]
         return {
@@ -67,14 +67,14 @@ class Dataset:
         }
 
     def serving(self) -> dict[str, Any]:
-        """What must be done to an image before the network sees it, in values of JSON.
+        """Returns the preprocessing of the network's input, as JSON values.
 
         Returns:
-          "input_shape": [H, W, C]. "channel_order": "rgb" (as which arrays of 3 channels count), "bgr" or "grey"; None
-          for other numbers of channels. "resize_size" and "crop_size": the shorter side to which a photograph is
-          resized and the side of the square cut from its middle; None where images are taken whole. "scale", "mean" and
+          "input_shape": [H, W, C]. "channel_order": "rgb" (assumed for arrays of 3 channels), "bgr" or "grey"; None for
+          other numbers of channels. "resize_size" and "crop_size": the shorter side to which a photograph is resized
+          and the side of its square center crop; None if images are not cropped. "scale", "mean" and
           "std": the network's input is (scale * pixels - mean) / std, the last two per channel in "channel_order".
-          "num_classes" and "class_names": what the outputs stand for.
+          "num_classes" and "class_names": the meaning of the outputs.
         """
         is_streamed = isinstance(self.train, Streamed)
         channels, levels = self.image_shape[-1], self.train.levels
@@ -94,12 +94,12 @@ class Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """Which training images are held out, in the fields of a configuration's `data` section.
+    """The held-out splits of the training images, with the fields of a configuration's `data` section.
 
     Attributes:
-      seed: Seed of the random draw.
-      search_fraction: The fraction of the training images that the search uses, held out from base training.
-      validation_fraction: The fraction of them by which the best checkpoint is chosen.
+      seed: Random seed of the splits.
+      search_fraction: Fraction of the training images for the search, held out from base training.
+      validation_fraction: Fraction of the training images for selecting the best checkpoint.
     """
 
     seed: int
@@ -107,7 +107,7 @@ class HeldOut:
     validation_fraction: float
 
     def check(self, section: str = "") -> None:
-        """Refuses impossible values; arguments and errors as in `Preprocessing.check`."""
+        """Checks the fields; arguments and errors as in `Preprocessing.check`."""
         check_limits(self, section, like=DataConfig)
         if self.search_fraction + self.validation_fraction >= 1:
             raise ValueError(
@@ -122,7 +122,7 @@ class HeldOut:
 
 
 def check_labels(labels: np.ndarray, num_classes: int, part: str) -> None:
-    """Refuses labels outside of 0..num_classes - 1.
+    """Checks that labels are in 0..num_classes - 1.
 
     Args:
       labels: Whole numbers (N,).
@@ -130,7 +130,7 @@ def check_labels(labels: np.ndarray, num_classes: int, part: str) -> None:
       part: "train" or "test", for the message.
 
     Raises:
-      ValueError: Names the first such label and its index.
+      ValueError: A label is out of range; the message names the first one and its index.
     """
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong):
@@ -143,13 +143,13 @@ def check_labels(labels: np.ndarray, num_classes: int, part: str) -> None:
 def open_images(
     train: Sequence[Record], test: Sequence[Record], preprocessing: Preprocessing, *, may_fit: bool = True
 ) -> tuple[Images, Images, tuple[int, int, int]]:
-    """Reads encoded images into memory where all are of one small size, and else leaves them to be streamed.
+    """Reads encoded images into memory if all are small and of equal size; otherwise they are streamed.
 
     Args:
       train: The training images.
       test: The test images.
-      preprocessing: How pixels come to the network; its means tell how many channels they have.
-      may_fit: False where it is known that the sizes differ.
+      preprocessing: Preprocessing of the network's input; its means determine the number of channels.
+      may_fit: False if the sizes are known to differ.
 
     Returns:
       Training and test images, and their shape (H, W, C) as the network sees it.

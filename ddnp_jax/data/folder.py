@@ -1,4 +1,4 @@
-"""Data sets of image files, in a folder for each class."""
+"""Data sets from image files, with one folder per class."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -38,37 +38,37 @@ def from_folder(
     search_fraction: float = 0.05,
     validation_fraction: float = 0.02,
 ) -> Dataset:
-    """Makes a data set of image files.
+    """Creates a data set from image files.
 
-    The folder holds a sub-folder for each class, whose name is the class's; or `train` and one of `test`, `val` and
-    `validation`, which do. Images may lie deeper in a class's folder. Hidden files and folders are passed over, links
-    are followed but never in a circle, and other files are left out, which a note says. Images that are all of one
-    small size are kept in memory and augmented by padded crops; others are decoded in a stream and cropped.
+    The folder contains a sub-folder for each class, named after the class; or `train` and one of `test`, `val` and
+    `validation` with such sub-folders. Images may be nested deeper in a class's folder. Hidden files and folders are
+    ignored, links are followed except in cycles, and other files are skipped, which is noted in the report. Small
+    images of equal size are kept in memory and augmented by padded crops; others are streamed and cropped.
 
     Args:
       path: The folder.
-      name: How reports call the data set; None for the folder's name.
-      mean: What is subtracted, one value per channel in units of [0, 1], in the network's channel order; a single value
-        makes the images grey.
-      std: What is divided by, likewise.
-      bgr: Whether the network sees blue first.
-      pad: Zero pixels on each side before the random crop of small images, where a stage augments.
-      flip: Whether to mirror half of the images left and right, where a stage augments.
-      crop_size: Side in pixels of the crops that are made of photographs.
+      name: Name of the data set in reports; None for the folder's name.
+      mean: Mean per channel for normalization, in units of [0, 1] and in the network's channel order; with a single
+        value, images are converted to grayscale.
+      std: Standard deviation per channel, likewise.
+      bgr: Whether the network takes BGR images.
+      pad: Zero padding in pixels on each side before the random crop of small images, in stages with augmentation.
+      flip: Whether to flip half of the images horizontally, in stages with augmentation.
+      crop_size: Side in pixels of the crops of photographs.
       resize_size: Shorter side in pixels of a photograph before the center crop of evaluation.
-      threads: How many threads decode photographs, in each process; 0 is one per core.
-      test_fraction: The fraction of each class that is held out for the test, where no folder holds test images.
-      seed: Seed of all held-out images.
-      search_fraction: The fraction of the training images that the search uses, held out from base training.
-      validation_fraction: The fraction of them by which the best checkpoint is chosen.
+      threads: Number of decoder threads per process; 0 for one per core.
+      test_fraction: Fraction of each class that is held out for testing, if there is no folder of test images.
+      seed: Random seed of all held-out splits.
+      search_fraction: Fraction of the training images for the search, held out from base training.
+      validation_fraction: Fraction of the training images for selecting the best checkpoint.
 
     Returns:
       The data set.
 
     Raises:
-      ValueError: An argument is impossible, a class is empty, or a file is no image. Small images are decoded here; of
-        photographs the headers alone are read, and damage behind them is found, and its file named, when it is decoded.
-      FileNotFoundError: There is no such folder.
+      ValueError: An argument is invalid, a class is empty, or a file is not an image. Small images are decoded here; of
+        photographs only the headers are read, and a damaged one raises, naming its file, when it is decoded.
+      FileNotFoundError: The folder does not exist.
     """
     preprocessing = Preprocessing(
         mean, std, bgr, pad, flip, crop_size=crop_size, resize_size=resize_size, threads=threads
@@ -85,10 +85,10 @@ def open_folder(
     test_fraction: float,
     section: str = "",
 ) -> Dataset:
-    """As `from_folder`; `section` stands before a field's name in messages."""
+    """As `from_folder`; `section` is the prefix of field names in messages."""
     path = Path(path).expanduser()
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is no folder; give one with a sub-folder of images for each class.")
+        raise FileNotFoundError(f"{path} is not a folder; give one with a sub-folder of images for each class.")
     name = name or path.resolve().name
     held_out.check(section)
     preprocessing.check(name, 1 if len(preprocessing.mean) == 1 else 3, section)
@@ -114,7 +114,7 @@ def open_folder(
 
 @dataclass(frozen=True)
 class Files(Sequence[Record]):
-    """Image files as records, read when they are asked for.
+    """Image files as records, read on access.
 
     Attributes:
       paths: The files.
@@ -142,7 +142,7 @@ class _Tree:
 
     Attributes:
       images: Class -> its files, both sorted.
-      others: Files that are no images of a class.
+      others: Files that are not images of a class.
     """
 
     images: dict[str, list[str]]
@@ -150,7 +150,7 @@ class _Tree:
 
 
 def _check_headers(paths: Sequence[str], threads: int) -> None:
-    """Raises for files that are no images, before anything is computed; the headers alone are read."""
+    """Raises for files that are not images, before any work; only the headers are read."""
 
     def check(path: str) -> None:
         with naming({"source": path}):
@@ -251,4 +251,4 @@ def _check_test(path: Path, tree: _Tree, classes: tuple[str, ...]) -> None:
 def _left_out(others: list[str]) -> list[str]:
     if not others:
         return []
-    return [f"{len(others)} files are no images in a folder of a class and were left out, the first is {others[0]}."]
+    return [f"{len(others)} files are not images in a class folder and were skipped, the first is {others[0]}."]

@@ -1,4 +1,4 @@
-"""Images under numbers, and how a batch of them comes to the devices: from there, or from the host in a stream.
+"""Indexed images, and how batches reach the devices: from device memory, or streamed from the host.
 
 A batch travels in two halves: `read` makes the host's part of it, which is sent to the devices, and `batch` makes of
 that, on a device, what the network sees. Small data sets lie on every device, and only indices are sent; large ones are
@@ -31,7 +31,7 @@ class Images(abc.ABC):
     """Labelled images, numbered from 0.
 
     Attributes:
-      threads: How many threads read ahead; 0 where reading costs nothing.
+      threads: Number of threads that read ahead; 0 if reading is free.
       levels: The largest value of a pixel, 255 or 65535; None for floating-point pixels, which are not normalized.
     """
 
@@ -45,11 +45,11 @@ class Images(abc.ABC):
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """How many there are."""
+        """Number of images."""
 
     @functools.cached_property
     def on_devices(self) -> Any:
-        """What every device holds all the time; the first argument of `batch`."""
+        """Arrays that every device holds permanently; the first argument of `batch`."""
         return parallel.replicate(self._resident())
 
     @abc.abstractmethod
@@ -116,7 +116,7 @@ class Images(abc.ABC):
 
 
 class InMemory(Images):
-    """Images of one size, few enough to lie on every device; augmented there by zero-padded crops and flips.
+    """Images of equal size that fit into the memory of every device; augmented there by zero-padded crops and flips.
 
     Attributes:
       images: uint8 or uint16 (N, H, W, C), which are normalized, or float32, which are not.
@@ -134,7 +134,7 @@ class InMemory(Images):
         return len(self.labels)
 
     def read(self, indices: BatchIndices, seed: int | None) -> np.ndarray:
-        """Only the numbers of the images."""
+        """Returns only the indices of the images."""
         del seed  # the devices augment
         return indices.image
 
@@ -172,7 +172,7 @@ class Streamed(Images):
         self._records = records
         self._shape = preprocessing.crop_size, preprocessing.crop_size, len(preprocessing.mean)
         self._resize, self._flip = preprocessing.resize_size, preprocessing.flip
-        # Where a scheduler gives the process some of the cores, these are what it may use.
+        # A scheduler may restrict the process to some of the cores.
         self.threads = preprocessing.threads or (
             len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         )
@@ -218,7 +218,7 @@ class Streamed(Images):
 
 @contextlib.contextmanager
 def naming(record: Record, index: int | None = None) -> Iterator[None]:
-    """Lets an error of the decoder say which record it is about.
+    """Adds the name of the record to an error of the decoder.
 
     Raises:
       ValueError: The record is damaged.
@@ -268,7 +268,7 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float], dt
 
 
 def augment(rng: jax.Array, images: jax.Array, pad: int, flip: bool) -> jax.Array:
-    """Crops each image at random from its zero-padded self and mirrors half of them, every image independently.
+    """Randomly crops each zero-padded image and flips half of them horizontally, every image independently.
 
     Rows and columns are picked by products with 0/1 matrices, which XLA runs faster than a gather on CPU and which are
     exact for bytes at any matrix precision, because bytes fit into bfloat16, and for others at the highest. The padding

@@ -1,4 +1,4 @@
-"""Which images in which order: held-out splits, shuffled batches, evaluation batches. Indices only, no pixels.
+"""The order of images: held-out splits, shuffled batches, evaluation batches. Indices only, no pixels.
 
 A batch is a pure function of (seed, step), so a run resumes from its step alone and every process computes its own
 part.
@@ -14,7 +14,7 @@ import numpy as np
 
 
 class BatchIndices(NamedTuple):
-    """Which images a batch holds.
+    """The images of a batch.
 
     Attributes:
       image: int32 (...), the numbers of the images.
@@ -31,10 +31,10 @@ def split(count: int, seed: int, search_fraction: float, validation_fraction: fl
     The search part depends on neither of the other two, so changing `validation_fraction` keeps it.
 
     Args:
-      count: How many training images there are.
-      seed: Seed of the draw.
-      search_fraction: The fraction of them that the search uses (DDNP: 5 % on CIFAR-10).
-      validation_fraction: The fraction of them by which the best checkpoint is chosen.
+      count: Number of training images.
+      seed: Random seed of the split.
+      search_fraction: Fraction of them for the search (DDNP: 5 % on CIFAR-10).
+      validation_fraction: Fraction of them for selecting the best checkpoint.
 
     Returns:
       "train", "search" and "validation" -> sorted int32 indices.

@@ -1,4 +1,4 @@
-"""Encoded images to pixels and square crops, on the host: torchvision's two transformations of ImageNet.
+"""Decoding and cropping of images on the host: torchvision's two transformations for ImageNet.
 
 Every image of every data set is decoded here, to 8 bits, upright and without transparency. JPEGs are decoded by
 simplejpeg (libjpeg-turbo), whose pixels are those of Pillow bit for bit; what it does not know, CMYK and other formats,
@@ -121,7 +121,7 @@ def decode(encoded: bytes, min_height: int = 0, min_width: int = 0, channels: in
       encoded: A JPEG, or another format that Pillow reads.
       min_height: With `min_width`: the result may be smaller than the image, but not than this.
       min_width: See `min_height`; 0 for the whole image.
-      channels: 3 for RGB, where grey is repeated; 1 for grey, the luma of colours.
+      channels: 3 for RGB, where grey is repeated; 1 for grey, the luma of colors.
 
     Returns:
       uint8 (H, W, channels).
@@ -152,7 +152,7 @@ def _opened(file: BinaryIO) -> tuple[Image.Image, tuple[bool, int, int]]:
         _check_size(*image.size)
         return image, _TURNS.get(_orientation(image), (False, 1, 1))
     except UnidentifiedImageError as error:
-        raise ValueError("it is no image in a known format") from error
+        raise ValueError("it is not an image in a known format") from error
     except Exception as error:  # damaged files make Pillow's readers raise anything
         raise ValueError(_sentence(error)) from error
 

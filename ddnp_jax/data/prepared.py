@@ -106,7 +106,7 @@ def open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
         builder = _find_builder(name, data_dir)
     if not _is_prepared(builder) or builder.info.file_format.value != "array_record":
         raise FileNotFoundError(
-            f"{builder.data_dir} exists but is no complete data set in TFDS's array_record format; move it away, or "
+            f"{builder.data_dir} exists but is not a complete data set in TFDS's array_record format; move it away, or "
             "set data.data_dir to another folder."
         )
     return builder
@@ -267,8 +267,8 @@ def _part(builder: tfds.core.DatasetBuilder, field: str, split: str) -> _Part:
                 return _Part(named[1], first, end)
     known = ", ".join(f"{name}: {count} images" for name, count in counts.items())
     raise ValueError(
-        f"data.{field}={split!r} is no part of {builder.name} ({known}); use the name of a split, or a slice of one in "
-        "TFDS's form, 'train[:2000]' or 'train[10%:20%]'."
+        f"data.{field}={split!r} is not a part of {builder.name} ({known}); use the name of a split, or a slice of one "
+        "in TFDS's form, 'train[:2000]' or 'train[10%:20%]'."
     )
 
 

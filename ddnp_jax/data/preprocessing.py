@@ -1,4 +1,4 @@
-"""What happens to pixels between the stored image and the network."""
+"""Preprocessing of stored images for the network."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,17 +9,17 @@ from ddnp_jax.fields import check_limits
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """How images come to the network, in the fields of a configuration's `data` section.
+    """Preprocessing of images, with the fields of a configuration's `data` section.
 
     Attributes:
-      mean: What is subtracted, one value per channel in units of [0, 1], in the network's channel order.
-      std: What is divided by, likewise.
-      bgr: Whether the network sees blue first.
-      pad: Zero pixels on each side before the random crop of small images.
-      flip: Whether to mirror half of the training images left and right.
-      crop_size: Side in pixels of the crops that are made of photographs.
+      mean: Mean per channel for normalization, in units of [0, 1] and in the network's channel order.
+      std: Standard deviation per channel, likewise.
+      bgr: Whether the network takes BGR images.
+      pad: Zero padding in pixels on each side before the random crop of small images.
+      flip: Whether to flip half of the training images horizontally.
+      crop_size: Side in pixels of the crops of photographs.
       resize_size: Shorter side in pixels of a photograph before the center crop of evaluation.
-      threads: How many threads decode photographs, in each process; 0 is one per core.
+      threads: Number of decoder threads per process; 0 for one per core.
     """
 
     mean: Sequence[float]
@@ -42,12 +42,12 @@ class Preprocessing:
         return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
 
     def check(self, name: str, channels: int, section: str = "") -> None:
-        """Refuses impossible values.
+        """Checks the values.
 
         Args:
           name: The data set's name.
-          channels: How many channels its images have.
-          section: What stands before a field's name in a message, "data." for a configuration.
+          channels: Number of channels of its images.
+          section: Prefix of field names in messages, "data." for a configuration.
 
         Raises:
           ValueError: Names the field and what it may be.

@@ -1,7 +1,7 @@
-"""Ways to arrive at a Selection. `METHODS` lists them by name.
+"""Pruning methods: ways to find a Selection. `METHODS` lists them by name.
 
-A method is its fields, a dataclass that checks itself, and a function that builds a `Search` of a `Problem`. Scores
-that need no images are searches of zero steps. Usage, as `ddnp_jax.prune` does it:
+A method consists of its fields, a dataclass that validates itself, and a function that builds a `Search` for a
+`Problem`. Scores that need no images are searches of zero steps. Usage, as in `ddnp_jax.prune`:
 
     config = methods.configure("ddnp", {"tie_weight": 0.5})
     search = methods.build("ddnp", methods.Problem(model, variables, topology, budget, config, steps=2000))
@@ -58,14 +58,14 @@ __all__ = [
 
 
 class Method(NamedTuple):
-    """A method.
+    """A pruning method.
 
     Attributes:
-      fields: Makes its fields with their defaults: a dataclass, which raises ValueError for values that cannot be.
-      build: Makes its search of a problem.
-      steps: Steps that it takes where its user says nothing; 0 of methods that need no images.
-      job_fields: Fields of the job's `search` section that have other defaults with this method.
-      passes: How often it reads the job's search images, where that is no choice: a score needs every image once.
+      fields: Creates its fields with their defaults, a dataclass that raises ValueError for invalid values.
+      build: Builds its search for a problem.
+      steps: Default number of steps; 0 for methods that need no images.
+      job_fields: Defaults of this method for fields of the pipeline's `search` section.
+      passes: Fixed number of passes over the pipeline's search images; None if configurable.
     """
 
     fields: Callable[[], Any]
@@ -96,10 +96,10 @@ METHODS: dict[str, Method] = {
 
 
 def find(method: str) -> Method:
-    """The method of a name.
+    """Returns the method with a name.
 
     Raises:
-      ValueError: There is none.
+      ValueError: The method is unknown.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}.")
@@ -107,7 +107,7 @@ def find(method: str) -> Method:
 
 
 def configure(method: str, fields: Mapping[str, Any] | None = None) -> Any:
-    """A method's fields with other values than their defaults.
+    """Returns a method's fields, with given values in place of their defaults.
 
     Args:
       method: Name of the method.
@@ -117,7 +117,7 @@ def configure(method: str, fields: Mapping[str, Any] | None = None) -> Any:
       The fields, for `Problem.config`.
 
     Raises:
-      ValueError: The method or a field is unknown, or a value cannot be.
+      ValueError: The method or a field is unknown, or a value is invalid.
     """
     kind = find(method).fields
     return _filled(kind(), fields or {}, method)
@@ -137,7 +137,7 @@ def _filled(fields: Any, values: Mapping[str, Any], owner: str) -> Any:
 
 
 def default_fields(method: str) -> dict[str, Any]:
-    """The fields of a method and their defaults, as nested dictionaries.
+    """Returns the fields of a method and their defaults, as nested dictionaries.
 
     Raises:
       ValueError: The method is unknown.

@@ -20,12 +20,12 @@ def uniform_widths(importance: Importance, budget: Budget, fields: "Fields") -> 
 
 
 def by_rates(importance: Importance, budget: Budget, fields: "Fields") -> tuple[int, ...]:
-    """Widths that given rates leave, all scaled by one factor to the budget."""
+    """Widths that result from given rates, scaled by one factor to the budget."""
     return budget.fit(1 - np.array(fields.rates))
 
 
 def by_fitted_losses(importance: Importance, budget: Budget, fields: "Fields") -> tuple[int, ...]:
-    """CC's widths: where the least importance is lost, if what a gate loses grows exponentially with what it removes.
+    """CC's widths: they minimize the lost importance, if a gate's loss grows exponentially with its removed fraction.
 
     What gate l loses with a fraction c of its channels is fitted by p1 exp(p2 c), weighted by the root of the loss. The
     sum over all gates is least where the slopes are the same λ: c = ln(λ / (p1 p2)) / p2, in [0, 0.95]; λ is searched

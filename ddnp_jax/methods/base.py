@@ -1,4 +1,4 @@
-"""What methods are given and what they are: `Problem` and `Search`, and what becomes of a search's proposal."""
+"""The interface of pruning methods: `Problem`, `Search`, and the selection of a search's result."""
 
 import dataclasses
 import functools
@@ -36,11 +36,11 @@ class AdamW:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResourceFields:
-    """Fields of every search that is led to its budget by a term of its loss.
+    """Fields of every search whose loss has a resource term.
 
     Attributes:
       resource_loss: R: 'log_abs', 'log_max', 'abs' or 'square'; see `losses.resource`.
-      resource_weight: λ.
+      resource_weight: λ, the weight of R.
     """
 
     resource_loss: str = "log_abs"
@@ -48,12 +48,12 @@ class ResourceFields:
 
 
 class Measured(NamedTuple):
-    """What a masked network does on a batch; scalars.
+    """Results of a masked network on a batch, as scalars.
 
     Attributes:
-      loss: The loss that it was trained for.
-      performance: How well it does, in [0, 1]: the accuracy, of the default loss.
-      metrics: What is logged.
+      loss: The loss that the network was trained with.
+      performance: Performance in [0, 1]; with the default loss, the accuracy.
+      metrics: Metrics to log.
     """
 
     loss: jax.Array
@@ -62,19 +62,19 @@ class Measured(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What a method is given.
+    """The input of a method.
 
     Attributes:
       model: The backbone, of any kind that `trace` takes.
-      variables: Its trained variables; they stay as they are.
+      variables: Its trained variables; they are not modified.
       topology: Topology of `model`, as returned by `trace`.
-      budget: What may remain.
+      budget: Budget to meet.
       config: The method's fields, as returned by `methods.configure`.
       steps: Number of search steps.
-      loss: Loss `(outputs, targets) -> scalar`; None is the cross-entropy of integer labels.
-      outputs: Which of the network's outputs count: a key, an index or a function; see `networks.picked`.
-      performance: `(outputs, targets) -> scalar` in [0, 1], which NPPM maximizes; None is the accuracy of the default
-        loss, and exp(-loss) of an own one.
+      loss: Loss `(outputs, targets) -> scalar`; None for the cross-entropy with integer labels.
+      outputs: Which of the network's outputs to use: a key, an index or a function; see `networks.picked`.
+      performance: `(outputs, targets) -> scalar` in [0, 1] that NPPM maximizes; None for the accuracy with the default
+        loss, and exp(-loss) with a custom one.
     """
 
     model: Any
@@ -90,7 +90,7 @@ class Problem(NamedTuple):
     def measure(
         self, masks: Sequence[jax.Array], variables: Any, batch: Any, observe: Observe | None = None
     ) -> Measured:
-        """What the frozen network does with masks on a batch of (images, targets)."""
+        """Evaluates the frozen network with masks on a batch (images, targets)."""
         images, targets = batch
         found = apply_masked(self.model, variables, images, masks, self.topology, observe=observe)
         measured = losses.measure(found, targets, self.loss, self.outputs)
@@ -105,7 +105,7 @@ class Problem(NamedTuple):
         return Measured(loss, performance, metrics)
 
     def resource(self, widths: jax.Array) -> dict[str, jax.Array]:
-        """The "resource_loss" R of widths (L,), in channels, and the share of the budgeted cost that is "remaining"."""
+        """Returns the "resource_loss" R of widths (L,), in channels, and the "remaining" fraction of the cost."""
         remaining, total = self.budget.cost(widths), self.budget.total
         return {
             "remaining": remaining / total,
@@ -114,11 +114,11 @@ class Problem(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """What a search must know of all its images before its first step.
+    """Statistics over all search images that a search needs before its first step.
 
     Attributes:
-      of: (variables, images (N, ...)) -> tuple of arrays (N, ...), values of each image.
-      then: Their sums over all images -> the search, which needs no survey any more.
+      of: (variables, images (N, ...)) -> tuple of arrays (N, ...), the values of each image.
+      then: Sums of these values over all images -> the search, without a survey.
     """
 
     of: Callable[[Any, jax.Array], tuple[jax.Array, ...]]
@@ -134,10 +134,10 @@ class Search(NamedTuple):
       step: (state, variables, (images, targets), rng, devices) -> (state, metrics), a `training.Step`.
       propose: State on the host -> importances (C_l,) per gate, and widths k (L,) in (0, 1] or None: then they follow
         from the importances.
-      notes: Sentences for the report.
-      widths: Importances and budget -> widths in channels, where `propose` gives none.
-      survey: What comes before the first step; None of most methods.
-      ended: State after the last step, on the host -> further sentences for the report.
+      notes: Remarks for the report.
+      widths: (importances, budget) -> widths in channels, if `propose` returns none.
+      survey: Statistics to compute before the first step; None for most methods.
+      ended: State after the last step, on the host -> additional remarks for the report.
     """
 
     steps: int
@@ -209,7 +209,7 @@ def check_choices(fields: Any, choices: Mapping[str, Sequence[str]]) -> None:
 
 
 def proposed_cost(search: Search, state: Any, budget: Budget) -> float | None:
-    """T of the widths that a search proposes in `state`, rounded, not fitted to the budget; None of none."""
+    """T of the widths that a search proposes in `state`, rounded, not fitted to the budget; None if there are none."""
     _, k = search.propose(state)
     return None if k is None else budget.cost(budget.round(np.asarray(k)))
 

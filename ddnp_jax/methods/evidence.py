@@ -1,4 +1,4 @@
-"""What the channels of a network can be judged by."""
+"""The data that channels can be scored by."""
 
 import dataclasses
 import functools
@@ -16,13 +16,13 @@ from ddnp_jax.topology import Gate, Slice, Topology
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """What the channels of a network can be judged by. Only what a score asks for is computed.
+    """The data that the channels of a network can be scored by, computed lazily.
 
     Attributes:
       topology: Topology of the network.
       variables: Its variables.
       rng: Source of random numbers, for scores that need no images.
-      problem: What is to be pruned, for scores that need images.
+      problem: The pruning problem, for scores that need images.
       batch: (images, targets), for scores that need images.
     """
 
@@ -78,7 +78,7 @@ class Evidence:
 
     @functools.cached_property
     def gradients(self) -> tuple[jax.Array, ...]:
-        """The gradient of each image's loss with respect to the masks of the whole network, (N, C_l) per gate."""
+        """The gradient of each image's loss with respect to the masks of the unpruned network, (N, C_l) per gate."""
         return self._differentiated[0]
 
     @functools.cached_property
@@ -118,7 +118,7 @@ class Evidence:
         return tuple(jnp.ones(channels) for channels in self.topology.widths)
 
     def measured(self) -> Measured:
-        """What the whole network does on the batch, at no further cost."""
+        """Results of the unpruned network on the batch, at no additional cost."""
         known = [name for name in ("_differentiated", "_kernel_gradients") if name in self.__dict__]
         return getattr(self, known[0] if known else "_observed")[1]
 

@@ -1,8 +1,8 @@
 """Methods that score channels, one function per score.
 
-A score is a function of (evidence, gate) that returns (C_l,), the larger the more a channel matters. What it can be
-computed from is in `Evidence`. To add one, write the function and its line in `SCORES`. Any score goes with any of the
-allocations of widths.
+A score is a function of (evidence, gate) that returns (C_l,); more important channels have larger values. `Evidence`
+provides its inputs. To add a score, write the function and register it in `SCORES`. Any score can be combined with any
+allocation of widths.
 """
 
 import functools
@@ -52,7 +52,7 @@ def bn_scale(evidence: Evidence, gate: int) -> np.ndarray:
 
 
 def fpgm(evidence: Evidence, gate: int) -> np.ndarray:
-    """Sum of the Euclidean distances to the gate's other filters (He et al. 2019): the nearest to all others go."""
+    """Sum of the Euclidean distances to the gate's other filters (He et al. 2019): the most redundant are removed."""
     filters = np.concatenate(evidence.filters(gate), axis=1)
     return np.array([np.linalg.norm(filters - one, axis=1).sum() for one in filters])
 

@@ -1,4 +1,4 @@
-"""A search outside of the job: on any batches, on one device."""
+"""A search without the pipeline: on any batches, on one device."""
 
 import itertools
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ def run_search(
     progress: bool = True,
     check: Check | None = None,
 ) -> tuple[Any, History]:
-    """Runs a search to its end; the same seed and batches give what the job gives.
+    """Runs a search to its end; with the same seed and batches, the result is the same as in the pipeline.
 
     A search with a survey takes it first, over the batches from the first to the last; of endless ones, over as many as
     it has steps.
@@ -30,8 +30,8 @@ def run_search(
     Args:
       search: Search, as returned by `methods.build`.
       variables: Variables of the network, as in the search's `Problem`.
-      batches: Batches (images, targets), which can be read again and again; as for `fit`.
-      seed: Seed of everything that the search draws.
+      batches: Batches (images, targets), a reusable iterable; as for `fit`.
+      seed: Random seed of the search.
       progress: Whether to report progress on standard error.
       check: Check of every batch, as for `take_steps`.
 

@@ -1,7 +1,7 @@
-"""Backbones: plain flax.linen modules that know nothing of pruning.
+"""Backbones: plain flax.linen modules without any pruning code.
 
-A module of this package that defines `MODELS: dict[str, Callable[..., nn.Module]]` adds its names to `create`; an
-architecture is one file.
+A module of this package that defines `MODELS: dict[str, Callable[..., nn.Module]]` registers its names for `create`;
+every architecture is one file.
 """
 
 import importlib
@@ -12,7 +12,7 @@ import flax.linen as nn
 
 
 def names() -> dict[str, Any]:
-    """Constructors of all backbones by name."""
+    """Returns the constructors of all backbones by name."""
     modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
     return {name: constructor for module in modules for name, constructor in getattr(module, "MODELS", {}).items()}
 
@@ -21,12 +21,12 @@ def create(name: str, num_classes: int, **attributes: Any) -> nn.Module:
     """Builds a backbone.
 
     Args:
-      name: For example "resnet56"; `names()` lists all.
-      num_classes: Outputs of the classifier.
-      **attributes: Further attributes of the module, for example `widths` or `shortcut`.
+      name: Name of the backbone, for example "resnet56"; one of `names()`.
+      num_classes: Number of outputs of the classifier.
+      **attributes: Additional attributes of the module, for example `widths` or `shortcut`.
 
     Raises:
-      ValueError: The name or an attribute is unknown, or the number of `widths` is not that of the network.
+      ValueError: The name or an attribute is unknown, or the number of `widths` does not match the network.
     """
     constructors = names()
     if name not in constructors:

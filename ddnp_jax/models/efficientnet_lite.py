@@ -56,14 +56,14 @@ class Block(nn.Module):
 
 
 class EfficientNetLite0(Backbone, kw_only=True):
-    """EfficientNet-Lite0 for images of about 224x224, NHWC; further attributes as of `Backbone`.
+    """EfficientNet-Lite0 for images of about 224x224, NHWC; further attributes as for `Backbone`.
 
     Attributes:
       widths: Expanded channels of each block but the first, whose depthwise convolution is on the stem's output.
     """
 
     def whole_widths(self) -> tuple[int, ...]:
-        """`widths` of the whole network."""
+        """`widths` of the unpruned network."""
         return tuple(expanded for _, _, expanded, _ in blocks()[1:])
 
     @nn.compact

@@ -16,7 +16,7 @@ class Backbone(nn.Module):
 
     Attributes:
       num_classes: Outputs of the classifier.
-      widths: Channels inside the blocks, in the order of the forward pass; None is the whole network.
+      widths: Channels inside the blocks, in the order of the forward pass; None for the unpruned network.
       dtype: Data type of the computation; parameters stay float32.
     """
 
@@ -33,11 +33,11 @@ class Backbone(nn.Module):
 
     @property
     def inner_widths(self) -> tuple[int, ...]:
-        """`widths`, of the whole network where none were given."""
+        """`widths`, or those of the unpruned network if none were given."""
         return self.whole_widths() if self.widths is None else tuple(self.widths)
 
     def whole_widths(self) -> tuple[int, ...]:
-        """`widths` of the whole network."""
+        """`widths` of the unpruned network."""
         raise NotImplementedError
 
 

@@ -40,14 +40,14 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(Backbone, kw_only=True):
-    """MobileNetV2 for images of about 224x224, NHWC; further attributes as of `Backbone`.
+    """MobileNetV2 for images of about 224x224, NHWC; further attributes as for `Backbone`.
 
     Attributes:
       widths: Expanded channels of each block but the first, whose depthwise convolution is on the stem's output.
     """
 
     def whole_widths(self) -> tuple[int, ...]:
-        """`widths` of the whole network."""
+        """`widths` of the unpruned network."""
         return tuple(expanded for expanded, _, _ in self._blocks()[1:])
 
     def _blocks(self) -> list[tuple[int, int, int]]:

@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 
 class CifarMobileNetV2(Backbone, kw_only=True):
-    """MobileNetV2 for small images, NHWC; further attributes as of `Backbone`.
+    """MobileNetV2 for small images, NHWC; further attributes as for `Backbone`.
 
     Attributes:
       strides: Strides of the seven stages. No weight depends on them, so a checkpoint of other strides loads silently.
@@ -43,7 +43,7 @@ class CifarMobileNetV2(Backbone, kw_only=True):
     strides: tuple[int, ...] = (1, 1, 1, 2, 1, 2, 1)
 
     def whole_widths(self) -> tuple[int, ...]:
-        """`widths` of the whole network."""
+        """`widths` of the unpruned network."""
         return tuple(expanded for expanded, _, _ in blocks(self.strides))
 
     @nn.compact

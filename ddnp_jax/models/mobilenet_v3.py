@@ -72,14 +72,14 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV3Small(Backbone, kw_only=True):
-    """MobileNetV3-small for images of about 224x224, NHWC; further attributes as of `Backbone`.
+    """MobileNetV3-small for images of about 224x224, NHWC; further attributes as for `Backbone`.
 
     Attributes:
       widths: Expanded channels of each block but the first. What squeeze-excite squeezes them to stays as it is.
     """
 
     def whole_widths(self) -> tuple[int, ...]:
-        """`widths` of the whole network."""
+        """`widths` of the unpruned network."""
         return tuple(expanded for _, expanded, *_ in BLOCKS[1:])
 
     @nn.compact

@@ -30,7 +30,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(Backbone, kw_only=True):
-    """ResNet for images of about 224x224, NHWC; further attributes as of `Backbone`.
+    """ResNet for images of about 224x224, NHWC; further attributes as for `Backbone`.
 
     Attributes:
       blocks: Per stage.
@@ -42,7 +42,7 @@ class ResNet(Backbone, kw_only=True):
     bottleneck: bool
 
     def whole_widths(self) -> tuple[int, ...]:
-        """`widths` of the whole network."""
+        """`widths` of the unpruned network."""
         inside = 2 if self.bottleneck else 1
         return tuple(c for c, count in zip(STAGES, self.blocks, strict=True) for _ in range(inside * count))
 

@@ -44,7 +44,7 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(Backbone, kw_only=True):
-    """ResNet-(6n + 2) for small images, NHWC; further attributes as of `Backbone`.
+    """ResNet-(6n + 2) for small images, NHWC; further attributes as for `Backbone`.
 
     Attributes:
       blocks_per_stage: n.
@@ -57,7 +57,7 @@ class CifarResNet(Backbone, kw_only=True):
     shortcut: str = "subsample"
 
     def whole_widths(self) -> tuple[int, ...]:
-        """`widths` of the whole network."""
+        """`widths` of the unpruned network."""
         return tuple(channels for channels in STAGES for _ in range(self.blocks_per_stage))
 
     @nn.compact

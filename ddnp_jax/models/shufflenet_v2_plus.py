@@ -86,7 +86,7 @@ class Unit(nn.Module):
 
 
 class ShuffleNetV2Plus(Backbone, kw_only=True):
-    """ShuffleNetV2+ for images of about 224x224, NHWC; further attributes as of `Backbone`.
+    """ShuffleNetV2+ for images of about 224x224, NHWC; further attributes as for `Backbone`.
 
     Attributes:
       stages: Output channels of each stage.
@@ -96,7 +96,7 @@ class ShuffleNetV2Plus(Backbone, kw_only=True):
     stages: tuple[int, ...]
 
     def whole_widths(self) -> tuple[int, ...]:
-        """`widths` of the whole network."""
+        """`widths` of the unpruned network."""
         rows = zip(self.stages, STAGES, strict=True)
         return tuple(c // 2 for c, (kernels, *_) in rows for kernel in kernels for _ in range(_inner(kernel)))
 

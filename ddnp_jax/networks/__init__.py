@@ -45,12 +45,12 @@ __all__ = [
 
 
 def as_network(model: Any, **call_kwargs: Any) -> Network:
-    """The network that a model is.
+    """Wraps a model as a `Network`.
 
     Args:
       model: A flax.linen module, a flax.nnx module, or a function `(variables, images) -> outputs`.
-      **call_kwargs: Further keyword arguments of every call. Those that switch between training and evaluation
-        (`train`, `deterministic`, ...) are passed by themselves where the module takes them.
+      **call_kwargs: Additional keyword arguments of every call. Those that switch between training and evaluation
+        (`train`, `deterministic`, ...) are passed automatically if the module accepts them.
 
     Raises:
       TypeError: The model is none of these.
@@ -62,6 +62,6 @@ def as_network(model: Any, **call_kwargs: Any) -> Network:
     if callable(model) and not isinstance(model, type):
         return FunctionNetwork(model, call_kwargs)
     raise TypeError(
-        f"{model!r} is no network; give a flax.linen module, a flax.nnx module, or a function (variables, images) -> "
-        "outputs."
+        f"{model!r} is not a network; give a flax.linen module, a flax.nnx module, or a function "
+        "(variables, images) -> outputs."
     )

@@ -17,7 +17,7 @@ ModulePath = tuple[str, ...]
 # (path of a submodule, its attributes and their values), for example ((("conv1",), (("features", 7),)),).
 Sizes = tuple[tuple[ModulePath, tuple[tuple[str, Any], ...]], ...]
 
-Outputs = str | int | Callable[[Any], Any] | None  # how to pick the outputs that count
+Outputs = str | int | Callable[[Any], Any] | None  # how to select the outputs to use
 
 # Arguments by which modules are told their mode, with the values of evaluation.
 MODES: dict[str, bool] = {
@@ -162,7 +162,7 @@ class Network(abc.ABC):
         return {}
 
     def group_norms(self, variables: Any, images: Any) -> Mapping[ModulePath, int]:
-        """Number of groups of the group normalizations that modules name as such; arguments as of `transposed`."""
+        """Number of groups of the group normalizations that modules name as such; arguments as for `transposed`."""
         del variables, images
         return {}
 
@@ -219,12 +219,12 @@ def layout_note(shape: tuple[int, ...]) -> str:
 
 
 def picked(outputs: Any, which: Outputs, name: str = "the network") -> Any:
-    """The outputs that count, for example the logits among several.
+    """Selects the outputs to use, for example the logits among several.
 
     Args:
       outputs: What the network returns.
-      which: A key or index, a function of the outputs, or None where the network returns a single array.
-      name: Of the network, for the message.
+      which: A key or index, a function of the outputs, or None if the network returns a single array.
+      name: Name of the network, for the message.
 
     Raises:
       ValueError: The network returns several arrays and `which` is None, or has nothing under `which`.

@@ -1,4 +1,4 @@
-"""flax.linen modules as networks, and the wrapper that gives their layers other sizes than their code says."""
+"""flax.linen modules as networks, and the wrapper that overrides the sizes of their layers."""
 
 import dataclasses
 import inspect
@@ -32,11 +32,11 @@ class _Held:
 
 
 class Resized(nn.Module):
-    """A module whose layers have other sizes than its own code gives them; its variables are named as there.
+    """A wrapper that overrides the sizes of a module's layers; variables keep the names of the module's.
 
     Attributes:
-      held: The module, as `module` gives it.
-      sizes: Attributes of submodules, by path.
+      held: The wrapped module; see `module`.
+      sizes: Overridden attributes of submodules, by path.
     """
 
     held: _Held
@@ -44,17 +44,17 @@ class Resized(nn.Module):
 
     @classmethod
     def of(cls, module: nn.Module, sizes: Sizes) -> "Resized":
-        """The module with these sizes."""
+        """Wraps a module with these sizes."""
         return cls(_Held(module), sizes)
 
     @property
     def module(self) -> nn.Module:
-        """The module without sizes."""
+        """The wrapped module, with its original sizes."""
         return self.held.module
 
     @nn.compact
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the module in the place of this one, so that its variables are named as without a wrapper."""
+        """Calls the wrapped module in this module's scope, so that its variables keep their names."""
         sizes = dict(self.sizes)
         outside = len(self.path)
 

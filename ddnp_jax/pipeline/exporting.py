@@ -1,4 +1,4 @@
-"""The pruned network in the formats of `config.export`, in the workdir's `export/`: written, compared and timed."""
+"""The pruned network in the formats of `config.export`, in the workdir's `export/`: written, verified and timed."""
 
 import functools
 import hashlib
@@ -32,7 +32,7 @@ def write(job: "Run", base: Any, small: Network, tuned: Any) -> None:
       tuned: Its variables.
     """
     for form in listed(job.config.export):
-        job.guard.check("stopped before an export; the same command goes on with it.")
+        job.guard.check("stopped before an export; the same command resumes it.")
         job.results.measured(
             f"export_{form}",
             job.made_from(base, tuned),
@@ -98,7 +98,7 @@ def _top1(job: "Run", path: Path) -> float:
 
 
 def _latencies(job: "Run", form: str, base: Any, path: Path) -> list[dict[str, Any]]:
-    """Times of the unpruned network in float32 and of an ONNX file, in turn."""
+    """Times the unpruned network in float32 and an ONNX file, interleaved."""
     shape = job.dataset.image_shape
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder, "base.onnx")

@@ -1,4 +1,4 @@
-"""The main job: what it needs, checked before any work, and the order of its stages."""
+"""The full pipeline: its inputs, checked before any work, and the order of its stages."""
 
 import dataclasses
 import functools
@@ -28,32 +28,32 @@ from ddnp_jax.topology import Topology, trace, variable_shapes
 from ddnp_jax.training import loop
 from ddnp_jax.training.log import MetricsLog
 
-# Fields of the configuration that may change when a run resumes: they do not change the pruned network, or are paths,
-# whose contents count.
+# Fields of the configuration that may change when a run resumes: they do not affect the pruned network, or are paths
+# that are compared by their contents.
 _MAY_DIFFER = ("data.threads", "data.data_dir", "base.weights", "finetune.control", "export")
-_KEPT, _BYTES = 4, 4  # checkpoints of a stage, the one that is being written included, of float32; with momentum
-_WRITTEN = ("results.json", "metrics.jsonl", *STAGES)  # in a workdir that has been used
+_KEPT, _BYTES = 4, 4  # checkpoints of a stage, including the one being written; bytes of a float32
+_WRITTEN = ("results.json", "metrics.jsonl", *STAGES)  # files and folders of a workdir that has been used
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What every stage needs; made and checked before any device work.
+    """The inputs of every stage, created and checked before any work on a device.
 
     Attributes:
-      config: The whole configuration.
-      workdir: Folder in which everything is written.
-      dataset: Images and their splits.
+      config: The full configuration.
+      workdir: Folder of all output files.
+      dataset: The images and their splits.
       name: Name of the model.
       network: The unpruned network.
-      rebuild: Makes the smaller network from the channels per gate, where `compact` needs it.
+      rebuild: Builds the smaller network from the channels per gate, if `compact` needs it.
       topology: Topology of the network.
-      budget: What may remain.
-      weights: Variables of the unpruned network, of `base.weights`; None where it is trained.
+      budget: Budget to meet.
+      weights: Variables of the unpruned network from `base.weights`; None if it is trained.
       log: `metrics.jsonl`.
       results: `results.json`.
-      outputs: Which of the network's outputs are the logits, where there are several.
-      identity: What tells this run from others: what `config.json` has, without what may differ when it resumes.
-      guard: Asks the run to stop, while it is entered.
+      outputs: Which of the network's outputs are the logits, if there are several.
+      identity: Contents of `config.json` that identify this run, without the fields that may change when it resumes.
+      guard: Context manager that requests the run to stop on a signal.
     """
 
     config: Config
@@ -72,15 +72,15 @@ class Run:
     guard: PreemptionGuard
 
     def made_from(self, *inputs: Any) -> str:
-        """Names what a result of the run is made from: the run's identity and pytrees of arrays."""
+        """Returns a fingerprint of a result's inputs: the run's identity and pytrees of arrays."""
         return identity.made_from(self.identity, *inputs)
 
     def stage_images(self, stage: Stage) -> np.ndarray:
-        """Indices of the training images that a stage learns from."""
+        """Returns the indices of a stage's training images."""
         return _indices(self.dataset, stage)
 
     def stage_steps(self, stage: Stage) -> tuple[int, int]:
-        """(steps in all, steps per epoch) of a stage; an update may take several."""
+        """Returns (total steps, steps per epoch) of a stage; with gradient accumulation, an update takes several."""
         config = self.config.stage(stage)
         updates = data.steps_per_epoch(len(self.stage_images(stage)), config.batch_size)
         per_epoch = updates * config.micro_batches
@@ -96,12 +96,12 @@ class Run:
         return data.read_ahead(batches[first:last], read, images.threads, config.chunk_steps)
 
     def constants(self, step_constants: Any) -> dict[str, Any]:
-        """The constants of `training.chunk_of` on every device."""
+        """Returns the constants of `training.chunk_of`, replicated on every device."""
         return {"images": self.dataset.train.on_devices, "step": parallel.replicate(step_constants)}
 
     @property
     def local_batch(self) -> int:
-        """Images of an evaluation batch that one device takes."""
+        """Images of an evaluation batch per device."""
         return _local_batch(self.config)
 
 
@@ -110,7 +110,7 @@ def _local_batch(config: Config) -> int:
 
 
 def _indices(dataset: data.Dataset, stage: Stage) -> np.ndarray:
-    """Training images of a stage: base training leaves the search's images out, fine-tuning adds them."""
+    """Training images of a stage: base training excludes the search images, fine-tuning includes them."""
     splits = dataset.splits
     if stage == "search":
         return splits["search"]
@@ -125,11 +125,11 @@ def prepare(
     dataset: data.Dataset | None = None,
     outputs: Outputs = None,
 ) -> Run:
-    """Checks the whole configuration and reads data and given weights; arguments as for `run`.
+    """Checks the configuration and reads data and initial weights; arguments as for `run`.
 
     Raises:
-      ValueError: A field is wrong, the budget cannot be met, the weights are not the model's, or the workdir belongs to
-        another run.
+      ValueError: A field is invalid, the budget cannot be met, the weights do not match the model, or the workdir
+        belongs to another run.
       ModuleNotFoundError: A package of `config.export` is missing.
     """
     config = typed(config)
@@ -205,7 +205,7 @@ def _network(config: Config, model: Any, num_classes: int) -> tuple[Network, str
 
 
 def _check_outputs(network: Network, dataset: data.Dataset, outputs: Outputs) -> None:
-    """Raises for a network whose outputs are no logits of the data set's classes; nothing is computed."""
+    """Raises for a network whose outputs are not logits of the data set's classes; nothing is computed."""
     images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
 
     def logits(rng: jax.Array, x: jax.Array) -> jax.Array:
@@ -224,12 +224,12 @@ def _check_workdir(workdir: Path, own: dict[str, Any]) -> None:
     left = [name for name in _WRITTEN if (workdir / name).exists()]
     if left and not (workdir / "config.json").exists():
         raise ValueError(
-            f"{workdir} has {left[0]} of a run but not its config.json; put it back, or use another workdir."
+            f"{workdir} has {left[0]} of a run but not its config.json; restore it, or use another workdir."
         )
 
 
 def _check_written(workdir: Path, log: MetricsLog, results: Results) -> None:
-    """Raises for what an earlier start wrote and no stage could read or go on with."""
+    """Raises for files of an earlier start that no stage could read or resume from."""
     log.check()
     results.values()
     for folder in (workdir / name for name in (*STAGES, "pruned", exporting.FOLDER)):
@@ -240,7 +240,7 @@ def _check_written(workdir: Path, log: MetricsLog, results: Results) -> None:
 
 
 def _check_cut(network: Network, rebuild: Rebuild | None, topology: Topology, budget: Budget, residual: bool) -> None:
-    """Cuts random variables: raises for a network that cannot be cut, before it is trained."""
+    """Prunes random variables: raises for a network that cannot be pruned, before it is trained."""
     if rebuild is None and isinstance(network.model, Backbone) and not residual:
         return
     rng = np.random.default_rng(0)
@@ -291,7 +291,7 @@ def _check_batches(config: Config) -> None:
 
 
 def _check_splits(config: Config, dataset: data.Dataset) -> None:
-    """Raises for splits that a stage would miss later: a batch that they do not fill, or none to choose by."""
+    """Raises for splits that are smaller than a batch, or have no validation images."""
     for section in STAGES[1:] if config.base.weights else STAGES:
         found, batch_size = len(_indices(dataset, section)), config.stage(section).batch_size
         if found < batch_size:
@@ -337,18 +337,21 @@ def run(
     dataset: data.Dataset | None = None,
     outputs: Outputs = None,
 ) -> dict[str, Any]:
-    """Runs or resumes the main job.
+    """Runs or resumes the full pipeline: base training, search, pruning, fine-tuning, export and report.
 
     Args:
       config: Configuration of the experiment: a `ddnp_jax.config.Config`, or a ConfigDict with the same fields.
-      workdir: Folder in which everything is written.
-      model: A network of your own, a flax.linen or flax.nnx module; None for the backbone that `config.model` names.
-      rebuild: Makes the smaller network from the channels per gate, where `compact` needs it.
-      dataset: Images of your own; None for what `config.data` names.
-      outputs: Which of the network's outputs are the logits, where there are several: a key, an index or a function.
+      workdir: Folder of all output files; an unfinished run in it is resumed.
+      model: Custom network, a flax.linen or flax.nnx module; None for the backbone of `config.model`.
+      rebuild: Builds the smaller network from the channels per gate, if `compact` needs it.
+      dataset: Custom data set; None for that of `config.data`.
+      outputs: Which of the network's outputs are the logits, if there are several: a key, an index or a function.
 
     Returns:
-      What `report.json` holds.
+      The contents of `report.json`.
+
+    Raises:
+      ValueError: As for `prepare`.
     """
     with locked(workdir):
         job = prepare(config, workdir, model, rebuild, dataset, outputs)
@@ -372,7 +375,7 @@ def _run(job: Run) -> dict[str, Any]:
 
 
 def _save(job: Run, network: Network, variables: Any) -> None:
-    """Writes the pruned network, and what must be done to an image before it sees it."""
+    """Saves the pruned network and the preprocessing of its input."""
     folder = job.workdir / "pruned"
     save_pruned(folder, *network.bind(variables))
     files.write_json(folder / "serving.json", job.dataset.serving())

@@ -1,4 +1,4 @@
-"""What a run has measured after each stage, `results.json`, and what its report says of it."""
+"""`results.json`, the results of a run after each stage, and their summary for the report."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -166,8 +166,8 @@ def _recalibrated(steps: int, batch_size: int) -> list[str]:
     if not steps:
         return []
     return [
-        f"The batch statistics of the cut network were re-estimated over {steps} batches of {batch_size} images before "
-        "it was measured and fine-tuned."
+        f"The batch statistics of the pruned network were re-estimated over {steps} batches of {batch_size} images "
+        "before it was measured and fine-tuned."
     ]
 
 

@@ -1,4 +1,4 @@
-"""The stages of the main job: base training, search, cut, fine-tuning and control. Each resumes from the workdir."""
+"""The stages of the pipeline: base training, search, pruning, fine-tuning, control. Each resumes from the workdir."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def base(job: "Run") -> Any:
-    """The trained weights of the unpruned network: from the workdir, from `base.weights`, or trained from scratch."""
+    """Returns the weights of the unpruned network: from the workdir, from `base.weights`, or trained from scratch."""
     variables = job.weights
     if variables is None:
         start = initial_variables(job.network, job.dataset.image_shape, job.config.seed)
@@ -33,7 +33,7 @@ def base(job: "Run") -> Any:
 
 
 def search(job: "Run", variables: Any) -> Selection:
-    """Learns which channels stay; writes selection.json."""
+    """Learns which channels to keep; writes selection.json."""
     method = _method(job, variables)
     state = method.init(jax.random.key(job.config.seed))
     if method.steps:
@@ -54,9 +54,9 @@ def _proposed_p(job: "Run", method: methods.Search, state: Any) -> float | None:
 
 
 def search_curves(job: "Run", variables: Any, seeds: Sequence[int]) -> None:
-    """Searches from several seeds at once, for the log alone: `methods.seed_metric` names what it holds of each.
+    """Searches with several seeds at once, only for the log; `methods.seed_metric` names the metrics of each seed.
 
-    The order of the images and their augmentation are those of the configuration's seed, the same for all.
+    The order and augmentation of the images depend on the configuration's seed and are the same for all.
 
     Raises:
       ValueError: The workdir's search has other seeds.
@@ -88,7 +88,7 @@ def _method(job: "Run", variables: Any) -> methods.Search:
 
 
 def _surveyed(job: "Run", survey: methods.Survey, variables: Any) -> methods.Search:
-    """The search after its survey of the search images, which is taken once and kept for a run that resumes."""
+    """Returns the search after its survey of the search images, which is computed once and saved for resuming."""
     config, images = job.config, job.dataset.train
 
     def of(variables: Any, batch: training.Batch) -> tuple[jax.Array, ...]:
@@ -103,7 +103,7 @@ def _surveyed(job: "Run", survey: methods.Survey, variables: Any) -> methods.Sea
 
 
 def _cut_evaluator(job: "Run", method: methods.Search, variables: Any) -> Callable[[Any], dict[str, float]]:
-    """What the network that a search's state proposes does, on held-out images and, where asked for, on the test's."""
+    """Evaluates the network that a search's state proposes on held-out images and, if configured, test images."""
     held_out = _masked_evaluator(job, job.dataset.train)
     test = _masked_evaluator(job, job.dataset.test)
 
@@ -119,7 +119,7 @@ def _cut_evaluator(job: "Run", method: methods.Search, variables: Any) -> Callab
 
 
 def cut(job: "Run", variables: Any, selection: Selection) -> tuple[Network, Any]:
-    """Removes the channels, proves that nothing else changed, and re-estimates batch statistics if asked to."""
+    """Removes the channels, verifies the smaller network, and re-estimates batch statistics if configured."""
     model = job.network.model
     small_model, small_variables = compact(model, variables, selection, job.topology, job.rebuild)
     images = job.dataset.test.first(job.local_batch)
@@ -135,8 +135,8 @@ def cut(job: "Run", variables: Any, selection: Selection) -> tuple[Network, Any]
 
 
 def finetune(job: "Run", variables: Any, selection: Selection, small: Network, small_variables: Any) -> Any:
-    """Trains the smaller network with the base trainer."""
-    # Of the selection and not of the smaller variables: batch statistics are re-estimated anew when a run resumes.
+    """Fine-tunes the smaller network."""
+    # The selection and not the smaller variables: batch statistics are re-estimated when a run resumes.
     made_from = job.made_from(variables, selection.kept)
     tuned = _tuned(job, "finetune", variables, small, small_variables, made_from)
     made_from = job.made_from(tuned)
@@ -148,7 +148,7 @@ def finetune(job: "Run", variables: Any, selection: Selection, small: Network, s
 
 
 def control(job: "Run", variables: Any) -> Any:
-    """Fine-tunes the unpruned network, from its base weights, in every respect as the smaller one was."""
+    """Fine-tunes the unpruned network from its base weights, with the same recipe as the smaller one."""
     tuned = _tuned(job, "control", variables, job.network, variables, job.made_from(variables))
     job.results.measured("control", job.made_from(tuned), lambda: _test(job, job.network, tuned))
     return tuned
@@ -162,7 +162,7 @@ def _tuned(
     start: Any,
     made_from: str,
 ) -> Any:
-    """A network after fine-tuning from `start`; `variables` are those of the unpruned one, which may teach it."""
+    """Fine-tunes a network from `start`; `variables` are those of the unpruned network, a possible teacher."""
     config = job.config.finetune
     teacher, constants = None, None
     if config.distillation_weight:
@@ -172,20 +172,20 @@ def _tuned(
 
 
 def initial_variables(network: Network, image_shape: Sequence[int], seed: int) -> Any:
-    """The variables that base training starts from."""
+    """Returns the initial variables of base training."""
     images = np.zeros((1, *image_shape), np.float32)
     return jax.jit(network.initial)(jax.random.key(seed), images)
 
 
 def schedule(config: TrainerConfig, updates_per_epoch: int) -> optax.Schedule:
-    """The schedule of a section of the trainer, which counts in epochs."""
+    """Returns the learning rate schedule of a trainer section, which is given in epochs."""
     steps = config.epochs * updates_per_epoch
     warmup_steps = min(round(config.warmup_epochs * updates_per_epoch), max(steps - 1, 0))
     return training.schedule(config.schedule, config.learning_rate, steps, warmup_steps, config.decay_at)
 
 
 def optimizer(config: TrainerConfig, steps_per_epoch: int) -> optax.GradientTransformation:
-    """SGD as a section of the trainer describes it.
+    """Returns the SGD optimizer of a trainer section.
 
     Args:
       config: Section of the trainer.

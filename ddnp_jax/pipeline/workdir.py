@@ -1,4 +1,4 @@
-"""The folder of a run: which run it belongs to, and that one process at a time works in it."""
+"""The folder of a run: it belongs to one run, and only one process at a time may use it."""
 
 import contextlib
 import fcntl
@@ -21,21 +21,21 @@ _SHOWN = 10  # of the fields that differ
 
 @contextlib.contextmanager
 def locked(workdir: str | Path) -> Iterator[None]:
-    """Keeps other runs out of a workdir; made if absent, and removed again where nothing was written into it.
+    """Locks a workdir against other runs; the folder is created if absent, and removed if it stays empty.
 
-    The lock is the operating system's (flock), so that it ends with the process, however that ends. It holds over
-    machines where their file system passes locks on, as NFS does since version 4; where it knows none, a warning says
-    so. Of a run over several processes the first one holds it.
+    The lock is the operating system's (flock), so that it is released when the process ends for any reason. It works
+    across machines if their file system supports locks, as NFS does since version 4; if it does not, a warning is
+    logged. In a run with several processes, the first one holds the lock.
 
     Args:
       workdir: Folder of the run.
 
     Raises:
-      ValueError: Another run works in it, and its host and process are named; or it is no folder.
-      OSError: It cannot be made or written, or is gone before the end.
+      ValueError: Another run uses it (the message names its host and process), or it is not a folder.
+      OSError: It cannot be created or written, or disappears before the end.
     """
     if "://" in str(workdir):
-        raise ValueError(f"workdir={workdir} is an address and no folder; mount what it names, and give that folder.")
+        raise ValueError(f"workdir={workdir} is a URL, not a folder; mount the storage and give the mounted folder.")
     held = contextlib.ExitStack()
     parallel.on_first_process(lambda: held.enter_context(_lock(Path(workdir))))
     with held:
@@ -107,18 +107,18 @@ def _holder(descriptor: int) -> str:
         found = json.loads(os.read(descriptor, 1000))
         return f"process {found['process']} on {found['host']}"
     except (ValueError, KeyError, TypeError):
-        return "a process that has not said its name yet"
+        return "an unknown process"
 
 
 def check_room(workdir: str | Path, needed: float) -> None:
-    """Raises where the disk of a workdir has no room for the checkpoints of a stage.
+    """Checks that the disk of a workdir has room for the checkpoints of a stage.
 
     Args:
-      workdir: Folder of the run; made later if absent.
-      needed: Bytes.
+      workdir: Folder of the run; it need not exist yet.
+      needed: Required bytes.
 
     Raises:
-      ValueError: The disk has less; both are named.
+      ValueError: The disk has fewer free bytes.
     """
     folder = Path(workdir).absolute()
     free = shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
@@ -130,10 +130,10 @@ def check_room(workdir: str | Path, needed: float) -> None:
 
 
 def claim_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequence[str] = ()) -> None:
-    """Makes a workdir this run's own, or checks that it is: its `config.json` must hold the same config.
+    """Claims a workdir for this run, or checks that its `config.json` contains the same config.
 
     Args:
-      workdir: Folder of the run; made if absent.
+      workdir: Folder of the run; created if absent.
       config: Nested mappings of JSON values.
       ignore: Fields, or prefixes of fields ('parallel' for all 'parallel.*'), that may differ when a run resumes.
 
@@ -161,7 +161,7 @@ def check_workdir(workdir: str | Path, config: Mapping[str, Any], ignore: Sequen
         return
     found = files.read_json(path)
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no configuration of a run; put a good copy back, or use another workdir.")
+        raise ValueError(f"{path} contains no configuration of a run; restore a good copy, or use another workdir.")
     theirs = _fields(found)
     # Runs of versions that did not note what they were given resume.
     free = (*ignore, *(() if any(name.startswith("given.") for name in theirs) else ("given",)))

@@ -1,4 +1,4 @@
-"""A topology as text for people."""
+"""Text description of a topology."""
 
 from collections.abc import Iterator
 

@@ -24,7 +24,7 @@ _PROGRAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
 def program_of(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, tuple[Any, ...]] | None:
-    """The program inside an equation that runs it once, with its constants; None of other equations."""
+    """The program inside an equation that runs it once, with its constants; None for other equations."""
     if eqn.primitive.name not in _CALLS:
         return None
     return _opened(next(eqn.params[name] for name in _PROGRAMS if name in eqn.params))

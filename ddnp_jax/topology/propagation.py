@@ -36,7 +36,7 @@ class Value:
       sources: Numbers of the layers (0 is the network's input) whose activations flow into it, since the last layer;
         empty for what depends on variables and constants alone.
       learned: Whether it depends on the network's variables.
-      leaf: Number of the leaf of the variables that it is, or is computed from element by element; None of others.
+      leaf: Number of the leaf of the variables that it is, or is computed from element by element; None for others.
       zero: Whether it is the constant 0.
     """
 

@@ -1,9 +1,9 @@
-"""What can be removed from a network: `trace` finds the gates and layers of any network by itself.
+"""`trace` finds the gates and layers of any network: the channels that can be removed.
 
 Channels belong together when elementwise operations, batch norm, pooling, concatenation or depthwise convolutions
-connect them; convolutions and dense layers end one group of axes and start the next. A group becomes a gate only when
-everything about it is understood; all others stay whole, and `Topology.describe` says why. Not visible here is a number
-that the network's code computes from its own channel count (a scale of 1 / sqrt(C), say): `ddnp_jax.verify` finds that.
+connect them; convolutions and dense layers end one group of axes and start the next. A group becomes a gate only if
+everything about it is understood; all others stay unpruned, and `Topology.describe` gives the reasons. Numbers that the
+network's code computes from its channel count (such as 1 / sqrt(C)) are invisible here; `ddnp_jax.verify` detects them.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -32,10 +32,10 @@ def trace(
     keep: Keep = (),
     **call_kwargs: Any,
 ) -> Topology:
-    """Finds what can be removed from a network, without computing anything.
+    """Finds the channels that can be removed from a network, by tracing it without computing anything.
 
-    Of this library's own models, whose `widths` say which channels can be fewer, only what `widths` sizes becomes a
-    gate, unless `residual` is set.
+    In this library's own models, only channels sized by their attribute `widths` become gates, unless `residual` is
+    set.
 
     Args:
       model: A flax.linen module, a flax.nnx module, or a function `(variables, images) -> outputs`. It maps one array
@@ -43,16 +43,16 @@ def trace(
       input_shape: Shape of one image, for example (32, 32, 3).
       variables: Variables of a function, or their shapes. Modules need none.
       residual: Whether channels that are added to those of other layers may be removed too.
-      keep: Names of gates that stay whole, or a function that says so of a gate.
-      **call_kwargs: Further keyword arguments of the call. Those that switch to evaluation mode (`train=False`,
-        `deterministic=True`, ...) are passed by themselves where the module takes them.
+      keep: Names of gates to leave unpruned, or a predicate on gates.
+      **call_kwargs: Additional keyword arguments of the call. Those that select evaluation mode (`train=False`,
+        `deterministic=True`, ...) are passed automatically if the module accepts them.
 
     Returns:
-      The topology. Whatever is not fully understood stays whole and is named there.
+      The topology. Anything that is not fully understood stays unpruned and is listed in `Topology.unprunable`.
 
     Raises:
       ValueError: The network cannot be called with such images; it has layers inside a loop or branch, whose cost
-        cannot be counted; `keep` names what is no gate; or the variables are of another network.
+        cannot be counted; `keep` names an unknown gate; or the variables are those of another network.
     """
     network = as_network(model, **call_kwargs)
     images = jax.ShapeDtypeStruct((BATCH, *input_shape), jnp.float32)
@@ -138,7 +138,7 @@ def variable_shapes(network: Network, images: jax.ShapeDtypeStruct, variables: A
 def _sized_axes(
     network: Network, leaves: dict[LeafPath, Any], images: jax.ShapeDtypeStruct
 ) -> set[tuple[LeafPath, int]] | None:
-    """The (path, axis) that the `widths` of one of this library's models size; None of other networks."""
+    """The (path, axis) that the `widths` of one of this library's models size; None for other networks."""
     if not isinstance(network.model, Backbone):
         return None
     widths = jax.tree.map(lambda width: 2 * width, network.model.widths)
@@ -244,7 +244,7 @@ class _Assembly:
         if not callable(self.keep):
             names = [gate.name for gate in found.values()]
             if unknown := [name for name in self.keep if name not in names]:
-                raise ValueError(f"keep names {unknown[0]!r}, which is no gate; the gates are {', '.join(names)}.")
+                raise ValueError(f"keep names {unknown[0]!r}, which is not a gate; the gates are {', '.join(names)}.")
         for part, gate in found.items():
             if self.keep(gate) if callable(self.keep) else gate.name in self.keep:
                 self.groups.keep_whole((part,), "`keep` names it")

@@ -1,4 +1,4 @@
-"""The two small static types that carry all knowledge through the library: `Topology` and `Selection`."""
+"""The two static types that the library is built around: `Topology` and `Selection`."""
 
 import dataclasses
 import itertools
@@ -51,12 +51,12 @@ class Gate:
 
     Attributes:
       name: Name of the first layer that produces the channels, for example "layer1_0/conv1".
-      channels: How many there are in the whole network. Where channels can only be removed by whole groups (group
-        normalization, grouped convolutions), one of these is a group.
+      channels: Number of channels in the unpruned network. If channels can only be removed by whole groups (group
+        normalization, grouped convolutions), the number of groups.
       slices: The axes of all variables that hold these channels.
       consumers: The layers whose input holds them, in the order of the forward pass.
-      producers: The kernels whose output channels they are, in the order of the forward pass; without depthwise
-        convolutions. A channel's L1 norm is the sum over all other axes of the kernel.
+      producers: The kernels that produce these channels, in the order of the forward pass, except depthwise ones. A
+        channel's L1 norm is the sum over all other axes of the kernel.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Extent:
     """The length of an axis as a function of the widths: `constant + sum(count * widths[gate])`.
 
     Attributes:
-      constant: Positions that always stay.
+      constant: Positions that are always kept.
       counts: (gate, positions per channel of the gate).
     """
 
@@ -96,14 +96,14 @@ class Layer:
       name: Name of the module, for example "layer1_0/conv1".
       path: Path of the kernel, or of the variable that it is computed from; empty where it is computed from several.
       contraction: Number among all convolutions and matrix products of the traced program.
-      operand: Which operand of it is the layer's input, 0 or 1.
+      operand: Index of the operand that is the layer's input, 0 or 1.
       kernel_shape: Shape of the kernel.
       groups: Feature groups of a convolution, else 1.
       positions: How often the kernel is applied per image: H * W of the output of a convolution, of the input of a
         transposed one.
-      inputs: Length of the kernel's input axis; 1 of a depthwise convolution.
+      inputs: Length of the kernel's input axis; 1 for a depthwise convolution.
       outputs: Length of the kernel's output axis.
-      by_platform: Whether it is computed in another form on each platform, inside `jax.lax.platform_dependent`.
+      by_platform: Whether each platform has its own implementation, inside `jax.lax.platform_dependent`.
     """
 
     name: str
@@ -163,15 +163,15 @@ class Variable:
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Gates and layers of a network; static, hashable, without arrays.
+    """The gates and layers of a network; static, hashable and without arrays.
 
     Attributes:
       input_shape: Shape of one image, without the batch.
-      call_kwargs: Further keyword arguments of the call that was traced.
-      gates: The gates, in the order in which their producers come in the forward pass.
+      call_kwargs: Additional keyword arguments of the traced call.
+      gates: The gates, in the order of their producers in the forward pass.
       layers: The layers, in the order of the forward pass.
-      unprunable: (layers that produce the channels, why none of them can be removed) of all other groups.
-      variables: Every leaf.
+      unprunable: (layers that produce the channels, reason) of all groups of channels that cannot be removed.
+      variables: All leaves of the variables.
     """
 
     input_shape: tuple[int, ...]
@@ -183,14 +183,14 @@ class Topology:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of each gate in the whole network."""
+        """Channels of each gate in the unpruned network."""
         return tuple(gate.channels for gate in self.gates)
 
     def check(self, variables: Any) -> None:
-        """Raises for variables of another network.
+        """Checks that variables match the traced network.
 
         Raises:
-          ValueError: The first leaf that is missing, extra or misshapen is named.
+          ValueError: A leaf is missing, unexpected or of another shape; the message names the first one.
         """
         found = {path: np.shape(leaf) for path, leaf in flatten(variables).items()}
         traced = {variable.path: variable.shape for variable in self.variables}
@@ -200,7 +200,7 @@ class Topology:
                 raise ValueError(f"variable {'/'.join(path)} has shape {own}; the topology was traced with {wanted}.")
 
     def describe(self) -> str:
-        """Gates, layers, what stays whole and why, and a summary, as text."""
+        """Returns the gates, the layers, the unprunable layers with reasons, and a summary, as text."""
         from ddnp_jax.topology.describe import describe
 
         return describe(self)
@@ -208,7 +208,7 @@ class Topology:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """What stays.
+    """The channels to keep.
 
     Attributes:
       kept: Sorted indices of the kept channels, one tuple per gate.
@@ -223,14 +223,18 @@ class Selection:
 
     @classmethod
     def first(cls, widths: Iterable[int]) -> "Selection":
-        """The first channels of every gate."""
+        """Selects the first channels of every gate.
+
+        Args:
+          widths: Number of channels per gate.
+        """
         return cls(tuple(tuple(range(width)) for width in widths))
 
     def check(self, topology: Topology) -> None:
-        """Checks that the selection fits a network.
+        """Checks that the selection matches a network.
 
         Raises:
-          ValueError: There is another number of gates, or indices that are none, not whole, unsorted or out of range.
+          ValueError: The number of gates differs, or the indices of a gate are empty, unsorted or out of range.
         """
         if len(self.kept) != len(topology.gates):
             raise ValueError(f"the selection has {len(self.kept)} gates, the network {len(topology.gates)}.")
@@ -243,7 +247,7 @@ class Selection:
                 raise ValueError(f"gate {gate.name}: kept channels must be in 0..{gate.channels - 1}, got {kept}.")
 
     def masks(self, topology: Topology) -> tuple[np.ndarray, ...]:
-        """Float32 arrays (C_l,), one per gate: 1 for what stays, 0 for the rest."""
+        """Returns float32 masks (C_l,), one per gate: 1 for kept channels, 0 for removed ones."""
         self.check(topology)
         return tuple(
             np.isin(np.arange(gate.channels), kept).astype(np.float32)
@@ -251,7 +255,7 @@ class Selection:
         )
 
     def positions(self, topology: Topology) -> Mapping[tuple[LeafPath, int], np.ndarray]:
-        """Positions that stay on every axis that the selection makes shorter, by (path of the leaf, axis)."""
+        """Returns the kept positions on every axis that the selection shortens, by (path of the leaf, axis)."""
         self.check(topology)
         lengths = {variable.path: variable.shape for variable in topology.variables}
         stays: dict[tuple[LeafPath, int], np.ndarray] = {}
@@ -263,15 +267,15 @@ class Selection:
         return {place: np.flatnonzero(axis) for place, axis in stays.items()}
 
     def save(self, path: str | Path) -> None:
-        """Writes the selection as JSON; the file is replaced at once or not at all."""
+        """Writes the selection as JSON; the file is replaced atomically."""
         files.write_json(path, {"kept": self.kept})
 
     @classmethod
     def load(cls, path: str | Path) -> "Selection":
-        """Reads what `save` wrote.
+        """Reads a selection written by `save`.
 
         Raises:
-          ValueError: The file does not hold a selection.
+          ValueError: The file does not contain a selection.
         """
         try:
             kept = json.loads(Path(path).read_text())["kept"]

@@ -27,7 +27,7 @@ def evaluator(
       images: Images to evaluate on.
       batch_size: Images per batch over all devices; the last batch is padded and the padding not counted.
       mode: Mode of `parallel.data_parallel`.
-      guard: Ends an evaluation, between two batches, where the run was asked to stop.
+      guard: Ends an evaluation between two batches if the run was requested to stop.
 
     Returns:
       (variables, indices of images) -> {"top1", "top5"} in percent and the mean cross-entropy "loss".
@@ -56,10 +56,10 @@ def image_sums(
 
     Args:
       of: (variables, (normalized images, labels)) -> pytree of arrays (N, ...), values of each image.
-      images: Where the images are from; the other arguments as of `evaluator`.
-      batch_size: See there.
-      mode: See there.
-      guard: See there.
+      images: Source of the images.
+      batch_size: As for `evaluator`.
+      mode: As for `evaluator`.
+      guard: As for `evaluator`.
 
     Returns:
       (variables, indices of images) -> pytree of the sums (...), float64.

@@ -21,7 +21,7 @@ with extras.needed_by("ddnp_jax.training.events"):
 
 
 class Events:
-    """The event file in a folder. Whatever becomes of it the run goes on: `metrics.jsonl` has all that it holds."""
+    """The event file in a folder. If writing it fails the run continues: `metrics.jsonl` has the same content."""
 
     def __init__(self, folder: Path) -> None:
         """Takes the folder, which is made when there is something to write."""
@@ -48,7 +48,7 @@ class Events:
             started = SessionLog(status=SessionLog.START)
             self._append([Event(file_version="brain.Event:2"), Event(session_log=started)])
             self.write(entries)
-            for path in old:  # a TensorBoard that reads a file goes on to the next one from its end, not from nowhere
+            for path in old:  # a TensorBoard reading a file continues with the next one from its end
                 os.truncate(path, 0) if path.stat().st_size else path.unlink()
         except OSError as error:
             self._give_up(error)

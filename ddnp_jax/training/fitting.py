@@ -1,4 +1,4 @@
-"""Training outside of the job: any network, on any batches, on one device."""
+"""Training without the pipeline: any network, on any batches, on one device."""
 
 import contextlib
 import sys
@@ -25,8 +25,8 @@ class Fitted(NamedTuple):
 
     Attributes:
       model: The model; a flax.nnx module holds the trained variables.
-      variables: The trained variables; None of a flax.nnx module.
-      history: Every metric over the steps: "loss" and, of the default loss, "top1" in percent.
+      variables: The trained variables; None for a flax.nnx module.
+      history: Every metric over the steps: "loss" and, with the default loss, "top1" in percent.
     """
 
     model: Any
@@ -54,33 +54,33 @@ def fit(
     distillation_temperature: float = 4.0,
     progress: bool = True,
 ) -> Fitted:
-    """Trains a network by SGD with momentum: to fine-tune it after pruning, for example.
+    """Trains a network using SGD with momentum, for example to fine-tune it after pruning.
 
     Args:
       model: A flax.linen or flax.nnx module, or a function `(variables, images) -> outputs`.
-      variables: Variables to start from; None for a flax.nnx module, which holds them. They stay as they are.
-      batches: Batches (images, targets) of arrays, in a list or anything else that can be read again and again.
+      variables: Variables to start from; None for a flax.nnx module, which holds them. They are not modified.
+      batches: Reusable iterable, such as a list, of batches (images, targets) of arrays.
       steps: Number of steps, one batch each.
-      learning_rate: Learning rate after the warm-up.
+      learning_rate: Peak learning rate, reached after the warm-up.
       momentum: Momentum of SGD.
-      weight_decay: Share of the parameters that is added to their gradients.
+      weight_decay: Coefficient of L2 regularization, added to the gradients.
       schedule: 'cosine' (to 0), 'step' (x0.1 at half and at three quarters of the steps), or 'constant'.
-      warmup_steps: Steps in which the rate rises from 0.
-      label_smoothing: Mass that the label gives to all classes, in the default loss.
-      loss: Loss `(outputs, targets) -> scalar`; None is the cross-entropy of integer labels.
-      outputs: Which of the network's outputs count, where there are several: a key, an index or a function.
-      seed: Seed of what the network draws in training mode.
-      teacher: (model, variables) of a network whose outputs are learned, too.
-      distillation_weight: Share of the loss from the teacher's outputs.
-      distillation_temperature: Temperature of these outputs.
-      progress: Whether to report on the way.
+      warmup_steps: Number of steps of linear warm-up from 0.
+      label_smoothing: Label smoothing of the default loss.
+      loss: Loss `(outputs, targets) -> scalar`; None for the cross-entropy with integer labels.
+      outputs: Which of the network's outputs to use, if there are several: a key, an index or a function.
+      seed: Seed of the network's random operations in training mode, such as dropout.
+      teacher: (model, variables) of a teacher network for knowledge distillation.
+      distillation_weight: Weight of the distillation loss.
+      distillation_temperature: Temperature of the distillation loss.
+      progress: Whether to print progress.
 
     Returns:
       The trained network and its history.
 
     Raises:
-      ValueError: An argument is wrong, or the batches end before the last step.
-      FloatingPointError: The loss became NaN or infinite; the step is named.
+      ValueError: An argument is invalid, or the batches end before the last step.
+      FloatingPointError: The loss became NaN or infinite; the message names the step.
     """
     if loss is not None and label_smoothing:
         raise ValueError(f"label_smoothing={label_smoothing} is for the default loss; smooth the targets in loss=.")
@@ -111,16 +111,16 @@ def take_steps(
     report_as: str = "",
     check: Check | None = None,
 ) -> tuple[Any, History]:
-    """Takes steps on one device, with the random numbers that the job draws for the same seed.
+    """Runs steps on one device, with the same random numbers as the pipeline for the same seed.
 
     Args:
       step: The step.
       state: State before the first step; it is copied.
       constants: Constants of the step.
-      batches: Batches (images, targets) that can be read again and again.
+      batches: Reusable iterable of batches (images, targets).
       steps: Number of steps.
       seed: Seed of the steps' random keys.
-      report_as: Under which name to report on the way; "" for not at all.
+      report_as: Name under which to print progress; "" to print nothing.
       check: (batch, its number) -> (images, targets), or raises ValueError; None for `checked_batch`.
 
     Returns:
@@ -140,7 +140,7 @@ def take_steps(
     history: list[dict[str, np.ndarray]] = []
     checked = _repeated(batches, steps, check or checked_batch)
     with _Progress(report_as, steps) as progress, contextlib.closing(checked) as repeated:
-        pending = None  # read while the device computes the step after it
+        pending = None  # read while the device computes the next step
         for number, batch in enumerate(repeated):
             state, metrics = compiled(state, constants, batch, np.int32(number))
             if pending is not None:
@@ -167,17 +167,17 @@ def checked_batch(batch: Any, number: int = 0) -> Batch:
         raise ValueError(f"batch {number} is of type {type(batch).__name__}; a batch must be (images, targets).")
     images, targets = jnp.asarray(batch[0]), jax.tree.map(jnp.asarray, batch[1])
     if jnp.issubdtype(images.dtype, jnp.floating) and not bool(jnp.isfinite(images).all()):
-        raise ValueError(f"the images of batch {number} hold NaN or infinite values; give images that are finite.")
+        raise ValueError(f"the images of batch {number} contain NaN or infinite values; give finite images.")
     return images, targets
 
 
 class TargetsCheck:
-    """Checks of batches that also compare the targets with what the network returns and the loss takes."""
+    """Checks batches, including whether the targets match the network's outputs and the loss."""
 
     def __init__(
         self, network: Network, variables: Any, loss: Loss | None, outputs: Outputs, performance: Loss | None = None
     ) -> None:
-        """Takes the network, its variables, its loss, which of its outputs count, and a performance, as in `prune`."""
+        """Takes the network, its variables, and `loss`, `outputs` and `performance` as in `prune`."""
         self._network, self._variables = network, jax.eval_shape(lambda: variables)
         self._loss, self._outputs, self._performance = loss, outputs, performance
         self._found: Any = None  # shapes of what the network returns for the first batch
@@ -186,7 +186,7 @@ class TargetsCheck:
         """As `checked_batch`.
 
         Raises:
-          ValueError: See there; the outputs are no logits or labels do not fit them; or an own loss cannot be computed.
+          ValueError: See there; the outputs or labels do not fit the default loss; or a custom loss cannot be computed.
         """
         images, targets = checked_batch(batch, number)
         is_first = self._found is None
@@ -207,20 +207,20 @@ class TargetsCheck:
 
 
 def _checked(metrics: Metrics, step: int) -> dict[str, np.ndarray]:
-    """A step's metrics on the host, once its loss is known to be finite."""
+    """Fetches a step's metrics to the host and checks that its loss is finite."""
     found = jax.tree.map(np.asarray, jax.device_get(metrics))
     if not np.isfinite(found["loss"]):
         raise FloatingPointError(
-            f"the loss is {found['loss']} at step {step}; lower the learning rate, or look at the images and targets."
+            f"the loss is {found['loss']} at step {step}; lower the learning rate, or check the images and targets."
         )
     return found
 
 
 def _repeated(batches: Iterable[Batch], steps: int, check: Check) -> Generator[Batch, None, None]:
-    """As many batches as there are steps, from the beginning again where they end.
+    """Yields one batch per step, restarting the iterable when it ends.
 
     Raises:
-      ValueError: They end and cannot be read again.
+      ValueError: The batches end and cannot be iterated again.
     """
     read = 0
     while read < steps:
@@ -232,13 +232,13 @@ def _repeated(batches: Iterable[Batch], steps: int, check: Check) -> Generator[B
                 return
         if read == before:
             raise ValueError(
-                f"the batches ended after {read} of {steps} steps and cannot be read again; give a list of them, or an "
-                "object whose iteration starts anew."
+                f"the batches ended after {read} of {steps} steps and cannot be iterated again; give a list, or "
+                "another reusable iterable."
             )
 
 
 class _Progress:
-    """A line on standard error, about once a second on a terminal and ten times in all elsewhere."""
+    """Prints progress to standard error, about once a second on a terminal and ten times in total elsewhere."""
 
     def __init__(self, name: str, steps: int) -> None:
         self._name, self._steps = name, steps

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: what a run has measured over time; and its copy for TensorBoard."""
+"""`metrics.jsonl`, the metrics of a run over time, and its copy for TensorBoard."""
 
 import json
 import os
@@ -17,10 +17,10 @@ _CRC = "crc"  # field of every line: the checksum of the others
 
 
 class MetricsLog:
-    """One line per chunk and per evaluation; a resumed stage writes those after its checkpoint again."""
+    """One line per chunk and per evaluation; a resumed stage rewrites those after its checkpoint."""
 
     def __init__(self, path: Path, identity: str = "") -> None:
-        """Takes the file, and what names the run, which the first line keeps; "" takes the log of any run."""
+        """Takes the file and the run's identity, which the first line stores; "" accepts the log of any run."""
         self._path, self._identity = path, identity
         self._events = Events(path.parent / TENSORBOARD)
 
@@ -30,7 +30,7 @@ class MetricsLog:
         Every process must call.
 
         Raises:
-          ValueError: A line is damaged, and its number named; or the log is that of another run.
+          ValueError: A line is damaged (the message gives its number), or the log belongs to another run.
         """
         parallel.on_first_process(lambda: self._rewind(stage, step))
 
@@ -47,7 +47,7 @@ class MetricsLog:
             self._events.close()  # the next line writes them anew
 
     def restore_events(self) -> None:
-        """Writes the events anew where their folder is missing. Every process must call."""
+        """Rewrites the events if their folder is missing. Every process must call this."""
         parallel.on_first_process(self._restore_events)
 
     def _restore_events(self) -> None:
@@ -58,15 +58,15 @@ class MetricsLog:
         self._events.rewrite(self._entries(self._whole_lines()))
 
     def lines(self, stage: str) -> list[dict[str, Any]]:
-        """What was logged of a stage, in order; nothing where it took no steps, or where its log is lost.
+        """Returns the entries of a stage, in order; empty if it took no steps or its log is lost.
 
         Raises:
-          ValueError: A line is damaged, and its number named; or the log is that of another run.
+          ValueError: A line is damaged (the message gives its number), or the log belongs to another run.
         """
         return [entry for entry in self._entries(self._content().splitlines()) if entry["stage"] == stage]
 
     def best(self, stage: str) -> float | None:
-        """Highest top-1 accuracy of a stage on held-out training images, in percent; None where none was logged."""
+        """Highest top-1 accuracy of a stage on held-out training images, in percent; None if none was logged."""
         lines = self.lines(stage)
         return max((line["validation_top1"] for line in lines if "validation_top1" in line), default=None)
 
@@ -115,7 +115,7 @@ class MetricsLog:
             raise self._damaged(number, "has a wrong checksum")
         own = {name: value for name, value in entry.items() if name not in ("stage", "identity")}
         if wrong := [name for name, value in own.items() if not _is_number(value)]:
-            raise self._damaged(number, f"has {wrong[0]}={own[wrong[0]]!r}, which is no number")
+            raise self._damaged(number, f"has {wrong[0]}={own[wrong[0]]!r}, which is not a number")
         return entry
 
     def _damaged(self, number: int, what: str) -> ValueError:

@@ -1,4 +1,4 @@
-"""The loop of a stage of the job, a training or the search: it logs, evaluates, saves and resumes."""
+"""The loop of a pipeline stage (training or search), with logging, evaluation, checkpoints and resuming."""
 
 import contextlib
 import dataclasses
@@ -30,12 +30,12 @@ class Stage:
     Attributes:
       name: "base", "search", "finetune" or "control".
       folder: Folder of its checkpoints.
-      steps: Number of steps in all.
+      steps: Total number of steps.
       steps_per_epoch: Steps per epoch, for the log.
       batch_size: Images per step over all devices, for the log.
       chunk_steps: Steps per dispatch.
       save_every: Chunks between checkpoints and evaluations.
-      made_from: Names all that the stage starts from.
+      made_from: Fingerprint of the stage's inputs.
     """
 
     name: str
@@ -64,7 +64,7 @@ def fit_stage(
 ) -> Any:
     """Runs a stage to its end, from its newest undamaged checkpoint if there is one.
 
-    The log gets the mean of every metric over the steps of a chunk that have it; NaN says that a step has none.
+    The mean of every metric over the steps of a chunk is logged; steps where it is NaN are left out.
 
     Args:
       stage: Stage to run.
@@ -72,17 +72,17 @@ def fit_stage(
       state: State before the first step, on the host.
       constants: Constants of `chunk`, replicated.
       host_batches: Step -> what the host reads for the chunks from there to the end of the stage, of `data.read_ahead`.
-      evaluate: State -> what is logged with a checkpoint; by "validation_top1", of held-out training images, the best
-        one is chosen.
+      evaluate: State -> metrics to log with a checkpoint; "validation_top1", on held-out training images, determines
+        the best one.
       log: Log of the run.
-      guard: Entered by the caller; asks the stage to stop.
+      guard: Requests the stage to stop; entered by the caller.
 
     Returns:
       The state after the last step, on the host.
 
     Raises:
       FloatingPointError: The loss or the state became NaN or infinite.
-      Preempted: SIGTERM came; the same command resumes the stage.
+      Preempted: SIGTERM was received; the same command resumes the stage.
       ValueError: The checkpoints or the seconds of the stage are damaged, or were made from something else.
     """
     with Checkpoints(stage.folder, made_from=stage.made_from) as checkpoints:
@@ -124,7 +124,7 @@ def _save(
     evaluate: Callable[[Any], dict[str, float]],
     log: MetricsLog,
 ) -> None:
-    """Saves a state, on the host, evaluated where that is due."""
+    """Saves a state, on the host, and evaluates it if that is due."""
     check_state(stage.name, step, state)
     held_out: dict[str, float] = {}
     if stage.saves_at(step):
@@ -140,10 +140,10 @@ def _means(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def check_finite(stage: str, first_step: int, metrics: Mapping[str, np.ndarray]) -> None:
-    """Stops at a loss that is not a number.
+    """Checks that the loss is finite.
 
     Raises:
-      FloatingPointError: Stage and step are named.
+      FloatingPointError: It is not; the message names the stage and step.
     """
     bad = np.flatnonzero(~np.isfinite(metrics["loss"]))
     if bad.size:
@@ -151,10 +151,10 @@ def check_finite(stage: str, first_step: int, metrics: Mapping[str, np.ndarray])
 
 
 def check_state(stage: str, step: int, state: Any) -> None:
-    """Stops before a state is saved that is not finite: an infinite gradient shows in the loss one step later only.
+    """Checks that a state is finite before it is saved: an infinite gradient affects the loss only one step later.
 
     Raises:
-      FloatingPointError: Stage and step are named.
+      FloatingPointError: It is not; the message names the stage and step.
     """
     floats = (x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating))
     if not all(np.all(np.isfinite(x)) for x in floats):
@@ -169,12 +169,12 @@ def _not_finite(what: str) -> FloatingPointError:
 
 
 def _progress(stage: Stage, step: int) -> tqdm:
-    """A bar whose rate does not count the steps of an earlier process."""
+    """A progress bar whose rate excludes the steps of an earlier process."""
     return tqdm(total=stage.steps, initial=step, desc=stage.name, unit="step", disable=jax.process_index() > 0)
 
 
 def _to_devices(host_batches: Any) -> list[Any]:
-    """What the host has read for a chunk, as one part per dispatch, on its way to the devices; nothing for None.
+    """Starts the transfer of a chunk's host batches to the devices, one part per dispatch; nothing for None.
 
     XLA:CPU runs the gradient of a convolution some twenty times slower in the body of a loop, so there every step is a
     dispatch of its own; elsewhere the chunk is one.
@@ -221,7 +221,7 @@ def seconds(folder: Path) -> float:
     """Seconds that the stage in `folder` took, over all its runs.
 
     Raises:
-      ValueError: The file that says so is damaged.
+      ValueError: The file with the seconds is damaged.
     """
     return _read_seconds(folder)["seconds"]
 

@@ -1,4 +1,4 @@
-"""What a step of training is: its state, its schedule and optimizer, and the step itself."""
+"""The training step, its state, its learning rate schedule and its optimizer."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -34,7 +34,7 @@ class Step(Protocol):
 
         Args:
           state: State before the step; it counts the steps in its attribute `step`.
-          constants: What stays as it is.
+          constants: Inputs that do not change between steps.
           batch: This device's share of the batch.
           rng: Random key, the same on all devices.
           devices: The devices that share the batch.
@@ -45,11 +45,11 @@ class Step(Protocol):
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Everything that training changes.
+    """The state of training.
 
     Attributes:
       step: Number of steps taken, int32.
-      parameters: What the optimizer changes, of `Network.split`.
+      parameters: The trainable parameters, as in `Network.split`.
       rest: The network's other variables, such as batch statistics.
       opt_state: State of the optimizer.
     """
@@ -76,17 +76,17 @@ SCHEDULES = ("constant", "cosine", "step")
 def schedule(
     kind: str, learning_rate: float, steps: int, warmup_steps: int = 0, decay_at: Sequence[float] = (0.5, 0.75)
 ) -> optax.Schedule:
-    """Linear warm-up from 0, then a learning rate that stays, falls by steps, or follows a cosine to 0.
+    """Linear warm-up from 0, then a constant, step-decay or cosine-decay learning rate.
 
     Args:
       kind: 'constant', 'cosine', or 'step' (x0.1 at each of `decay_at`).
-      learning_rate: The rate after the warm-up.
-      steps: Number of updates in all.
+      learning_rate: Peak learning rate, reached after the warm-up.
+      steps: Total number of updates.
       warmup_steps: Number of updates of the warm-up.
       decay_at: Fractions of `steps`.
 
     Raises:
-      ValueError: An argument is wrong; it is named.
+      ValueError: An argument is invalid; the message names it.
     """
     if warmup_steps >= steps > 0:
         raise ValueError(f"warmup_steps={warmup_steps} must be below the {steps} steps.")
@@ -106,7 +106,7 @@ def schedule(
 
 
 def check_decay(decay_at: Sequence[float]) -> None:
-    """Raises for moments of decay that are not fractions of the run.
+    """Checks that the moments of decay are fractions of the run.
 
     Raises:
       ValueError: One of them is not in (0, 1].
@@ -120,15 +120,15 @@ def sgd(
 ) -> optax.GradientTransformation:
     """SGD with momentum; weight decay is added to the gradient, for every parameter.
 
-    With `micro_batches` the gradients of as many steps are averaged and the last of them updates the parameters, which
-    is the update of the whole batch. Batch statistics are those of a step: of its part of the batch alone, and averaged
-    once per step.
+    With `micro_batches`, gradients are accumulated: those of as many steps are averaged, and the last step updates the
+    parameters with the gradient of the full batch. Batch statistics are those of each micro-batch, averaged once per
+    step.
 
     Args:
       learning_rate: Rate, or schedule over updates.
       momentum: Momentum.
-      weight_decay: Share of the parameters that is added to their gradients.
-      micro_batches: Number of steps for each update.
+      weight_decay: Coefficient of L2 regularization, added to the gradients.
+      micro_batches: Number of micro-batches (steps) per update.
     """
     optimizer = optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, momentum=momentum))
     if micro_batches == 1:
@@ -137,12 +137,12 @@ def sgd(
 
 
 class Distillation(NamedTuple):
-    """Learning from another network's outputs; its variables are the constants of the training step.
+    """Knowledge distillation; the teacher's variables are the constants of the training step.
 
     Attributes:
-      teacher: The other network.
-      weight: Share of the loss.
-      temperature: Temperature of the outputs.
+      teacher: The teacher network.
+      weight: Weight of the distillation loss.
+      temperature: Temperature of the softmax.
     """
 
     teacher: Network
@@ -159,15 +159,15 @@ def train_step(
     outputs: Outputs = None,
     distillation: Distillation | None = None,
 ) -> Step:
-    """The training step of a network, whose state is a `TrainState`.
+    """Makes the training step of a network, whose state is a `TrainState`.
 
     Args:
       network: Network to train; batch statistics that it computes are averaged over devices after each step.
       optimizer: Optimizer of its parameters.
-      label_smoothing: Mass that the label gives to all classes, in the default loss.
-      loss: Loss `(outputs, targets) -> scalar`; None is the cross-entropy of integer labels, with "top1" as a metric.
-      outputs: Which of the network's outputs count: a key, an index or a function; see `networks.picked`.
-      distillation: Network to learn from, too.
+      label_smoothing: Label smoothing of the default loss.
+      loss: Loss `(outputs, targets) -> scalar`; None for the cross-entropy with integer labels and "top1" as a metric.
+      outputs: Which of the network's outputs to use: a key, an index or a function; see `networks.picked`.
+      distillation: Knowledge distillation; None for none.
     """
 
     def objective(
@@ -206,7 +206,7 @@ def _soft_loss(
 
 
 def _mean_statistics(rest: Any, devices: Devices) -> Any:
-    """The mean of all floats over devices; the others, such as counts and random keys, are the same on all."""
+    """Averages all floats over devices; other leaves, such as counts and random keys, are the same on all."""
     leaves, tree = jax.tree.flatten(rest)
     floats = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
     means = iter(devices.mean([leaf for leaf, is_float in zip(leaves, floats, strict=True) if is_float]))
@@ -215,7 +215,7 @@ def _mean_statistics(rest: Any, devices: Devices) -> Any:
 
 
 def recalibration_step(network: Network) -> Step:
-    """Re-estimates batch statistics in training mode; nothing else changes."""
+    """Makes a step that re-estimates batch statistics in training mode and changes nothing else."""
 
     def step(
         state: TrainState, constants: Any, batch: Batch, rng: jax.Array, devices: Devices = ONE_DEVICE
@@ -263,7 +263,7 @@ def chunk_of(
             return jax.lax.scan(lambda carry, one: body(carry, constants, one), state, host_batches)
         state, metrics = body(
             state, constants, without_leading_axis(host_batches)
-        )  # to XLA a scan of one is a loop too
+        )  # XLA treats a scan of length one as a loop too
         return state, jax.tree.map(lambda value: value[None], metrics)
 
     return chunk

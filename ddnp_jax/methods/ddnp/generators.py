@@ -1,7 +1,7 @@
 """Parameterizations of importance and width: the generators g_s and g_k, free scalars, and fixed values.
 
-Importance modules map nothing to a tuple of per-gate scores s̄_l (C_l,), width modules map nothing to the fractions
-k (L,). What is learned is in the collection "params", what stays is in "inputs".
+Importance modules take no input and return a tuple of per-gate scores s̄_l (C_l,); width modules take no input and
+return the fractions k (L,). Learned variables are in the collection "params", fixed ones in "inputs".
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-WIDTH_SHIFT = 3.0  # b of DDNP eq. (2): the search starts from an almost whole network
+WIDTH_SHIFT = 3.0  # b of DDNP eq. (2): the search starts from an almost unpruned network
 
 
 def weight_norm(layer: nn.Module, name: str | None = None) -> nn.WeightNorm:

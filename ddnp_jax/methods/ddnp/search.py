@@ -1,7 +1,7 @@
 """DDNP: Disentangled Differentiable Network Pruning (Gao et al., ECCV 2022).
 
-Which channels matter is learned by g_s, how many stay by g_k; the two meet in a soft top-k mask and are tied only
-loosely by the third term of the objective, eq. (9).
+g_s learns which channels are important, g_k how many to keep; a soft top-k mask combines them, and the third term of
+the objective, eq. (9), ties them only loosely.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ class Fields(ResourceFields):
       importance: s: 'generator' (g_s), 'scalar' per channel, or 'l1' (norms, fixed).
       width: k: 'generator' (g_k), 'linear' (authors' form of g_k), 'scalar' per gate, or 'half' (0.5, fixed).
       output: Importance from s̄: 'sigmoid', 'abs' or 'square'.
-      learned_inputs: Whether x_s and x_k are learned.
+      learned_inputs: Whether the inputs x_s and x_k are learned.
       bidirectional: Authors' form: g_s also runs backward over the gates.
       layer_norm: Authors' form: layer norm of the GRU's outputs.
       energy_weight: Authors' form 0.5: share of the feature energy E in the importance; the rest is that of
@@ -88,7 +88,7 @@ class State(flax.struct.PyTreeNode):
     Attributes:
       step: Number of steps taken, int32.
       params: {"importance", "width"}: the learned variables of g_s and g_k.
-      inputs: {"importance", "width"}: their variables that stay.
+      inputs: {"importance", "width"}: their fixed variables.
       opt_state: State of AdamW.
       ranking: (C_l,) per gate: the running average of the importance, which ranks channels outside of the search.
     """
@@ -158,7 +158,7 @@ def soft_masks(
 
 
 def feature_energies(problem: Problem, variables: Any, images: jax.Array) -> tuple[jax.Array, ...]:
-    """The summed squared activation of every channel of the whole network, (N, C_l) per gate."""
+    """The summed squared activation of every channel of the unpruned network, (N, C_l) per gate."""
     found: dict[int, jax.Array] = {}
 
     def observe(gate: int, activation: jax.Array) -> None:
@@ -276,7 +276,7 @@ class _DDNP:
         return (f"The search has converged: {found}",)
 
     def remedies(self, gap: float, remaining: float) -> list[str]:
-        """What helps a search that ended with this largest gap and this part of the cost; nothing where all is well."""
+        """Advice for a search that ended with this largest gap and this fraction of the cost; empty if it converged."""
         config, found = self.problem.config, []
         rate, is_above = config.width_optimizer.learning_rate, remaining > ABOVE * self.problem.budget.p
         if gap > FAR and rate < 2e-3:
@@ -320,7 +320,7 @@ class _DDNP:
         ), metrics
 
     def propose(self, state: State) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-        """Running importance and present widths."""
+        """Returns the running importance and the current widths."""
         return tuple(map(np.asarray, state.ranking)), np.asarray(self.learned_values(state.params, state.inputs)[1])
 
 

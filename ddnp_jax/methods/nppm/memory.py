@@ -1,4 +1,4 @@
-"""The episodic memory of NPPM: sub-networks and the accuracies that they had, as a pytree of fixed size."""
+"""The episodic memory of NPPM: sub-networks and their accuracies, as a pytree of fixed size."""
 
 import flax.struct
 import jax

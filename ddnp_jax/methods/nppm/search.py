@@ -1,21 +1,21 @@
 """NPPM: Network Pruning via Performance Maximization (Gao et al., CVPR 2021).
 
-One parameter per channel opens or closes it ("differentiable gates", DG). Beside the classification loss, the gates
-follow a network PN that predicts the accuracy of sub-networks and learns from an episodic memory of the search itself.
+One parameter per channel opens or closes it ("differentiable gates", DG). In addition to the classification loss, the
+gates follow a network PN that predicts the accuracy of sub-networks and learns from an episodic memory of the search.
 
-Where the paper leaves a choice:
+Details that the paper leaves open:
 
 - The classification loss is that of the rounded sub-network, so that the accuracy in the memory is the stored one's,
   and one forward pass gives both. (The authors' code takes the loss of the relaxed gates, and stores another sample.)
 - What is proposed has the gates that are open more often than not, so that it costs what the sub-networks of the search
   cost. Gates without noise are open less often: 0.44 of the FLOPs were proposed where the search had 0.50.
 - PN judges gates by its running batch statistics, as at test time; until the memory holds more pairs than a batch of
-  PN, PN neither learns nor has a say.
+  PN, PN neither learns nor influences the gates.
 - θ starts at N(0, 1), and the bins of the memory are those of the accuracies in it: both as in the authors' code.
 
-With their σ = 15 most entries of a' are 0 or 1 by chance, so PN is asked about random half networks. What it knows of
-the sub-networks of the search is in the log: "predicted_top1", before PN has seen the step's sub-network, beside its
-accuracy on the batch ("top1" of the default loss), and their distance, "prediction_error", in points.
+With their σ = 15 most entries of a' are 0 or 1 by chance, so PN is evaluated on random half networks. Its quality on
+the sub-networks of the search is logged: "predicted_top1", before PN has seen the step's sub-network, to compare with
+its accuracy on the batch ("top1" of the default loss), and their absolute difference, "prediction_error", in points.
 """
 
 import dataclasses

@@ -14,7 +14,7 @@ class Paragraph:
 
     Attributes:
       text: What it says.
-      is_warning: Whether it must not be overlooked.
+      is_warning: Whether it is a warning.
     """
 
     kind: ClassVar[str] = "paragraph"

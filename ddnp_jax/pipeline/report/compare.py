@@ -1,4 +1,4 @@
-"""Several runs beside each other: one table, and plots of accuracy against cost."""
+"""Comparison of several runs: one table, and plots of accuracy against cost."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ _FOOT = (
 
 
 def compare(reports: Sequence[Report]) -> str:
-    """One table over several runs, the runs that differ in the seed alone in one line.
+    """Returns one table of several runs; runs that differ only in the seed share a row.
 
     Args:
       reports: Results of the runs.
@@ -39,13 +39,13 @@ def compare(reports: Sequence[Report]) -> str:
 
 
 def comparison_html(reports: Sequence[Report]) -> str:
-    """The same table as a page, with plots of accuracy against cost for each network and data set.
+    """Returns the same table as a page, with plots of accuracy against cost for each network and data set.
 
     Args:
       reports: Results of the runs.
 
     Returns:
-      HTML that needs nothing beside itself.
+      Self-contained HTML.
 
     Raises:
       ValueError: Two runs of one line have the same seed.

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ddnp_jax import files
 from ddnp_jax.pipeline.report.schema import Report
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
+# Okabe and Ito's colors, which color-blind readers can distinguish.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 TEXT, GRID = "#000000", "#E5E5E5"
 BLUE, _VERMILION, _, _, _, SKY_BLUE, _ = COLORS

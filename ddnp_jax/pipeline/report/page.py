@@ -1,4 +1,4 @@
-"""A report as one page of HTML, which needs nothing beside itself."""
+"""A report as one self-contained HTML page."""
 
 import io
 import re
@@ -78,7 +78,7 @@ def _inline(text: str) -> Markup:
 
 
 def _svg(picture: Picture, figure: Figure) -> Markup:
-    """A plot as an element of the page, in the page's colours."""
+    """A plot as an element of the page, in the page's colors."""
     content = io.BytesIO()
     # Letters stay letters, which a reader can select; the same figure is the same text whenever it is drawn.
     with matplotlib.rc_context({"svg.fonttype": "none", "font.sans-serif": _FONT, "svg.hashsalt": picture.name}):

@@ -14,13 +14,13 @@ from ddnp_jax.pipeline.report.schema import Report
 from ddnp_jax.pipeline.report.tables import CONTROL
 
 LEGEND = (
-    "A point is the mean over seeds, with one sample standard deviation to each side. On the line are the networks "
-    "than which no other is both smaller and more accurate. Latency is a part of the base's, measured in turn with it: "
-    "milliseconds of different runs depend on what else the machine did."
+    "A point is the mean over seeds, with error bars of one sample standard deviation. The line is the Pareto front, "
+    "the networks than which no other is both smaller and more accurate. Latency is relative to the base's, measured "
+    "interleaved with it: milliseconds of different runs depend on other load on the machine."
 )
 _COLORS, _MARKERS = figures.COLORS[:-1], "os^DvPX"  # 6 and 7: no two of 42 methods look the same; black is the base's
 
-Style = tuple[str, str]  # colour and marker
+Style = tuple[str, str]  # color and marker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Plot:
 
 
 def styles(methods: Iterable[str]) -> dict[str, Style]:
-    """A colour and a marker for every method, by its name."""
+    """A color and a marker for every method, by its name."""
     pairs = zip(itertools.cycle(_COLORS), itertools.cycle(_MARKERS), strict=True)
     return dict(zip(dict.fromkeys(methods), pairs, strict=False))
 
@@ -47,9 +47,9 @@ def plots(lines: Sequence[Sequence[Report]], styles: Mapping[str, Style]) -> Ite
 
     Args:
       lines: Runs of one network on one data set; those of a line differ in the seed alone.
-      styles: Colour and marker of every method.
+      styles: Color and marker of every method.
     """
-    caption = "Top-1 accuracy against the kept part of the"
+    caption = "Top-1 accuracy against the kept fraction of the"
     yield Plot(f"{caption} FLOPs", _figure(lines, styles, _flops_kept, "FLOPs kept (%)"))
     for where in dict.fromkeys(run.latency_measured_on for run in itertools.chain(*lines)):
         those = [found for runs in lines if (found := [run for run in runs if run.latency_measured_on == where])]
@@ -83,7 +83,7 @@ def _figure(
 def _draw_line(
     axes: Axes, runs: Sequence[Report], style: Style, cost: Callable[[Report], float]
 ) -> tuple[float, float]:
-    """Draws the point of a method, with its deviation over seeds, and returns it."""
+    """Draws the point of a method, with its standard deviation over seeds, and returns it."""
     costs, accuracies = [cost(run) for run in runs], [run.pruned_top1 for run in runs]
     point = statistics.fmean(costs), statistics.fmean(accuracies)
     color, marker = style

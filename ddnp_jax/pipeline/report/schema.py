@@ -134,7 +134,7 @@ class Report:
     flops_convention: str  # "macs" or "authors"
     base_top1: float  # with the weights that the search starts from
     base_top5: float
-    control_top1: float | None = None  # the base, fine-tuned as the pruned network was; None where not asked for
+    control_top1: float | None = None  # the base, fine-tuned as the pruned network was; None if not configured
     control_top5: float | None = None
     unfinetuned_top1: float  # the pruned network before fine-tuning
     unfinetuned_top5: float
@@ -142,7 +142,7 @@ class Report:
     pruned_top5: float
     best_pruned_validation_top1: float | None = None  # in fine-tuning, on held-out images; None where none was logged
     test_images: int
-    flops_total_before: float  # the whole network
+    flops_total_before: float  # entire network
     flops_total_after: float
     flops_prunable_before: float  # the layers that pruning can touch
     flops_prunable_after: float
@@ -190,7 +190,7 @@ class Report:
 
     @property
     def control(self) -> tuple[float, float] | None:
-        """Top-1 and top-5 accuracy of the base, fine-tuned in the same way; None where that was not asked for."""
+        """Top-1 and top-5 accuracy of the base, fine-tuned in the same way; None if not configured."""
         top1, top5 = self.control_top1, self.control_top5
         return None if top1 is None or top5 is None else (top1, top5)
 
@@ -206,7 +206,7 @@ class Report:
 
     @property
     def flops_reduction(self) -> float:
-        """Part of the whole network's FLOPs that is removed."""
+        """Fraction of the entire network's FLOPs that is removed."""
         return 100 * (1 - self.flops_total_after / self.flops_total_before)
 
     @property

@@ -9,7 +9,7 @@ from ddnp_jax.pipeline.report import figures, markdown, page, text
 from ddnp_jax.pipeline.report.schema import Report
 from ddnp_jax.training.log import MetricsLog
 
-_ADVICE = "give the command of that run again, which writes its report anew"
+_ADVICE = "run the command of that run again to rewrite its report"
 
 
 def write(workdir: str | Path, report: Report) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a report says, the result first."""
+"""The content of a report, starting with the result."""
 
 from ddnp_jax.pipeline.report import tables
 from ddnp_jax.pipeline.report.blocks import Block, Bullets, KeyFigure, Paragraph, Picture, Section
@@ -11,11 +11,11 @@ CONVENTIONS = {
 CAPTIONS = {"widths": "Channels per gate, before and after", "search": "Accuracy and cost over the search"}
 # How the note of a search begins, in report.json files of every version that has one.
 _CONVERGED, _NOT_CONVERGED = "The search has converged", "The search has not converged"
-_FASTER = 0.98  # a smaller part of the latency than this is no noise of the measurement
+_FASTER = 0.98  # a latency ratio below this is more than measurement noise
 
 
 def sections(report: Report, has_curve: bool) -> tuple[Section, ...]:
-    """What a report says, in every form that it is written in.
+    """Returns the content of a report, independent of its output format.
 
     Args:
       report: Result of the run.
@@ -65,7 +65,7 @@ def _result(report: Report) -> list[Block]:
     return [
         tables.result_table(report),
         Paragraph(
-            f"FLOPs: {CONVENTIONS[report.flops_convention]}; whole network. "
+            f"FLOPs: {CONVENTIONS[report.flops_convention]}; entire network. "
             f"Latency: forward pass of {report.latency_measured_on}."
         ),
         *(Paragraph(text, is_warning=True) for text in warnings),
@@ -91,13 +91,13 @@ def headline(report: Report) -> str:
 
 
 def _speed(report: Report) -> str:
-    """How the table of times was taken."""
+    """How the table of times was measured."""
     text = (
-        "Medians, base and pruned network in turn. FLOPs imply: the speed-up if FLOPs alone took time; ratio: the part "
-        "of it that is real."
+        "Medians, base and pruned network measured interleaved. FLOPs imply: the speed-up if time were proportional to "
+        "FLOPs; ratio: measured / implied speed-up."
     )
     if any(each.runtime.endswith("int8") for each in report.latencies):
-        text += " Of int8, the base is in float32."
+        text += " For int8, the base is in float32."
     return text
 
 
@@ -113,7 +113,7 @@ def _exports(report: Report) -> list[Block]:
 
 
 def _not_faster(report: Report) -> list[str]:
-    """Says so where the pruned network is not faster, why, and what helps."""
+    """A paragraph if the pruned network is not faster: why, and what to try."""
     latency = report.latency_ms
     if latency.after < _FASTER * latency.before or report.flops_total_after == report.flops_total_before:
         return []
@@ -122,17 +122,17 @@ def _not_faster(report: Report) -> list[str]:
         f"**The pruned network is not faster here**: {latency.before:.2f} ms before, {latency.after:.2f} ms after. The "
         "FLOPs fell and the latency did not: narrow layers leave a device partly idle, and each operation has a cost "
         f"that does not depend on its width. {'' if report.budget.kind == 'latency' else in_latency}"
-        "With `budget.multiple=8` widths are ones that devices like."
+        "`budget.multiple=8` restricts widths to sizes that run well on most devices."
     ]
 
 
 def _without_control(report: Report) -> list[str]:
-    """Says so where the pruned network was trained more than the one that it is compared with."""
+    """A paragraph if the pruned network was trained longer than the one that it is compared with."""
     if report.control or not report.was_run("finetune"):
         return []
     return [
-        "The pruned network was fine-tuned and the base was not, so a part of the change may come from more training, "
-        "or from other images (see Stages). `finetune.control=True` fine-tunes the base in the same way."
+        "The pruned network was fine-tuned and the base was not, so part of the change may come from additional "
+        "training, or from other images (see Stages). `finetune.control=True` fine-tunes the base in the same way."
     ]
 
 
@@ -145,7 +145,7 @@ def _budget(report: Report) -> str:
         return f"{cost:,.3f}" if budget.kind == "latency" else f"{cost / 1e6:,.3f} M"
 
     text = (
-        f"Wanted: at most p = {report.p:.4f} of {amount(budget.before)} {budget.unit}, {amount(wanted)}. "
+        f"Target: at most p = {report.p:.4f} of {amount(budget.before)} {budget.unit}, {amount(wanted)}. "
         f"Reached: p = {report.p_reached:.4f}, {amount(budget.after)}. "
     )
     if budget.kind == "latency":
@@ -164,8 +164,8 @@ def _budget(report: Report) -> str:
 def _predicted_and_measured(report: Report) -> str:
     predicted, measured = report.budget, report.latency_ms
     return (
-        f"These are the table's times of the convolution and dense layers, each measured by itself "
-        f"({tables.change(predicted.before, predicted.after)}); the whole network was measured at "
+        f"These are the table's times of the convolution and dense layers, each measured alone "
+        f"({tables.change(predicted.before, predicted.after)}); the entire network was measured at "
         f"{measured.before:,.3f} ms before and {measured.after:,.3f} ms after "
         f"({tables.change(measured.before, measured.after)}, batch {measured.batch})."
     )
@@ -176,9 +176,9 @@ def _methodology(report: Report) -> list[str]:
     agreement = 100 * verification.argmax_agreement
     return [
         f"Accuracies are those of the last epoch, over all {report.test_images:,} test images, each counted once.",
-        f"The best checkpoint is chosen on held-out training images{_best(report)} and is not what this report shows; "
-        "no test image decided anything in this run.",
-        f"Check of the cut: the logits of the smaller and of the masked network differ by at most "
+        f"The best checkpoint is selected on held-out training images{_best(report)} and is not what this report "
+        "shows; test images were not used for any decision in this run.",
+        f"Verification: the logits of the smaller and of the masked network differ by at most "
         f"{verification.max_difference:.1e}; {agreement:.2f} % of the predictions agree.",
         f"Batch-norm statistics in training: {report.batch_norm}. Precision: {report.precision}.",
         *_pixels(report),
@@ -188,16 +188,18 @@ def _methodology(report: Report) -> list[str]:
 def _best(report: Report) -> str:
     if report.best_pruned_validation_top1 is not None:
         return f" (it reached {report.best_pruned_validation_top1:.2f} % there in fine-tuning)"
-    return " (what it reached is lost: metrics.jsonl has no line of it)" if report.was_run("finetune") else ""
+    return " (its accuracy is lost: metrics.jsonl has no record of it)" if report.was_run("finetune") else ""
 
 
 def _pixels(report: Report) -> list[str]:
-    """What was done to the images."""
+    """The preprocessing of the images."""
     done = report.preprocessing
     if done is None:
         return []
     mean, std = (", ".join(f"{value:.4g}" for value in done[name]) for name in ("mean", "std"))
-    return [f"Pixels, times {done['scale']:.4g}, less the mean ({mean}), are divided by the deviation ({std})."]
+    return [
+        f"Pixels, times {done['scale']:.4g}, minus the mean ({mean}), are divided by the standard deviation ({std})."
+    ]
 
 
 def _search(report: Report, has_curve: bool) -> list[Block]:
@@ -205,7 +207,7 @@ def _search(report: Report, has_curve: bool) -> list[Block]:
         return [Paragraph("This method has no search; it selects in one shot.")]
     converged = [Paragraph(note) for note in report.notes if note.startswith(_CONVERGED)]
     if not has_curve:
-        lost = "The log of the search is lost: metrics.jsonl has no line of it, so there is no plot."
+        lost = "The log of the search is lost: metrics.jsonl has no record of it, so there is no plot."
         return [*converged, Paragraph(lost)]
     return [*converged, _picture("search")]
 
@@ -215,7 +217,7 @@ def _picture(name: str) -> Picture:
 
 
 def _not_converged(report: Report) -> list[str]:
-    """What the search says where it has not converged, and what helps."""
+    """The note of a search that has not converged, with advice."""
     return [
         f"**{_NOT_CONVERGED}**{note.removeprefix(_NOT_CONVERGED)}"
         for note in report.notes
@@ -224,6 +226,6 @@ def _not_converged(report: Report) -> list[str]:
 
 
 def _notes(report: Report) -> list[Block]:
-    """The notes that stand nowhere else."""
+    """The notes that appear nowhere else."""
     notes = [note for note in report.notes if not note.startswith((_CONVERGED, _NOT_CONVERGED))]
     return [Bullets(notes)] if notes else []

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 from flax import nnx
@@ -16,6 +18,7 @@ import ddnp_jax
 from ddnp_jax import flops
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 
 
 @pytest.fixture
@@ -113,3 +116,46 @@ def test_detection_head(run):
     outputs = model.apply(variables, np.zeros((2, 32, 32, 1), np.float32))
     assert {name: each.shape for name, each in outputs.items()} == {"middle": (2, 8, 8), "size": (2, 8, 8)}
     check_cost(detector(), model, (32, 32, 1))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_valid_and_kept_without_outputs(path):
+    notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
+    nbformat.validate(notebook)
+    assert notebook.nbformat == 4 and notebook.metadata.kernelspec.name == "python3"
+    for cell in notebook.cells:
+        assert cell.cell_type == "markdown" or (cell.outputs == [] and cell.execution_count is None), cell.id
+    written = "".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    links = re.findall(r"\]\(([^)#\s]+)\)", written)
+    assert links and all((EXAMPLES / link).exists() for link in links)
+
+
+def test_tour(tmp_path, monkeypatch):
+    """Top to bottom in a kernel of its own, which has one device as its readers' have."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel's own, which puts plots into the notebook
+    notebook = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=None, kernel_name="python3", resources=resources).execute()
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    plots = {cell.id for cell in cells if "plt.show()" in cell.source}
+    assert plots == {"load", "train", "sweep_plot", "history_plot", "widths_plot", "timing_plot"}
+    shown = {cell.id for cell in cells if any("image/png" in output.get("data", {}) for output in cell.outputs)}
+    assert shown == plots
+    outputs = [output for cell in cells for output in cell.outputs if output.output_type == "stream"]
+    assert {output.name for output in outputs} == {"stdout"}  # no warnings
+    printed = "".join(output.text for output in outputs)
+    (base,) = numbers(r"base: (\S+) %", printed)
+    cut, scored = numbers(r"before fine-tuning: (\S+) %\ntaylor at this budget: (\S+) %", printed)
+    tuned, other, control = numbers(
+        r"\nfine-tuned: (\S+) %\ntaylor, fine-tuned: (\S+) %\nunpruned, .*: (\S+) %", printed
+    )
+    assert base > 96 and cut > 85 > scored and tuned > 96 and other > 90 and control > 96
+    five = ", ".join([r"(\S+) %"] * 5)
+    taylor, uniform = (numbers(rf"{method}: {five}", printed) for method in ("taylor", "uniform"))
+    assert np.mean(taylor) > np.mean(uniform) + 5
+    assert numbers(r"loaded again: (\S+) %", printed) == [tuned]
+    assert len(re.findall(r"batch of \d+: \S+ -> \S+ ms", printed)) == 4
+    before, after = numbers(r"accumulates: (\S+) -> (\S+) \(", printed)
+    assert 0.45 * before < after <= 0.5 * before
+    assert json.loads((tmp_path / "pruned_tour/model.json").read_text())["sizes"]

@@ -276,8 +276,8 @@ def test_budget_in_latency_says_what_was_predicted_and_measured():
     written = markdown(budget=report.Cost(kind="latency", unit="ms (batch 128, cpu)", before=50.0, after=24.9))
     assert "p = 0.5000 of 50.000 ms (batch 128, cpu), 25.000. Reached: p = 0.4980, 24.900. " in written
     assert (
-        "each measured alone (-50.20 %); the entire network was measured at 80.000 ms before and 60.000 ms after "
-        "(-25.00 %, batch 128)."
+        "scaled to those of the entire network at several widths (-50.20 %); the entire network was measured at "
+        "80.000 ms before and 60.000 ms after (-25.00 %, batch 128)."
     ) in written
     assert "-47.50 % |   -50.00 % |     -25.00 % |" in written  # FLOPs, parameters and latency, whatever the budget
 

@@ -164,7 +164,7 @@ def _budget(report: Report) -> str:
 def _predicted_and_measured(report: Report) -> str:
     predicted, measured = report.budget, report.latency_ms
     return (
-        f"These are the table's times of the convolution and dense layers, each measured alone "
+        f"These are predictions: the times of single layers, scaled to those of the entire network at several widths "
         f"({tables.change(predicted.before, predicted.after)}); the entire network was measured at "
         f"{measured.before:,.3f} ms before and {measured.after:,.3f} ms after "
         f"({tables.change(measured.before, measured.after)}, batch {measured.batch})."

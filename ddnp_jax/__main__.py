@@ -30,7 +30,6 @@ from ddnp_jax.topology import trace
 PYTORCH = "pytorch"
 COMPARED = 32  # images with which an exported network is compared
 _INTERRUPTED = 130  # exit code of an interrupted shell command
-_SERVING = "serving.json"  # in a folder that a run wrote
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -82,7 +81,7 @@ def export_saved(given: argparse.Namespace) -> None:
             f"--output={given.output} is not a {wanted}, which --format={given.format} writes; give another path."
         )
     given.output.parent.mkdir(parents=True, exist_ok=True)
-    serving = _serving(folder / _SERVING)
+    serving = _serving(folder / export.SERVING_FILE)
     shape = given.input_shape or (serving["input_shape"] if serving else None)
     if given.format == PYTORCH:
         torch_weights.save(given.output, model, variables, shape)
@@ -131,7 +130,7 @@ def _images(given: argparse.Namespace, shape: Sequence[int] | None, serving: exp
         )
     if shape is None:
         raise ValueError(
-            f"{given.folder} has no {_SERVING}; give --input_shape, as in 224,224,3, or --images=FILE.npy."
+            f"{given.folder} has no {export.SERVING_FILE}; give --input_shape, as in 224,224,3, or --images=FILE.npy."
         )
     rng = np.random.default_rng(0)
     drawn = rng.random((COMPARED, *shape)) / serving["scale"] if serving else rng.normal(size=(COMPARED, *shape))
@@ -195,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
         "--input_shape",
         type=_shape,
         metavar="H,W,C",
-        help=f"shape of one image, if there is no {_SERVING} and no --images",
+        help=f"shape of one image, if there is no {export.SERVING_FILE} and no --images",
     )
     to.add_argument("--network", help="the unpruned network, if it cannot be rebuilt from the folder; as in describe")
     _add_attribute(to)

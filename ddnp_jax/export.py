@@ -35,6 +35,7 @@ FILES = {
     "onnx_int8": ("network_int8.onnx",),
     "stablehlo": ("network.stablehlo", "network.stablehlo.json"),
 }
+SERVING_FILE = "serving.json"  # beside a network that a run saved: the preprocessing of its images
 PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-4  # of the largest output, as in `verify`
 CALIBRATION_BATCH = 32  # images that are in memory at once, with all their activations

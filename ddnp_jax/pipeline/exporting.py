@@ -17,6 +17,9 @@ from ddnp_jax.networks import Network, picked
 if TYPE_CHECKING:
     from ddnp_jax.pipeline.job import Run
 
+_Call = Callable[[np.ndarray], Any]
+_Unpruned = Callable[[], _Call]  # makes it when it is first asked for
+
 FOLDER = "export"
 CALIBRATION_IMAGES = 256  # of the search, by which a network of 8 bits gets its scales
 RUNTIMES = {"onnx": "ONNX Runtime (CPU)", "onnx_int8": "ONNX Runtime (CPU), int8"}  # that are timed, by format
@@ -31,24 +34,25 @@ def write(job: "Run", base: Any, small: Network, tuned: Any) -> None:
       small: The pruned network.
       tuned: Its variables.
     """
+    unpruned = functools.cache(lambda: _unpruned(job, base))  # converted once for all formats, if one is timed
     for form in listed(job.config.export):
         job.guard.check("stopped before an export; the same command resumes it.")
         job.results.measured(
             f"export_{form}",
             job.made_from(base, tuned),
-            functools.partial(_written, job, form, base, small, tuned),
+            functools.partial(_written, job, form, unpruned, small, tuned),
             functools.partial(_is_there, job.workdir),
         )
 
 
-def _written(job: "Run", form: str, base: Any, small: Network, tuned: Any) -> dict[str, Any]:
+def _written(job: "Run", form: str, unpruned: _Unpruned, small: Network, tuned: Any) -> dict[str, Any]:
     """What the first process has found, which alone writes; nothing in the others."""
     found: dict[str, Any] = {}
-    parallel.on_first_process(lambda: found.update(_write(job, form, base, small, tuned)))
+    parallel.on_first_process(lambda: found.update(_write(job, form, unpruned, small, tuned)))
     return found
 
 
-def _write(job: "Run", form: str, base: Any, small: Network, tuned: Any) -> dict[str, Any]:
+def _write(job: "Run", form: str, unpruned: _Unpruned, small: Network, tuned: Any) -> dict[str, Any]:
     folder = job.workdir / FOLDER
     folder.mkdir(exist_ok=True)
     path = folder / export.FILES[form][0]
@@ -64,7 +68,7 @@ def _write(job: "Run", form: str, base: Any, small: Network, tuned: Any) -> dict
         "compared_images": len(pixels),
         **check._asdict(),
         "top1": _top1(job, path) if form == "onnx_int8" else None,
-        "latencies": _latencies(job, form, base, path) if form in RUNTIMES else [],
+        "latencies": _latencies(job, form, unpruned(), path) if form in RUNTIMES else [],
     }
 
 
@@ -97,17 +101,21 @@ def _top1(job: "Run", path: Path) -> float:
     return 100 * correct / len(test)
 
 
-def _latencies(job: "Run", form: str, base: Any, path: Path) -> list[dict[str, Any]]:
-    """Times the unpruned network in float32 and an ONNX file, interleaved."""
-    shape = job.dataset.image_shape
+def _unpruned(job: "Run", base: Any) -> _Call:
+    """The unpruned network in float32, in ONNX Runtime."""
+    pixels, _ = job.dataset.test.served(np.arange(1))
     with tempfile.TemporaryDirectory() as folder:
-        whole = Path(folder, "base.onnx")
-        pixels, _ = job.dataset.test.served(np.arange(1))
-        export.onnx(whole, _logits(job, job.network), base, pixels, serving=job.dataset.serving())
-        calls = [export.read_onnx(whole), export.read_onnx(path)]
+        path = Path(folder, "base.onnx")
+        export.onnx(path, _logits(job, job.network), base, pixels, serving=job.dataset.serving())
+        return export.read_onnx(path)
+
+
+def _latencies(job: "Run", form: str, unpruned: _Call, path: Path) -> list[dict[str, Any]]:
+    """Times of the unpruned network and of an ONNX file, interleaved."""
+    calls = [unpruned, export.read_onnx(path)]
     found = []
     for batch in sorted({1, job.local_batch}):
-        images = np.zeros((batch, *shape), np.float32)
+        images = np.zeros((batch, *job.dataset.image_shape), np.float32)
         before, after = timing.in_turn([functools.partial(call, images) for call in calls])
         found.append({"runtime": RUNTIMES[form], "batch": batch, "before": before, "after": after})
     return found

@@ -378,4 +378,4 @@ def _save(job: Run, network: Network, variables: Any) -> None:
     """Saves the pruned network and the preprocessing of its input."""
     folder = job.workdir / "pruned"
     save_pruned(folder, *network.bind(variables))
-    files.write_json(folder / "serving.json", job.dataset.serving())
+    files.write_json(folder / export.SERVING_FILE, job.dataset.serving())

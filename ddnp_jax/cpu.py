@@ -46,8 +46,9 @@ def configure_cpu(devices: int = 1, fusions: str = AUTO) -> None:
     Args:
       devices: Devices that the cores are shared by.
       fusions: What XLA may fuse: some of `FUSIONS`, joined by commas; "" for nothing, "auto" for what is fastest. With
-        `eltwise`, which "auto" has, a ReLU makes 0 of NaN: look for NaN in variables, not in outputs. "dot,reduce"
-        keeps NaN, and training takes up to 1.7 of the time.
+        `eltwise`, which "auto" has, a ReLU makes 0 of NaN: look for NaN in variables, not in outputs; and jaxlib 0.12
+        cannot compile `cholesky`, nor `eigh` where it symmetrizes its input. "dot,reduce" has neither limit, and
+        training takes up to 1.7 of the time.
 
     Raises:
       ValueError: A fusion is unknown.

@@ -138,8 +138,10 @@ def nuclear_losses(rows: jax.Array) -> jax.Array:
       (C,), at least 0.
     """
     t = jnp.exp(_LOG_STEP * jnp.arange(-24, 15))  # relative to the largest singular value
-    gram = (rows, rows.T) if rows.shape[0] <= rows.shape[1] else (rows.T, rows)
-    squares, vectors = jnp.linalg.eigh(jnp.matmul(*gram, precision=jax.lax.Precision.HIGHEST))
+    factors = (rows, rows.T) if rows.shape[0] <= rows.shape[1] else (rows.T, rows)
+    # Only one triangle is read. jaxlib 0.12 cannot compile the symmetrization with the fusion `eltwise`.
+    gram = jnp.matmul(*factors, precision=jax.lax.Precision.HIGHEST)
+    squares, vectors = jnp.linalg.eigh(gram, symmetrize_input=False)
     largest = jnp.maximum(squares[-1], jnp.finfo(rows.dtype).tiny)
     rounding = max(rows.shape) * jnp.finfo(rows.dtype).eps
     relative = jnp.where(squares > rounding * largest, squares / largest, 0.0)[:, None]

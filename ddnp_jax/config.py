@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddnp_jax import cpu, methods, parallel
-from ddnp_jax.cost import flops, latency
+from ddnp_jax.cost import flops, network_times
 from ddnp_jax.export import FILES
 from ddnp_jax.fields import check_limits, choice, filled, names, number, several
 from ddnp_jax.training.steps import SCHEDULES
@@ -69,10 +69,12 @@ class BudgetConfig:
     p: float = number(0.5, above=0, most=1, about="the fraction of the cost that remains")
     convention: str = choice("macs", *flops.CONVENTIONS)  # 'macs', or 'authors': 3 more per output element
     residual: bool = False  # whether channels of residual streams may be removed too, one set for all blocks of a stage
-    multiple: int = number(1, least=1)  # widths are multiples of this (except those of unpruned gates)
+    # Widths are multiples of this, except those of unpruned gates; 0 for the fastest on the device, which is measured.
+    multiple: int = number(1, least=0)
     latency_points: int = number(5, least=2)  # for 'latency': widths per gate at which layers are timed
+    # Of what is measured, for 'latency' and for multiple=0:
     latency_batch: int = number(0, least=0)  # images per call; 0 for a device's share of an evaluation batch
-    runtime: str = choice(latency.XLA, *latency.RUNTIMES)  # what latency is measured in
+    runtime: str = choice(network_times.XLA, *network_times.RUNTIMES)  # XLA, or ONNX Runtime on the CPU
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ outputs. A run exports with `--config.export`. For PyTorch: `ddnp_jax.torch_weig
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
 import math
@@ -181,7 +182,7 @@ def onnx_int8(
 
 
 def in_onnx_runtime(function: Callable[[jax.Array], Any], shape: Sequence[int]) -> Callable[[Any], list[np.ndarray]]:
-    """Converts a function of one float32 array to one computed by ONNX Runtime on the CPU.
+    """Converts a function of one float32 array to one computed by ONNX Runtime on the CPU, in float32 as by `onnx`.
 
     Args:
       function: The function, whose constants become part of it.
@@ -191,7 +192,8 @@ def in_onnx_runtime(function: Callable[[jax.Array], Any], shape: Sequence[int]) 
       ModuleNotFoundError: jax2onnx, onnx or onnxruntime is missing.
       ValueError: jax2onnx cannot convert the function.
     """
-    return _computed(_graph(function, tuple(shape), "the function").SerializeToString())
+    wide = functools.partial(evaluate, function, FullPrecision())
+    return _computed(_graph(wide, tuple(shape), "the function").SerializeToString())
 
 
 def read_onnx(path: str | Path) -> Callable[[Any], list[np.ndarray]]:

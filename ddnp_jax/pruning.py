@@ -6,13 +6,15 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ddnp_jax import methods
 from ddnp_jax.compact import Rebuild, Verification, check_finite, compact, rehearse, verify
+from ddnp_jax.cost import multiples
 from ddnp_jax.cost.budget import Budget, floors_of
+from ddnp_jax.cost.network_times import NetworkTimer
 from ddnp_jax.losses import Loss
 from ddnp_jax.networks import Outputs, as_network
 from ddnp_jax.topology import Gate, Selection, Topology, trace
@@ -75,7 +77,7 @@ def prune(
     residual: bool = False,
     keep: Iterable[str] | Callable[[Gate], bool] = (),
     floors: Floors = None,
-    multiple: int = 1,
+    multiple: int | Literal["auto"] = 1,
     rebuild: Rebuild | None = None,
     call_kwargs: Mapping[str, Any] | None = None,
     progress: bool = True,
@@ -109,7 +111,8 @@ def prune(
       keep: Names of gates to leave unpruned, or a predicate on gates.
       floors: Minimum width of every gate, as a number of channels (integer) or a fraction (below 1): one value for all
         gates, a mapping by gate name, or a function of the gate.
-      multiple: Widths are multiples of this, except those of unpruned gates.
+      multiple: Widths are multiples of this, except those of unpruned gates; "auto" for the multiple that is fastest on
+        the current device for batches of the first one's size, which is measured (`cost.multiples`).
       rebuild: Builds the smaller network from the channels per gate; for networks with hard-coded channel counts.
       call_kwargs: Additional keyword arguments for every call of the network.
       progress: Whether to print progress.
@@ -134,7 +137,12 @@ def prune(
         shape = tuple(images.shape[1:] if input_shape is None else input_shape)
         kept = (keep,) if isinstance(keep, str) else keep if callable(keep) else tuple(keep)
         traced = trace(model, shape, variables=own, residual=residual, keep=kept, **(call_kwargs or {}))
-        budget = Budget(traced, p, multiple=multiple, floors=floors_of(traced, floors))
+        exact = 1 if multiple == "auto" else multiple
+        budget = Budget(traced, p, multiple=exact, floors=floors_of(traced, floors))
+        budget.check()
+        if multiple == "auto":
+            timer = NetworkTimer(model, traced, len(images), variables=own, rebuild=rebuild)
+            budget = dataclasses.replace(budget, multiple=multiples.measure(timer).fastest)
     budget.check()
     topology = budget.topology
     check = TargetsCheck(network, own, loss, outputs, performance)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from ddnp_jax import losses
 from ddnp_jax.config import BudgetConfig
+from ddnp_jax.cost import budget as budgets
 from ddnp_jax.cost import flops
-from ddnp_jax.cost.budget import Budget, Cost, make_budget
+from ddnp_jax.cost.budget import Budget, Cost
 from ddnp_jax.cost.latency import LatencyTable, LayerTimes
 from ddnp_jax.topology import Extent, Gate, Layer, Slice, Topology, Variable
 
@@ -71,6 +72,10 @@ def chain_cost(network, widths):
 
 def config(**fields):
     return BudgetConfig(**{"p": 0.25} | fields)
+
+
+def make_budget(section, network, measured, fastest=lambda: pytest.fail("only multiple=0 is measured")):
+    return budgets.make_budget(section, network, measured, fastest)
 
 
 def no_table(points, multiple):
@@ -297,6 +302,19 @@ def test_the_table_is_asked_for_with_the_fields_of_the_configuration():
 
     make_budget(config(kind="latency", p=1.0, latency_points=7, multiple=2), TWO, measured)
     assert asked == [(7, 2)]
+
+
+def test_a_multiple_of_zero_is_the_fastest_one():
+    asked = []
+
+    def measured(points, multiple):
+        asked.append(multiple)
+        return TIMES
+
+    budget = make_budget(config(kind="latency", p=1.0, multiple=0), TWO, measured, lambda: 5)
+    assert (budget.multiple, asked) == (5, [5])
+    with pytest.raises(ValueError, match="the network has no gate to prune"):  # before anything is measured
+        make_budget(config(multiple=0), topology((), [("only", 3, 5, 1, None, None)]), no_table)
 
 
 def test_a_network_without_gates_is_refused_before_anything_is_measured():

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddnp_jax.compact import compact
-from ddnp_jax.cost import latency
+from ddnp_jax.cost import latency, network_times
 from ddnp_jax.cost.latency import LatencyTable, LayerTimes
 from ddnp_jax.cost.layer_calls import layer_calls
+from ddnp_jax.cost.network_times import NetworkTimer
 from ddnp_jax.topology import Selection, jaxprs, trace
 
 SHAPE = (16, 16, 3)
@@ -187,7 +188,7 @@ def timed(monkeypatch):
 def test_every_layer_is_timed_as_the_smaller_network_calls_it(model, timed):
     """At all gates' smallest widths, the timed layers are the layers of the program of the cut network."""
     network = trace(model, SHAPE)
-    table = latency.measure(model, network, batch=4, points=3)
+    table = latency.measure(NetworkTimer(model, network, 4), points=3)
     for times, layer in zip(table.layers, network.layers, strict=True):
         for grid, extent in ((times.inputs, layer.inputs), (times.outputs, layer.outputs)):
             assert (grid == ()) == (extent.gates == ())
@@ -213,7 +214,7 @@ def test_every_layer_is_timed_as_the_smaller_network_calls_it(model, timed):
 
 def test_geometry_of_a_layer_and_its_place_in_the_table(timed):
     network = topology()
-    table = latency.measure(zoo.MobileNet(), network, batch=4, points=3)
+    table = latency.measure(NetworkTimer(zoo.MobileNet(), network, 4), points=3)
     names = [layer.name for layer in network.layers]
     expand, depthwise, project = (
         table.layers[names.index(f"block2/{name}")] for name in ("expand", "depthwise", "project")
@@ -229,10 +230,10 @@ def test_geometry_of_a_layer_and_its_place_in_the_table(timed):
 def test_the_same_layer_is_timed_once(timed):
     model = zoo.Middle(lambda x: x.mean((1, 2)))
     network = trace(model, SHAPE)
-    latency.measure(model, network, batch=4, points=2)
+    latency.measure(NetworkTimer(model, network, 4), points=2)
     assert len(timed) == 4  # two widths of the convolution, two of the classifier
     timed.clear()
-    latency.measure(zoo.Twice(), trace(zoo.Twice(), SHAPE), batch=4, points=2)
+    latency.measure(NetworkTimer(zoo.Twice(), trace(zoo.Twice(), SHAPE), 4), points=2)
     assert len(timed) == 2 + 4 + 2  # the layer that is used twice once, at both widths of either side
 
 
@@ -273,16 +274,16 @@ def test_a_table_is_measured_once_and_then_read(runtime, tmp_path, monkeypatch):
     model = zoo.Middle(lambda x: x.mean((1, 2)))
     network = trace(model, SHAPE)
     path = tmp_path / "run" / "latency.json"
-    arguments = {"model": model, "points": 2, "multiple": 1}
-    table = latency.measured_once(path, 4, runtime, network, **arguments)
+    timer = NetworkTimer(model, network, 4, runtime)
+    table = latency.measured_once(path, timer, 2, 1)
     assert all(0 < ms < np.inf for times in table.layers for row in times.ms for ms in row)
     device = jax.devices()[0].device_kind if runtime == "xla" else "ONNX Runtime, cpu"
     assert (table.device, table.batch, table.runtime) == (device, 4, runtime)
-    assert [each.widths for each in table.networks] == [(8,), (6,), (4,), (2,)]
+    assert [each.widths for each in table.networks] == [(8,), (6,), (4,), (2,), (1,)]
     monkeypatch.setattr(latency, "_milliseconds", lambda *_: pytest.fail("measured again"))
-    assert latency.measured_once(path, 4, runtime, network, **arguments) == table
+    assert latency.measured_once(path, timer, 2, 1) == table
     with pytest.raises(ValueError, match=rf"was measured with 4 images per call in {runtime}, this run has 8 in xla"):
-        latency.measured_once(path, 8, "xla", network, **arguments)
+        latency.measured_once(path, NetworkTimer(model, network, 8), 2, 1)
 
 
 # The whole network
@@ -332,3 +333,15 @@ def test_times_of_networks_are_checked(tmp_path):
         with pytest.raises(ValueError) as error:
             LatencyTable.load(file, topology())
         assert reason in str(error.value)
+
+
+def test_a_depthwise_layer_in_onnx_runtime():
+    """This library's depthwise convolution has a form for each platform, of which ONNX has none."""
+    pytest.importorskip("jax2onnx")
+    pytest.importorskip("onnxruntime")
+    network = topology()
+    names = [layer.name for layer in network.layers]
+    call = layer_calls(zoo.MobileNet(), network, 4, None)[names.index("block2/depthwise")]
+    x, kernel = (np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in (call.x, call.kernel))
+    [found] = network_times.compiled("onnx", lambda kernel, x: call(x, kernel), kernel, jnp.asarray(x))()
+    np.testing.assert_allclose(found, call(x, kernel), rtol=1e-5, atol=1e-5)

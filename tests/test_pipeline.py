@@ -19,6 +19,7 @@ from ddnp_jax import data, pipeline, preemption
 from ddnp_jax.checkpoint import Checkpoints
 from ddnp_jax.config import typed
 from ddnp_jax.cost import latency
+from ddnp_jax.cost.network_times import NetworkTimer
 from ddnp_jax.pipeline import stages
 from ddnp_jax.saved import load_pruned, save_pruned
 from ddnp_jax.training import loop
@@ -254,14 +255,20 @@ def test_budget_in_measured_latency_is_the_same_numbers_when_the_run_resumes(con
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "finetune", lambda *_: kill())
         patch.setattr(latency, "_milliseconds", lambda call, _: float(np.prod(call.x)) / 7 + call.kernel[-1] / 3)
-        time_networks = latency._networks
+        time_networks, time_fraction, measured = latency._networks, NetworkTimer.fraction, []
 
         def no_networks(*arguments):
             """Times the network as a run does, cut by `rebuild`, and leaves out what differs from time to time."""
-            assert [each.widths for each in time_networks(*arguments)] == [(20, 12), (15, 9), (10, 6), (5, 3)]
+            assert [each.widths for each in time_networks(*arguments)] == [(20, 12), (15, 9), (10, 6), (5, 3), (1, 1)]
             return ()
 
+        def fraction(timer, widths):
+            """Measured anew each time, as a run does; the first one counts."""
+            measured.append(time_fraction(timer, widths))
+            return measured[-1]
+
         patch.setattr(latency, "_networks", no_networks)
+        patch.setattr(NetworkTimer, "fraction", fraction)
         with pytest.raises(Killed):
             pipeline.run(config, tmp_path, model=Own((20, 12)), rebuild=Own)
     file = tmp_path / "latency.json"
@@ -272,11 +279,12 @@ def test_budget_in_measured_latency_is_the_same_numbers_when_the_run_resumes(con
     content = json.loads(table)
     whole = sum(layer["ms"][-1][-1] for layer in content["layers"])
     assert [layer["name"] for layer in content["layers"]] == ["first", "second", "classes"]
-    assert report["budget"]["before"] == report["budget"]["after"] == pytest.approx(whole, rel=1e-12)
+    assert report["budget"]["before"] == report["budget"]["predicted"] == pytest.approx(whole, rel=1e-12)
+    assert report["budget"]["after"] == measured[0] * report["budget"]["before"]
     assert report["budget"]["kind"] == "latency"
     assert report["widths"] == [20, 12]
     assert report["budget"]["unit"] == f"ms (batch {config.eval_batch_size // jax.device_count()}, cpu)"
-    assert "the entire network was measured at" in (tmp_path / "report.md").read_text()
+    assert "the latency table alone predicted p = 1.0000 for them." in (tmp_path / "report.md").read_text()
     # Nothing was cut, so the control, trained in the same way, is the same to the last bit
     tuned, control = ([line | {"stage": ""} for line in log_of(tmp_path) if line["stage"] == s] for s in TUNED)
     assert len(tuned) > 4 and tuned == control

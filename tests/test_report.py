@@ -224,11 +224,11 @@ def test_a_network_that_is_not_faster_is_called_so():
     written = markdown(latency_ms=slow)
     assert "**The pruned network is not faster here**: 80.00 ms before, 78.40 ms after. The FLOPs fell and" in written
     assert "on its width. With `budget.kind=latency` the budget counts the measured time" in written
-    assert "`budget.multiple=8` restricts widths to sizes that run well on most devices.\n" in written
+    assert "`budget.multiple=0` measures which multiples of channels the device computes fastest.\n" in written
     assert "not faster" not in markdown(latency_ms=dataclasses.replace(slow, after=78.3))
     assert "not faster" not in markdown(latency_ms=slow, flops_total_after=40_000_000)  # nothing was cut
     in_latency = dataclasses.replace(REPORT.budget, kind="latency")
-    assert "on its width. `budget.multiple=8` restricts widths" in markdown(latency_ms=slow, budget=in_latency)
+    assert "on its width. `budget.multiple=0` measures which" in markdown(latency_ms=slow, budget=in_latency)
 
 
 def test_markdown_tables_of_stages_and_widths():
@@ -279,6 +279,13 @@ def test_budget_in_latency_says_what_was_predicted_and_measured():
         "scaled to those of the entire network at several widths (-50.20 %); the entire network was measured at "
         "80.000 ms before and 60.000 ms after (-25.00 %, batch 128)."
     ) in written
+    found = report.Cost(kind="latency", unit="ms (batch 1, cpu)", before=50.0, after=26.0, predicted=23.0)
+    written = markdown(budget=found)
+    assert "Reached: p = 0.5200, 26.000. The pruned network was timed in turn with the unpruned one" in written
+    assert "the latency table alone predicted p = 0.4600 for them." in written
+    assert "exceeded" not in written and "That is not" not in written  # a repeated measurement differs by as much
+    missed = markdown(budget=dataclasses.replace(found, after=30.0))
+    assert "for them. **That is not the p = 0.5000 that was wanted.**" in missed
     assert "-47.50 % |   -50.00 % |     -25.00 % |" in written  # FLOPs, parameters and latency, whatever the budget
 
 

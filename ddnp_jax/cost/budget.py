@@ -89,6 +89,15 @@ class Budget:
         """The cost T at widths (L,): exact for integers, otherwise a differentiable float32 scalar."""
         return self.counted.of(self.topology, widths)
 
+    def with_savings(self, factor: float) -> "Budget":
+        """The same budget if pruning saves `factor` times as much of the cost as `counted` says."""
+        of, total = self.counted.of, self.total
+
+        def cost(topology: Topology, widths: Any) -> Any:
+            return total - factor * (total - of(topology, widths))
+
+        return dataclasses.replace(self, counted=dataclasses.replace(self.counted, of=cost))
+
     def check(self) -> None:
         """Checks that the budget can be met.
 
@@ -174,7 +183,12 @@ def _change(name: str, before: int, after: int) -> str:
     return f"{name}: {before:,} -> {after:,} ({100 * (1 - after / before):.1f} % removed)"
 
 
-def make_budget(config: "BudgetConfig", topology: Topology, measured: Callable[..., LatencyTable]) -> Budget:
+def make_budget(
+    config: "BudgetConfig",
+    topology: Topology,
+    measured: Callable[..., LatencyTable],
+    fastest_multiple: Callable[[], int],
+) -> Budget:
     """Makes the budget of a configuration's `budget` section.
 
     Args:
@@ -182,12 +196,14 @@ def make_budget(config: "BudgetConfig", topology: Topology, measured: Callable[.
       topology: Topology of the network.
       measured: (points=, multiple=) -> the latency table; called only for kind 'latency', after all checks that do
         not need it.
+      fastest_multiple: () -> the multiple that is fastest on the device; called only where `config.multiple` is 0.
 
     Raises:
       ValueError: There is nothing to prune, or the budget cannot be met.
     """
-    _check_fields(topology, config.p, config.multiple)
-    budget = Budget(topology, config.p, _cost(config, measured), config.multiple)
+    _check_fields(topology, config.p, config.multiple or 1)
+    multiple = config.multiple or fastest_multiple()
+    budget = Budget(topology, config.p, _cost(config, multiple, measured), multiple)
     try:
         budget.check()
     except ValueError as error:
@@ -195,9 +211,9 @@ def make_budget(config: "BudgetConfig", topology: Topology, measured: Callable[.
     return budget
 
 
-def _cost(config: "BudgetConfig", measured: Callable[..., LatencyTable]) -> Cost:
+def _cost(config: "BudgetConfig", multiple: int, measured: Callable[..., LatencyTable]) -> Cost:
     if config.kind == "latency":
-        table = measured(points=config.latency_points, multiple=config.multiple)
+        table = measured(points=config.latency_points, multiple=multiple)
         return Cost(table.ms, f"ms (batch {table.batch}, {table.device})", ",.4g")
     if config.kind == "params":
         return Cost(flops.parameters, "parameters")

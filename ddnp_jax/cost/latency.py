@@ -4,7 +4,7 @@ A table has, for every convolution and dense layer, milliseconds per batch at a 
 channels; the sum over the layers of their multilinear interpolation is differentiable in the widths. A network takes
 longer than the sum of its layers: normalization, activations, additions, and an overhead for every operation. So the
 entire network is timed too, at several widths, and its time is modeled as an overhead plus a factor times the sum, both
-fitted to these times.
+fitted to these times. What is left of the error, `cost.correction` takes away once the widths are known.
 
 Between the points of the grid a device may jump (tiles of 8, 32 or 128 channels): with `budget.multiple` the points are
 multiples too.
@@ -25,17 +25,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddnp_jax import export, fields, files, parallel
-from ddnp_jax.compact import Rebuild, compact
-from ddnp_jax.cost import flops, timing
+from ddnp_jax import fields, files, parallel
+from ddnp_jax.cost import flops
 from ddnp_jax.cost.layer_calls import LayerCall, layer_calls
-from ddnp_jax.networks import as_network
-from ddnp_jax.topology import Extent, Layer, Selection, Topology, variable_shapes
+from ddnp_jax.cost.network_times import XLA, NetworkTimer, compiled, filled
+from ddnp_jax.topology import Extent, Layer, Topology
 
-XLA, ONNX = "xla", "onnx"
-RUNTIMES = (XLA, ONNX)  # XLA on the current device, ONNX Runtime on the CPU
+FILE = "latency.json"  # of a run's table, in its workdir
 ROUNDS = 5  # the shortest one counts: other load on the machine only adds time
-FRACTIONS = (1.0, 0.75, 0.5, 0.25)  # of every gate, at which the entire network is timed
+FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.0)  # of every gate, at which the entire network is timed
 ROUND_MS = 5.0  # shortest time of a round; short layers are called several times
 
 
@@ -185,49 +183,42 @@ class LatencyTable:
         return table
 
 
-def measured_once(path: Path, batch: int, runtime: str, topology: Topology, **arguments: Any) -> LatencyTable:
-    """The table in `path`, measured and written there first where there is none; arguments as for `measure`.
+def measured_once(path: Path, timer: NetworkTimer, points: int, multiple: int) -> LatencyTable:
+    """Returns the table in `path`; where there is none, it is measured and written there first.
 
     In a run of several processes all must call; the first one measures, and all read the same numbers.
+
+    Args:
+      path: The file.
+      timer: Times the entire network; the layers are timed in the same way.
+      points: As for `measure`.
+      multiple: As for `measure`.
+
+    Raises:
+      ValueError: The file holds no table of this network, or one of another batch or runtime.
     """
     if parallel.any_process(not path.exists()):
         path.parent.mkdir(parents=True, exist_ok=True)
-        parallel.on_first_process(
-            lambda: measure(topology=topology, batch=batch, runtime=runtime, **arguments).save(path)
-        )
-    table = LatencyTable.load(path, topology)
-    if (table.batch, table.runtime) != (batch, runtime):
+        parallel.on_first_process(lambda: measure(timer, points, multiple).save(path))
+    table = LatencyTable.load(path, timer.topology)
+    if (table.batch, table.runtime) != (timer.batch, timer.runtime):
         raise ValueError(
-            f"{path} was measured with {table.batch} images per call in {table.runtime}, this run has {batch} in "
-            f"{runtime}; delete it, and it is measured again."
+            f"{path} was measured with {table.batch} images per call in {table.runtime}, this run has {timer.batch} in "
+            f"{timer.runtime}; delete it, and it is measured again."
         )
     return table
 
 
-def measure(
-    model: Any,
-    topology: Topology,
-    batch: int,
-    points: int = 5,
-    multiple: int = 1,
-    *,
-    runtime: str = XLA,
-    variables: Any = None,
-    rebuild: Rebuild | None = None,
-) -> LatencyTable:
+def measure(timer: NetworkTimer, points: int = 5, multiple: int = 1) -> LatencyTable:
     """Compiles and times every layer alone, and the entire network at several widths.
 
     Args:
-      model: The network.
-      topology: Topology of `model`, as returned by `trace`.
-      batch: Images per call.
+      timer: Times the entire network; the layers are timed with as many images, in the same runtime.
       points: Widths per gate, evenly spaced from the smallest to the whole; at least 2.
       multiple: The widths are multiples of this, except the whole.
-      runtime: One of `RUNTIMES`.
-      variables: Variables of a function, or their shapes.
-      rebuild: Makes a smaller network from the channels per gate, as for `compact`.
     """
-    calls = layer_calls(model, topology, batch, variables)
+    topology, runtime = timer.topology, timer.runtime
+    calls = layer_calls(timer.model, topology, timer.batch, timer.variables)
     known: dict[LayerCall, float] = {}  # networks repeat their layers
 
     def milliseconds(call: LayerCall) -> float:
@@ -241,53 +232,21 @@ def measure(
         ms = tuple(tuple(milliseconds(call.resized(a, b)) for b in outputs or (None,)) for a in inputs or (None,))
         layers.append(LayerTimes(layer.name, layer.kernel_shape, layer.positions, inputs, outputs, ms))
         _report(len(layers), len(topology.layers))
-    networks = _networks(model, topology, batch, multiple, runtime, variables, rebuild)
-    return LatencyTable(_device(runtime), batch, tuple(layers), runtime, networks)
+    return LatencyTable(timer.device, timer.batch, tuple(layers), runtime, _networks(timer, multiple))
 
 
-def _device(runtime: str) -> str:
-    return jax.devices()[0].device_kind if runtime == XLA else "ONNX Runtime, cpu"
-
-
-def _networks(
-    model: Any,
-    topology: Topology,
-    batch: int,
-    multiple: int,
-    runtime: str,
-    variables: Any,
-    rebuild: Rebuild | None,
-) -> tuple[NetworkTime, ...]:
-    """Times the entire network at fractions of every gate, interleaved."""
-    images = jax.ShapeDtypeStruct((batch, *topology.input_shape), jnp.float32)
-    network = as_network(model, **dict(topology.call_kwargs))
-    drawn = jax.tree.map(_ordinary, variable_shapes(network, images, variables))
-    calls, every_widths = [], []
-    for fraction in FRACTIONS:
-        widths = tuple(_part(channels, fraction, multiple) for channels in topology.widths)
-        if widths in every_widths:
-            continue
-        small, own = compact(*network.bind(drawn), Selection.first(widths), topology, rebuild)
-        cut = as_network(small, **dict(topology.call_kwargs))
-        calls.append(_compiled(runtime, cut.evaluate, cut.variables(own), _filled(images)))
-        every_widths.append(widths)
-    times = timing.in_turn(calls)
-    return tuple(NetworkTime(widths, ms) for widths, ms in zip(every_widths, times, strict=True))
+def _networks(timer: NetworkTimer, multiple: int) -> tuple[NetworkTime, ...]:
+    """Times the entire network at fractions of every gate."""
+    every_widths = list(
+        dict.fromkeys(tuple(_part(c, fraction, multiple) for c in timer.topology.widths) for fraction in FRACTIONS)
+    )
+    return tuple(NetworkTime(*each) for each in zip(every_widths, timer.ms(every_widths), strict=True))
 
 
 def _part(channels: int, fraction: float, multiple: int) -> int:
     if fraction == 1:
         return channels
     return min(max(round(fraction * channels / multiple), 1) * multiple, channels)
-
-
-def _compiled(runtime: str, function: Callable[[Any, Any], Any], variables: Any, x: jax.Array) -> Callable[[], Any]:
-    """A function of variables and an input, without arguments, as a runtime computes it."""
-    if runtime == ONNX:
-        session, read = export.in_onnx_runtime(functools.partial(function, variables), x.shape), np.asarray(x)
-        return lambda: session(read)
-    call = jax.jit(function).lower(variables, x).compile()
-    return lambda: call(variables, x)
 
 
 @functools.cache
@@ -364,11 +323,11 @@ def _knots(extent: Extent, topology: Topology, points: int, multiple: int) -> tu
 
 def _milliseconds(call: LayerCall, runtime: str) -> float:
     """Shortest time of a compiled call."""
-    x, kernel = (_filled(jax.ShapeDtypeStruct(shape, call.dtype)) for shape in (call.x, call.kernel))
-    compiled = _compiled(runtime, lambda kernel, x: call(x, kernel), kernel, x)
-    first, second = next(_rounds(compiled, 1)), next(_rounds(compiled, 1))
+    x, kernel = (filled(jax.ShapeDtypeStruct(shape, call.dtype)) for shape in (call.x, call.kernel))
+    layer = compiled(runtime, lambda kernel, x: call(x, kernel), kernel, x)
+    first, second = next(_rounds(layer, 1)), next(_rounds(layer, 1))
     calls = max(1, math.ceil(ROUND_MS / min(first, second)))
-    return min(itertools.islice(_rounds(compiled, calls), ROUNDS))
+    return min(itertools.islice(_rounds(layer, calls), ROUNDS))
 
 
 def _rounds(call: Callable[[], Any], calls: int) -> Iterator[float]:
@@ -379,16 +338,3 @@ def _rounds(call: Callable[[], Any], calls: int) -> Iterator[float]:
             result = call()
         jax.block_until_ready(result)
         yield 1e3 * (time.perf_counter() - started) / calls
-
-
-def _ordinary(x: jax.ShapeDtypeStruct) -> jax.Array:
-    """Variables with which signals keep their size: a CPU is slow with denormal numbers."""
-    if len(x.shape) < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
-        return jnp.ones(x.shape, x.dtype)
-    fan_in = math.prod(x.shape[:-1])
-    return jax.random.normal(jax.random.key(0), x.shape, x.dtype) * math.sqrt(2 / fan_in)
-
-
-def _filled(x: jax.ShapeDtypeStruct) -> jax.Array:
-    """An array without zeros or denormal numbers in masses."""
-    return jnp.linspace(-1, 1, math.prod(x.shape), dtype=x.dtype).reshape(x.shape)

@@ -14,8 +14,9 @@ from ml_collections import ConfigDict
 from ddnp_jax import data, export, files, methods, models, parallel, torch_weights
 from ddnp_jax.compact import Rebuild, rehearse
 from ddnp_jax.config import STAGES, Config, Stage, as_dict, check, typed
-from ddnp_jax.cost import latency
+from ddnp_jax.cost import latency, multiples
 from ddnp_jax.cost.budget import Budget, make_budget
+from ddnp_jax.cost.network_times import ONNX, NetworkTimer
 from ddnp_jax.fields import listed
 from ddnp_jax.models.layers import Backbone
 from ddnp_jax.networks import Network, Outputs, as_network, picked
@@ -48,6 +49,7 @@ class Run:
       rebuild: Builds the smaller network from the channels per gate, if `compact` needs it.
       topology: Topology of the network.
       budget: Budget to meet.
+      timer: Times the network in the runtime of the budget.
       weights: Variables of the unpruned network from `base.weights`; None if it is trained.
       log: `metrics.jsonl`.
       results: `results.json`.
@@ -64,6 +66,7 @@ class Run:
     rebuild: Rebuild | None
     topology: Topology
     budget: Budget
+    timer: NetworkTimer
     weights: Any
     log: MetricsLog
     results: Results
@@ -146,19 +149,14 @@ def prepare(
     topology = trace(network.model, dataset.image_shape, residual=config.budget.residual)
     network = as_network(network.model, **dict(topology.call_kwargs))
     workdir = Path(workdir)
-    measured = functools.partial(
-        latency.measured_once,
-        workdir / "latency.json",
-        config.budget.latency_batch or _local_batch(config),
-        config.budget.runtime,
-        topology,
-        model=network.model,
-        rebuild=rebuild,
-    )
+    batch = config.budget.latency_batch or _local_batch(config)
+    timer = NetworkTimer(network.model, topology, batch, config.budget.runtime, rebuild=rebuild)
     weights = _given_weights(config.base.weights, network, topology)
     own = {**as_dict(config), "given": identity.given(network, dataset, config.base.weights)}
     _check_workdir(workdir, own)  # a measured budget writes its table there
-    budget = make_budget(config.budget, topology, measured)
+    measured = functools.partial(latency.measured_once, workdir / latency.FILE, timer)
+    fastest = functools.partial(multiples.fastest, workdir / multiples.FILE, timer)
+    budget = make_budget(config.budget, topology, measured, fastest)
     _check_cut(network, rebuild, topology, budget, config.budget.residual)
     _check_search(config, network, topology, budget, outputs)
     check_room(workdir, 2 * _KEPT * sum(math.prod(v.shape) * _BYTES for v in topology.variables))
@@ -176,6 +174,7 @@ def prepare(
         rebuild=rebuild,
         topology=topology,
         budget=budget,
+        timer=timer,
         weights=weights,
         log=log,
         results=results,
@@ -187,7 +186,7 @@ def prepare(
 
 def _formats(config: Config) -> set[str]:
     """Formats of `ddnp_jax.export` that the run needs."""
-    is_timed = (config.budget.kind, config.budget.runtime) == ("latency", latency.ONNX)
+    is_timed = config.budget.runtime == ONNX and (config.budget.kind == "latency" or not config.budget.multiple)
     return {*listed(config.export), *(("onnx",) if is_timed else ())}
 
 

@@ -1,5 +1,6 @@
 """`results.json`, the results of a run after each stage, and their summary for the report."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ import numpy as np
 
 from ddnp_jax import files, parallel
 from ddnp_jax.config import STAGES, Config, Stage, TrainerConfig
-from ddnp_jax.cost import flops
+from ddnp_jax.cost import flops, multiples
 from ddnp_jax.fields import built, listed
 from ddnp_jax.methods import AdamW
 from ddnp_jax.pipeline.report import Cost, Export, Latency, PerStage, Report, Training, Verification
@@ -57,6 +58,7 @@ class Results:
         if parallel.any_process(is_stale):  # all processes measure, or none
             results[name] = {"made_from": made_from, "value": measure()}
             parallel.on_first_process(lambda: files.write_sealed(self._path, results))
+            results = self._read()  # all processes take what the first one measured
         return results[name]["value"]
 
     def _read(self) -> dict[str, Any]:
@@ -78,7 +80,7 @@ def summarize(job: "Run", selection: Selection) -> Report:
         preprocessing=job.dataset.serving(),
         seed=config.seed,
         p=job.budget.p,
-        budget=_cost(job, selection),
+        budget=_cost(job, selection, results["latency_correction"]),
         flops_convention=convention,
         base_top1=results["base"]["top1"],
         base_top5=results["base"]["top5"],
@@ -112,6 +114,7 @@ def summarize(job: "Run", selection: Selection) -> Report:
         notes=(
             *config.notes,
             *job.dataset.notes,
+            *(() if config.budget.multiple else [multiples.load(job.workdir / multiples.FILE).describe()]),
             *results["search_notes"],
             *_fitted(job, results["proposed_p"]),
             *_recalibrated(config.finetune.recalibration_steps, config.finetune.batch_size),
@@ -127,10 +130,18 @@ def _other_latencies(exports: Mapping[str, Any], results: Mapping[str, Any]) -> 
         yield from (Latency(**times) for times in found["latencies"])
 
 
-def _cost(job: "Run", selection: Selection) -> Cost:
+def _cost(job: "Run", selection: Selection, correction: Mapping[str, float] | None) -> Cost:
+    """The cost before and after; of a latency budget the measured one, where this machine's latency counts."""
     budget = job.budget
-    after = budget.cost(selection.widths)
-    return Cost(kind=job.config.budget.kind, unit=budget.counted.unit, before=budget.total, after=after)
+    cost = Cost(
+        kind=job.config.budget.kind,
+        unit=budget.counted.unit,
+        before=budget.total,
+        after=budget.cost(selection.widths),
+    )
+    if correction is None:
+        return cost
+    return dataclasses.replace(cost, after=correction["measured"] * cost.before, predicted=cost.after)
 
 
 def _training(job: "Run", search_steps: int) -> dict[str, Training]:

@@ -11,7 +11,9 @@ import optax
 from ddnp_jax import data, methods, parallel, training
 from ddnp_jax.compact import compact, verify
 from ddnp_jax.config import Stage, TrainerConfig
-from ddnp_jax.cost import timing
+from ddnp_jax.cost import correction, latency, timing
+from ddnp_jax.cost.budget import Budget
+from ddnp_jax.cost.latency import LatencyTable
 from ddnp_jax.masking import apply_masked
 from ddnp_jax.networks import Network, as_network, picked
 from ddnp_jax.topology import Selection
@@ -43,9 +45,25 @@ def search(job: "Run", variables: Any) -> Selection:
     job.results.measured("proposed_p", made_from, lambda: _proposed_p(job, method, state))
     job.results.measured("search_notes", made_from, lambda: (*method.notes, *method.ended(state)))
     job.results.measured("search_steps", made_from, lambda: method.steps)
-    selection = methods.select(method, state, job.budget)
+    budget = _corrected(job, method, state, made_from)
+    selection = methods.select(method, state, budget)
     parallel.on_first_process(lambda: selection.save(job.workdir / "selection.json"))
     return selection
+
+
+def _corrected(job: "Run", method: methods.Search, state: Any, made_from: str) -> Budget:
+    """The budget; if it is this machine's latency, corrected by times of the networks that the search proposes."""
+
+    def correct() -> dict[str, float] | None:
+        if job.config.budget.kind != "latency":
+            return None
+        if LatencyTable.load(job.workdir / latency.FILE, job.topology).device != job.timer.device:
+            return None
+        found = correction.correct(job.budget, lambda budget: methods.select(method, state, budget).widths, job.timer)
+        return found._asdict()
+
+    found = job.results.measured("latency_correction", made_from, correct)
+    return job.budget if found is None else job.budget.with_savings(found["savings"])
 
 
 def _proposed_p(job: "Run", method: methods.Search, state: Any) -> float | None:

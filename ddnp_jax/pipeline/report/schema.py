@@ -22,13 +22,15 @@ class Cost:
       kind: Kind of the budget: "flops", "params" or "latency".
       unit: Unit of both costs.
       before: Cost of the unpruned network.
-      after: Cost of the pruned one.
+      after: Cost of the pruned one: of a latency budget the measured time, if it was measured on this device.
+      predicted: What the latency table predicted where `after` was measured; None elsewhere.
     """
 
     kind: str
     unit: str
     before: float
     after: float
+    predicted: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

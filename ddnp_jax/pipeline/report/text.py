@@ -11,6 +11,7 @@ CONVENTIONS = {
 CAPTIONS = {"widths": "Channels per gate, before and after", "search": "Accuracy and cost over the search"}
 # How the note of a search begins, in report.json files of every version that has one.
 _CONVERGED, _NOT_CONVERGED = "The search has converged", "The search has not converged"
+_MISSED = 0.04  # of the unpruned network's time: a latency budget that is missed by more than measurement noise
 _FASTER = 0.98  # a latency ratio below this is more than measurement noise
 
 
@@ -122,7 +123,7 @@ def _not_faster(report: Report) -> list[str]:
         f"**The pruned network is not faster here**: {latency.before:.2f} ms before, {latency.after:.2f} ms after. The "
         "FLOPs fell and the latency did not: narrow layers leave a device partly idle, and each operation has a cost "
         f"that does not depend on its width. {'' if report.budget.kind == 'latency' else in_latency}"
-        "`budget.multiple=8` restricts widths to sizes that run well on most devices."
+        "`budget.multiple=0` measures which multiples of channels the device computes fastest."
     ]
 
 
@@ -150,6 +151,9 @@ def _budget(report: Report) -> str:
     )
     if budget.kind == "latency":
         text += f"{_predicted_and_measured(report)} "
+    if budget.predicted is not None:
+        missed = abs(report.p_reached - report.p) > _MISSED
+        return text + (f"**That is not the p = {report.p:.4f} that was wanted.**" if missed else "")
     if budget.after > wanted * (1 + 1e-6):
         return text + f"**The budget is exceeded by {amount(budget.after - wanted)}.**"
     unused = wanted - budget.after
@@ -162,12 +166,17 @@ def _budget(report: Report) -> str:
 
 
 def _predicted_and_measured(report: Report) -> str:
-    predicted, measured = report.budget, report.latency_ms
+    budget, latency = report.budget, report.latency_ms
+    if budget.predicted is not None:
+        return (
+            "The pruned network was timed in turn with the unpruned one, before fine-tuning, and its widths were "
+            f"corrected by that; the latency table alone predicted p = {budget.predicted / budget.before:.4f} for them."
+        )
     return (
-        f"These are predictions: the times of single layers, scaled to those of the entire network at several widths "
-        f"({tables.change(predicted.before, predicted.after)}); the entire network was measured at "
-        f"{measured.before:,.3f} ms before and {measured.after:,.3f} ms after "
-        f"({tables.change(measured.before, measured.after)}, batch {measured.batch})."
+        "These are predictions: the times of single layers, scaled to those of the entire network at several widths "
+        f"({tables.change(budget.before, budget.after)}); the entire network was measured at {latency.before:,.3f} ms "
+        f"before and {latency.after:,.3f} ms after ({tables.change(latency.before, latency.after)}, batch "
+        f"{latency.batch})."
     )
 
 

@@ -1,0 +1,113 @@
+"""The multiple of channels that a device computes fastest, measured once on the network itself.
+
+Networks of the same FLOPs are timed whose widths are random multiples of 1, 4, 8, 16 and 32. Where a device computes
+channels in tiles, a width between two tiles takes as long as the wider one, or longer.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ddnp_jax import fields, files, parallel
+from ddnp_jax.cost import flops
+from ddnp_jax.cost.budget import Budget
+from ddnp_jax.cost.network_times import NetworkTimer
+
+MULTIPLES = (1, 4, 8, 16, 32)
+FILE = "multiple.json"  # in the workdir
+P = 0.5  # fraction of the prunable FLOPs of the networks that are timed
+DRAWS = 2  # random networks of every multiple
+NOISE = 0.02  # a coarser multiple must be faster by this
+
+
+@dataclasses.dataclass(frozen=True)
+class MultipleTimes:
+    """Times of networks of the same FLOPs.
+
+    Attributes:
+      device: Device on which they were measured.
+      batch: Images per call.
+      runtime: What they were measured in, one of `network_times.RUNTIMES`.
+      ms: Milliseconds per batch by the multiple of the widths, summed over `DRAWS` networks and scaled to the same
+        FLOPs.
+    """
+
+    device: str
+    batch: int
+    runtime: str
+    ms: Mapping[str, float]
+
+    @property
+    def fastest(self) -> int:
+        """The multiple whose networks are fastest; a coarser one only where it saves more than `NOISE`."""
+        best = 1
+        for multiple in sorted(map(int, self.ms)):
+            if self.ms[str(multiple)] < (1 - NOISE) * self.ms[str(best)]:
+                best = multiple
+        return best
+
+    def describe(self) -> str:
+        """What was measured and chosen, in one sentence."""
+        times = ", ".join(f"{ms:.2f} ms with multiples of {multiple}" for multiple, ms in self.ms.items())
+        return (
+            f"Widths are multiples of {self.fastest}, the fastest of those that were measured ({DRAWS} networks with "
+            f"{P:.0%} of the prunable FLOPs, batch {self.batch}, {self.device}): {times}."
+        )
+
+
+def measure(timer: NetworkTimer) -> MultipleTimes:
+    """Times networks of the same FLOPs whose widths are multiples of each of `MULTIPLES`.
+
+    Multiples at which no network of half the FLOPs exists are left out.
+    """
+    rng = np.random.default_rng(0)
+    draws = [rng.uniform(0.3, 1.0, len(timer.topology.gates)) for _ in range(DRAWS)]
+    budgets = [Budget(timer.topology, P, multiple=multiple) for multiple in MULTIPLES]
+    budgets = [budget for budget in budgets if budget.least_p <= P]
+    every_widths = [budget.fit(draw) for budget in budgets for draw in draws]
+    # Coarse widths leave some of the FLOPs unused, by which they must not seem faster.
+    work = _by_multiple([flops.total(timer.topology, widths) for widths in every_widths])
+    sums = _by_multiple(timer.ms(every_widths)) * work[0] / work
+    ms = {str(budget.multiple): float(each) for budget, each in zip(budgets, sums, strict=True)}
+    return MultipleTimes(timer.device, timer.batch, timer.runtime, ms)
+
+
+def _by_multiple(values: Sequence[float]) -> np.ndarray:
+    return np.reshape(values, (-1, DRAWS)).sum(axis=1)
+
+
+def fastest(path: Path, timer: NetworkTimer) -> int:
+    """Returns the fastest multiple by the times in `path`; where there are none, they are measured and written first.
+
+    In a run of several processes all must call; the first one measures, and all read the same numbers.
+
+    Raises:
+      ValueError: The file holds no times of multiples.
+    """
+    if parallel.any_process(not path.exists()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parallel.on_first_process(lambda: files.write_json(path, dataclasses.asdict(measure(timer))))
+    return load(path).fastest
+
+
+def load(path: Path) -> MultipleTimes:
+    """Reads the times that `fastest` wrote.
+
+    Raises:
+      ValueError: The file holds no times of multiples.
+    """
+    try:
+        times = fields.built(MultipleTimes, json.loads(path.read_text()))
+        if unknown := [name for name in times.ms if name not in map(str, MULTIPLES)]:
+            raise ValueError(f"{unknown[0]!r} is not one of {MULTIPLES}")
+        if "1" not in times.ms or not all(0 < ms < math.inf for ms in times.ms.values()):
+            raise ValueError("ms must have positive numbers of milliseconds, of the multiple 1 among others")
+    except ValueError as error:
+        raise ValueError(
+            f"{path} holds no times of multiples ({error}); delete it, and they are measured again."
+        ) from error
+    return times

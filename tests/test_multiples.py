@@ -1,0 +1,114 @@
+"""The fastest multiple: what is timed, what is chosen, and the file; never a measured time."""
+
+import json
+
+import numpy as np
+import pytest
+import zoo
+
+from ddnp_jax import prune
+from ddnp_jax.cost import flops, multiples
+from ddnp_jax.cost.multiples import MultipleTimes
+from ddnp_jax.cost.network_times import NetworkTimer
+from ddnp_jax.topology import trace
+
+MODEL = zoo.VGG(features=(64, 64, 40, 7))
+TIMER = NetworkTimer(MODEL, trace(MODEL, (16, 16, 3)), 4)
+
+
+def times(**ms):
+    return MultipleTimes("abacus", 4, "xla", {name.removeprefix("m"): value for name, value in ms.items()})
+
+
+@pytest.mark.parametrize(
+    ("ms", "fastest"),
+    [
+        ({"m1": 10.0}, 1),
+        ({"m1": 10.0, "m4": 9.9, "m8": 9.85}, 1),  # within the noise
+        ({"m1": 10.0, "m4": 9.0, "m8": 8.9, "m16": 9.5}, 4),  # 8 saves no 2 % more
+        ({"m1": 62.87, "m4": 49.33, "m8": 49.92, "m16": 46.57, "m32": 46.14}, 16),
+        ({"m1": 10.0, "m16": 11.0, "m32": 7.0}, 32),
+    ],
+)
+def test_a_coarser_multiple_must_be_faster(ms, fastest):
+    assert times(**ms).fastest == fastest
+
+
+def test_networks_of_the_same_flops_are_timed(monkeypatch):
+    """In tiles of 16 channels, multiples of 16 are fastest; the last gate has 7 channels and stays whole from 8 on."""
+    timed = []
+
+    def tiled(self, every_widths):
+        timed.extend(every_widths)
+        return [float(flops.total(TIMER.topology, [-(-width // 16) * 16 for width in w])) for w in every_widths]
+
+    monkeypatch.setattr(NetworkTimer, "ms", tiled)
+    found = multiples.measure(TIMER)
+    assert (found.device, found.batch, found.runtime) == (TIMER.device, 4, "xla")
+    assert found.fastest == 16
+    assert [int(name) for name in found.ms] == [1, 4, 8, 16, 32]
+    half = flops.prunable(TIMER.topology) / 2
+    for multiple, pair in zip(multiples.MULTIPLES, np.reshape(timed, (5, 2, 4)).tolist(), strict=True):
+        for widths in pair:
+            assert flops.prunable(TIMER.topology, widths) <= half
+            for width, channels in zip(widths, TIMER.topology.widths, strict=True):
+                assert width % multiple == 0 or width == channels
+
+
+def test_multiples_without_a_network_are_left_out(monkeypatch):
+    narrow = zoo.VGG(features=(8, 8, 8, 8))
+    monkeypatch.setattr(NetworkTimer, "ms", lambda self, every_widths: [1.0] * len(every_widths))
+    found = multiples.measure(NetworkTimer(narrow, trace(narrow, (16, 16, 3)), 4))
+    assert [int(name) for name in found.ms] == [1, 4]  # from 8 on nothing could be cut
+
+
+def test_they_are_measured_once_and_then_read(monkeypatch, tmp_path):
+    path = tmp_path / "run" / "multiple.json"
+    monkeypatch.setattr(multiples, "measure", lambda timer: times(m1=10.0, m8=8.0))
+    assert multiples.fastest(path, TIMER) == 8
+    monkeypatch.setattr(multiples, "measure", lambda timer: pytest.fail("measured again"))
+    assert multiples.fastest(path, TIMER) == 8
+    assert multiples.load(path).describe() == (
+        "Widths are multiples of 8, the fastest of those that were measured (2 networks with 50% of the prunable "
+        "FLOPs, batch 4, abacus): 10.00 ms with multiples of 1, 8.00 ms with multiples of 8."
+    )
+
+
+@pytest.mark.parametrize(
+    ("ms", "reason"),
+    [
+        ({"3": 1.0, "1": 1.0}, "'3' is not one of"),
+        ({"8": 1.0}, "ms must have positive numbers of milliseconds, of the multiple 1 among others"),
+        ({"1": 0.0}, "ms must have positive numbers"),
+        ({"1": "fast"}, "ms.1='fast' must be a number"),
+    ],
+)
+def test_a_file_that_is_none_is_refused_in_one_sentence(ms, reason, tmp_path):
+    path = tmp_path / "multiple.json"
+    path.write_text(json.dumps({"device": "abacus", "batch": 4, "runtime": "xla", "ms": ms}))
+    with pytest.raises(ValueError) as error:
+        multiples.load(path)
+    assert str(error.value).startswith(f"{path} holds no times of multiples (")
+    assert reason in str(error.value)
+    assert str(error.value).endswith("; delete it, and they are measured again.")
+
+
+def test_prune_takes_the_fastest_multiple(monkeypatch):
+    batches = [(np.random.default_rng(0).normal(size=(4, 16, 16, 3)).astype(np.float32), np.arange(4))]
+    variables = zoo.randomized(MODEL, (16, 16, 3))
+    asked = []
+
+    def measure(timer):
+        asked.append((timer.batch, timer.runtime))
+        return times(m1=10.0, m16=8.0)
+
+    monkeypatch.setattr(multiples, "measure", measure)
+    pruned = prune(MODEL, variables, batches, method="uniform", multiple="auto")
+    assert asked == [(4, "xla")]
+    assert pruned.budget.multiple == 16
+    widths = zip(pruned.selection.widths, TIMER.topology.widths, strict=True)
+    assert all(width % 16 == 0 or width == channels for width, channels in widths)
+    asked.clear()
+    with pytest.raises(ValueError, match=r"p=0\.0 must be in"):
+        prune(MODEL, variables, batches, p=0.0, method="uniform", multiple="auto")
+    assert asked == []

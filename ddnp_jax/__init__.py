@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from ddnp_jax import config, export, methods, models, torch_weights
 from ddnp_jax.compact import Verification, compact, verify
 from ddnp_jax.cost import flops
-from ddnp_jax.cost.budget import Budget, Cost
+from ddnp_jax.cost.budget import Budget, Cost, latency_budget
+from ddnp_jax.cost.network_times import NetworkTimer
 from ddnp_jax.cpu import configure_cpu
 from ddnp_jax.masking import apply_masked
 from ddnp_jax.networks import Resized
@@ -26,6 +27,7 @@ __all__ = [
     "Budget",
     "Cost",
     "Fitted",
+    "NetworkTimer",
     "Pruned",
     "Resized",
     "Selection",
@@ -38,6 +40,7 @@ __all__ = [
     "export",
     "fit",
     "flops",
+    "latency_budget",
     "load_pruned",
     "methods",
     "models",

@@ -27,7 +27,7 @@ import numpy as np
 from ddnp_jax import files, jax2onnx_repairs
 from ddnp_jax.compact import Verification, check_finite, compare_outputs
 from ddnp_jax.extras import needed_by
-from ddnp_jax.interpreter import FullPrecision, evaluate
+from ddnp_jax.interpreter import FullPrecision, Portable, evaluate
 from ddnp_jax.networks import Network, as_network, first_line
 
 # Files that a run writes, by format; StableHLO has its metadata in a separate file.
@@ -192,7 +192,7 @@ def in_onnx_runtime(function: Callable[[jax.Array], Any], shape: Sequence[int]) 
       ModuleNotFoundError: jax2onnx, onnx or onnxruntime is missing.
       ValueError: jax2onnx cannot convert the function.
     """
-    wide = functools.partial(evaluate, function, FullPrecision())
+    wide = functools.partial(evaluate, function, Portable())
     return _computed(_graph(wide, tuple(shape), "the function").SerializeToString())
 
 

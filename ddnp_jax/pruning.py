@@ -14,6 +14,7 @@ from ddnp_jax import methods
 from ddnp_jax.compact import Rebuild, Verification, check_finite, compact, rehearse, verify
 from ddnp_jax.cost import multiples
 from ddnp_jax.cost.budget import Budget, floors_of
+from ddnp_jax.cost.correction import correct
 from ddnp_jax.cost.network_times import NetworkTimer
 from ddnp_jax.losses import Loss
 from ddnp_jax.networks import Outputs, as_network
@@ -105,8 +106,8 @@ def prune(
       performance: `(outputs, targets) -> scalar` in [0, 1] that NPPM's predictor learns; None for the accuracy with the
         default loss, and exp(-loss) with a custom one.
       input_shape: Shape of one image; None to take it from the first batch.
-      budget: A budget of another kind, whose `topology` is then used; it replaces `p`, `residual`, `keep`, `floors`
-        and `multiple`.
+      budget: A budget of another kind, as from `latency_budget`, whose `topology` is then used; it replaces `p`,
+        `residual`, `keep`, `floors` and `multiple`.
       residual: Whether channels that are added to those of other layers may be removed too.
       keep: Names of gates to leave unpruned, or a predicate on gates.
       floors: Minimum width of every gate, as a number of channels (integer) or a fraction (below 1): one value for all
@@ -151,10 +152,14 @@ def prune(
     problem = methods.Problem(model, own, topology, budget, config, steps, loss, outputs, performance)
     search = methods.build(method, problem)
     state, history = methods.run_search(search, own, batches, seed, progress, check)
+    correction = correct(budget, lambda each: methods.select(search, state, each).widths)
+    if correction is not None:
+        budget = budget.with_savings(correction.savings)
     selection = methods.select(search, state, budget)
     small = compact(model, variables, selection, topology, rebuild)
     verification = verify(model, variables, *small, selection, topology, images[:VERIFIED_IMAGES])
-    notes = (*search.notes, *search.ended(state))
+    timed = () if correction is None else (correction.describe(),)
+    notes = (*search.notes, *search.ended(state), *timed)
     return Pruned(*small, selection, topology, history, budget, verification, notes)
 
 

@@ -15,6 +15,7 @@ from ddnp_jax.cost import budget as budgets
 from ddnp_jax.cost import flops
 from ddnp_jax.cost.budget import Budget, Cost
 from ddnp_jax.cost.latency import LatencyTable, LayerTimes
+from ddnp_jax.cost.network_times import NetworkTimer
 from ddnp_jax.topology import Extent, Gate, Layer, Slice, Topology, Variable
 
 
@@ -75,7 +76,7 @@ def config(**fields):
 
 
 def make_budget(section, network, measured, fastest=lambda: pytest.fail("only multiple=0 is measured")):
-    return budgets.make_budget(section, network, measured, fastest)
+    return budgets.make_budget(section, NetworkTimer(None, network, 32), measured, fastest)
 
 
 def no_table(points, multiple):

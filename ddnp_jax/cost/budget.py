@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ddnp_jax.cost import flops
+from ddnp_jax.cost import flops, latency
 from ddnp_jax.cost.latency import LatencyTable
+from ddnp_jax.cost.network_times import NetworkTimer
 from ddnp_jax.topology import Topology
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class Budget:
       counted: What is counted; by default the FLOPs of the prunable layers.
       multiple: Widths are multiples of this, except those of unpruned gates.
       floors: Minimum number of channels of every gate; empty for one each.
+      timer: Times the network, if the cost predicts its latency on this device: `correction.correct` measures what a
+        search proposes. None for every other cost.
     """
 
     topology: Topology
@@ -60,6 +63,7 @@ class Budget:
     counted: Cost = Cost()
     multiple: int = 1
     floors: tuple[int, ...] = ()
+    timer: NetworkTimer | None = None
 
     @property
     def total(self) -> float:
@@ -183,9 +187,32 @@ def _change(name: str, before: int, after: int) -> str:
     return f"{name}: {before:,} -> {after:,} ({100 * (1 - after / before):.1f} % removed)"
 
 
+def latency_budget(
+    timer: NetworkTimer,
+    p: float,
+    multiple: int = 1,
+    *,
+    floors: tuple[int, ...] = (),
+    table: LatencyTable | None = None,
+) -> Budget:
+    """Makes a budget in latency.
+
+    Args:
+      timer: Times the network.
+      p: Fraction in (0, 1] of the unpruned network's time to keep.
+      multiple: As for `Budget`.
+      floors: As for `Budget`.
+      table: Latency table of the network; None to measure it, which takes a minute or so. What a search proposes is
+        timed only if the table is of the device of `timer`.
+    """
+    table = latency.measure(timer, multiple=multiple) if table is None else table
+    cost = Cost(table.ms, f"ms (batch {table.batch}, {table.device})", ",.4g")
+    return Budget(timer.topology, p, cost, multiple, floors, timer if table.device == timer.device else None)
+
+
 def make_budget(
     config: "BudgetConfig",
-    topology: Topology,
+    timer: NetworkTimer,
     measured: Callable[..., LatencyTable],
     fastest_multiple: Callable[[], int],
 ) -> Budget:
@@ -193,7 +220,7 @@ def make_budget(
 
     Args:
       config: The section, already checked.
-      topology: Topology of the network.
+      timer: Times the network.
       measured: (points=, multiple=) -> the latency table; called only for kind 'latency', after all checks that do
         not need it.
       fastest_multiple: () -> the multiple that is fastest on the device; called only where `config.multiple` is 0.
@@ -201,9 +228,14 @@ def make_budget(
     Raises:
       ValueError: There is nothing to prune, or the budget cannot be met.
     """
+    topology = timer.topology
     _check_fields(topology, config.p, config.multiple or 1)
     multiple = config.multiple or fastest_multiple()
-    budget = Budget(topology, config.p, _cost(config, multiple, measured), multiple)
+    if config.kind == "latency":
+        table = measured(points=config.latency_points, multiple=multiple)
+        budget = latency_budget(timer, config.p, multiple, table=table)
+    else:
+        budget = Budget(topology, config.p, _cost(config), multiple)
     try:
         budget.check()
     except ValueError as error:
@@ -211,13 +243,8 @@ def make_budget(
     return budget
 
 
-def _cost(config: "BudgetConfig", multiple: int, measured: Callable[..., LatencyTable]) -> Cost:
-    if config.kind == "latency":
-        table = measured(points=config.latency_points, multiple=multiple)
-        return Cost(table.ms, f"ms (batch {table.batch}, {table.device})", ",.4g")
-    if config.kind == "params":
-        return Cost(flops.parameters, "parameters")
-    return flops_cost(config.convention)
+def _cost(config: "BudgetConfig") -> Cost:
+    return Cost(flops.parameters, "parameters") if config.kind == "params" else flops_cost(config.convention)
 
 
 def floors_of(topology: Topology, floors: Any) -> tuple[int, ...]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ddnp_jax.cost.budget import Budget
-from ddnp_jax.cost.network_times import NetworkTimer
 
 ROUNDS = 5  # networks that are timed at most
 CLOSE = 0.01  # of the unpruned network's time: what a repeated measurement differs by
@@ -27,26 +26,32 @@ class Correction(NamedTuple):
     savings: float
     measured: float
 
+    def describe(self) -> str:
+        """What was measured, in one sentence."""
+        return f"measured: {self.measured:.1%} of the unpruned network's time, in turn with it"
 
-def correct(budget: Budget, choose: Callable[[Budget], tuple[int, ...]], timer: NetworkTimer) -> Correction:
+
+def correct(budget: Budget, choose: Callable[[Budget], tuple[int, ...]]) -> Correction | None:
     """Finds the correction at which the chosen network takes the fraction of time that the budget wants.
 
     Every network that is timed adds a point to the relation of predicted and measured fractions, which is interpolated
     linearly between the two points around the wanted fraction, or extended from the unpruned network and the fastest.
 
     Args:
-      budget: Budget whose cost predicts what `timer` measures.
+      budget: Budget whose cost predicts what its `timer` measures.
       choose: Widths that meet a budget, as the search proposes them.
-      timer: Times the network.
 
     Returns:
-      The correction whose network is measured nearest to `budget.p`, of at most `ROUNDS` that are tried.
+      The correction whose network is measured nearest to `budget.p`, of at most `ROUNDS` that are tried; None for a
+      budget without a timer.
     """
+    if budget.timer is None:
+        return None
     savings = 1.0
     points, tried = [(1.0, 1.0)], []  # (measured, predicted)
     for _ in range(ROUNDS):
         widths = choose(budget.with_savings(savings))
-        measured, predicted = timer.fraction(widths), budget.cost(widths) / budget.total
+        measured, predicted = budget.timer.fraction(widths), budget.cost(widths) / budget.total
         tried.append(Correction(savings, measured))
         if abs(measured - budget.p) <= CLOSE or min(1 - measured, 1 - predicted) < _LEAST_SAVINGS:
             break

@@ -49,7 +49,6 @@ class Run:
       rebuild: Builds the smaller network from the channels per gate, if `compact` needs it.
       topology: Topology of the network.
       budget: Budget to meet.
-      timer: Times the network in the runtime of the budget.
       weights: Variables of the unpruned network from `base.weights`; None if it is trained.
       log: `metrics.jsonl`.
       results: `results.json`.
@@ -66,7 +65,6 @@ class Run:
     rebuild: Rebuild | None
     topology: Topology
     budget: Budget
-    timer: NetworkTimer
     weights: Any
     log: MetricsLog
     results: Results
@@ -156,7 +154,7 @@ def prepare(
     _check_workdir(workdir, own)  # a measured budget writes its table there
     measured = functools.partial(latency.measured_once, workdir / latency.FILE, timer)
     fastest = functools.partial(multiples.fastest, workdir / multiples.FILE, timer)
-    budget = make_budget(config.budget, topology, measured, fastest)
+    budget = make_budget(config.budget, timer, measured, fastest)
     _check_cut(network, rebuild, topology, budget, config.budget.residual)
     _check_search(config, network, topology, budget, outputs)
     check_room(workdir, 2 * _KEPT * sum(math.prod(v.shape) * _BYTES for v in topology.variables))
@@ -174,7 +172,6 @@ def prepare(
         rebuild=rebuild,
         topology=topology,
         budget=budget,
-        timer=timer,
         weights=weights,
         log=log,
         results=results,

@@ -11,9 +11,8 @@ import optax
 from ddnp_jax import data, methods, parallel, training
 from ddnp_jax.compact import compact, verify
 from ddnp_jax.config import Stage, TrainerConfig
-from ddnp_jax.cost import correction, latency, timing
+from ddnp_jax.cost import correction, timing
 from ddnp_jax.cost.budget import Budget
-from ddnp_jax.cost.latency import LatencyTable
 from ddnp_jax.masking import apply_masked
 from ddnp_jax.networks import Network, as_network, picked
 from ddnp_jax.topology import Selection
@@ -52,15 +51,11 @@ def search(job: "Run", variables: Any) -> Selection:
 
 
 def _corrected(job: "Run", method: methods.Search, state: Any, made_from: str) -> Budget:
-    """The budget; if it is this machine's latency, corrected by times of the networks that the search proposes."""
+    """The budget; one in this device's latency is corrected by times of the networks that the search proposes."""
 
     def correct() -> dict[str, float] | None:
-        if job.config.budget.kind != "latency":
-            return None
-        if LatencyTable.load(job.workdir / latency.FILE, job.topology).device != job.timer.device:
-            return None
-        found = correction.correct(job.budget, lambda budget: methods.select(method, state, budget).widths, job.timer)
-        return found._asdict()
+        found = correction.correct(job.budget, lambda budget: methods.select(method, state, budget).widths)
+        return None if found is None else found._asdict()
 
     found = job.results.measured("latency_correction", made_from, correct)
     return job.budget if found is None else job.budget.with_savings(found["savings"])

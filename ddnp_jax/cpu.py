@@ -41,7 +41,8 @@ def configure_cpu(devices: int = 1, fusions: str = AUTO) -> None:
     """Sets XLA's flags, threads and memory for this process, as was measured to be fastest; what XLA_FLAGS has stays.
 
     Where an accelerator's plugin is installed, or the environment sets glibc's memory (`MALLOC_*`, `GLIBC_TUNABLES`),
-    memory is left as it is; elsewhere the process keeps the most memory that it has used until it ends.
+    memory is left as it is; elsewhere the process keeps the most memory that it has used until it ends, or until
+    `hand_back_freed_memory`, which the job calls after every stage.
 
     Args:
       devices: Devices that the cores are shared by.
@@ -87,6 +88,16 @@ def _keep_freed_memory() -> None:
     if mallopt is not None and not chosen:
         for parameter, value in _MALLOC.values():
             mallopt(parameter, value)
+
+
+def hand_back_freed_memory() -> None:
+    """Hands memory that is free back to the system, at the end of work whose steps have needed more than later ones.
+
+    Does nothing on systems without glibc.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def flags(fusions: str) -> list[str]:

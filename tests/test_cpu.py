@@ -78,6 +78,28 @@ def test_memory_of_a_step_is_kept_for_the_next_one(tmp_path, chosen):
     assert (later < 1_000) == (not chosen)
 
 
+_RESIDENT = """
+import jax, jax.numpy as jnp, ddnp_jax
+from ddnp_jax import cpu
+ddnp_jax.configure_cpu()
+def resident():
+    pages = int(open("/proc/self/statm").read().split()[1])
+    return pages * 4096 / 2**20
+step = jax.jit(lambda x: jnp.sum(jnp.sort(x * 2.0, axis=0)))
+step(jnp.ones((4096, 16384))).block_until_ready()  # 256 MiB and more
+kept = resident()
+cpu.hand_back_freed_memory()
+print(kept, resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_kept_memory_is_handed_back_when_a_stage_ends(tmp_path):
+    done = in_a_process(_RESIDENT, tmp_path)
+    kept, left = map(float, done.stdout.split())
+    assert kept - left > 400, (kept, left)
+
+
 def test_memory_is_left_alone_beside_an_accelerator(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "")
     monkeypatch.setattr(cpu.importlib.metadata, "entry_points", lambda group: [group])

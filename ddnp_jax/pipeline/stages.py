@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 
-from ddnp_jax import data, methods, parallel, training
+from ddnp_jax import cpu, data, methods, parallel, training
 from ddnp_jax.compact import compact, verify
 from ddnp_jax.config import Stage, TrainerConfig
 from ddnp_jax.cost import correction, timing
@@ -112,7 +112,9 @@ def _surveyed(job: "Run", survey: methods.Survey, variables: Any) -> methods.Sea
     def take() -> list[Any]:
         return [found.tolist() for found in sums(variables, job.stage_images("search"))]
 
-    return survey.then([*map(np.asarray, job.results.measured("survey", job.made_from(variables), take))])
+    found = job.results.measured("survey", job.made_from(variables), take)
+    cpu.hand_back_freed_memory()
+    return survey.then([*map(np.asarray, found)])
 
 
 def _cut_evaluator(job: "Run", method: methods.Search, variables: Any) -> Callable[[Any], dict[str, float]]:
@@ -257,7 +259,9 @@ def _run_stage(
     def host_batches(first: int) -> Any:
         return job.host_batches(name, config.augment, first, steps)
 
-    return loop.fit_stage(stage, chunk, state, job.constants(constants), host_batches, evaluate, job.log, job.guard)
+    state = loop.fit_stage(stage, chunk, state, job.constants(constants), host_batches, evaluate, job.log, job.guard)
+    cpu.hand_back_freed_memory()
+    return state
 
 
 def _over_devices(job: "Run", step: training.Step, augment: bool) -> loop.Chunk:

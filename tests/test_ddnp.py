@@ -501,7 +501,7 @@ def test_endless_batches_are_surveyed_for_as_many_steps_as_there_are():
 def test_the_energy_comes_before_the_first_step():
     search = ddnp.build(make_problem(energy_weight=0.5))
     for function in (search.init, search.step):
-        with pytest.raises(RuntimeError, match=r"go on with `search\.survey\.then"):
+        with pytest.raises(RuntimeError, match=r"continue with `search\.survey\.then"):
             function(jax.random.key(0))
     with pytest.raises(ValueError, match=r"^energy_weight=0.5 must be 0 where importance='l1': norms are fixed\.$"):
         make_config(importance="l1", energy_weight=0.5)

@@ -107,7 +107,7 @@ def test_processes_that_end_in_order_say_nothing(pair):
 def test_a_process_that_waits_for_the_others_in_vain_says_so(pair):
     for number in (0, 1):
         (process,) = pair(WAITS, [(free_port(), number, 1)])[number:]
-        sentence = "the other processes of the run did not come within 1 s; start all of them again to resume.\n"
+        sentence = "the other processes of the run did not connect within 1 s; start all of them again to resume.\n"
         assert ended(process) == (ending.RESUMABLE, sentence)
 
 

@@ -404,7 +404,7 @@ def test_another_program_than_the_traced_one_is_refused():
     other = zoo.randomized(Order(False), SHAPE)
     masks = tuple(map(jnp.ones, topology.widths))
     with pytest.raises(
-        ValueError, match=r"a kernel \(1, 1, 6, 4\) in place of \(1, 1, 4, 6\); trace the network again"
+        ValueError, match=r"a kernel has shape \(1, 1, 6, 4\) instead of \(1, 1, 4, 6\); trace the network again"
     ):
         apply_masked(Order(False), other, jnp.ones((1, *SHAPE)), masks, topology)
 

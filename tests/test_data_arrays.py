@@ -174,7 +174,7 @@ WRONG_IMAGES = {
         "image 17 of train has shape (4, 5, 3), and image 0 (6, 5, 3); give images of one size, or use from_folder.",
     ),
     "list of several sizes": (list(ragged()), "image 17 of train has shape (4, 5, 3), and image 0 (6, 5, 3);"),
-    "objects": (boxed(), "image 0 of train is a Python object in an array of them; stack the images: np.stack."),
+    "objects": (boxed(), "the images of train are an array of Python objects; stack the images with np.stack."),
     "wide integers": (
         BYTES.astype(np.int64),
         "the images of train are of type int64; give uint8 (0..255), uint16 (0..65535), or floating-point numbers",

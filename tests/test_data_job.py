@@ -113,7 +113,7 @@ def test_one_of_several_outputs_is_trained_and_counted(config, tmp_path):
     report = pipeline.run(config, tmp_path / "run", TwoOutputs(), dataset=dataset, outputs="logits")
     assert report["pruned_top1"] == 100
     with pytest.raises(
-        ValueError, match=r"TwoOutputs returns \['embedding'\].* say with outputs= which of them counts"
+        ValueError, match=r"TwoOutputs returns \['embedding'\].* select one of them with outputs="
     ):
         pipeline.prepare(config, tmp_path / "none", TwoOutputs(), dataset=dataset)
     message = r"TwoOutputs returns \(1, 8\) for one image, and bright has 2 classes; give it 2 outputs"

@@ -274,9 +274,7 @@ def test_classes_without_images_are_named(tmp_path):
     (tmp_path / "fox").mkdir()
     assert refused(tmp_path) == f"class 'fox' in {tmp_path} has no images; fill its folder or remove it."
     fill(tmp_path, "fox/1.png")
-    assert refused(tmp_path) == (
-        f"class 'fox' has a single image, {tmp_path}/fox/1.png; add another one, for testing."
-    )
+    assert refused(tmp_path) == f"class 'fox' has a single image, {tmp_path}/fox/1.png; add another one, for testing."
 
 
 def test_classes_of_the_test_alone_are_named(tmp_path):

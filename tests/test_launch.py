@@ -57,7 +57,7 @@ def test_configuration_beside_the_user_comes_first(tmp_path):
         ("--config.parallel.cpu_fusions=foo", "parallel.cpu_fusions names 'foo', which is unknown; join some of "),
         ("--config.model.name=resnet18", "model 'resnet18' does not take the attributes shortcut='subsample'"),
         ("--config.data.flip=maybe", "flag --config.data.flip=maybe must be True or False.\n"),
-        ("--config=README.md", "--config=README.md is not valid Python (invalid syntax (README.md, line 1)); repair it"),
+        ("--config=README.md", "--config=README.md is not valid Python (invalid syntax (README.md, line 1)); repair"),
         ("--config=image.png", "--config=image.png is not valid Python (source code string cannot contain null bytes)"),
         ("--config=empty.py", "--config names a file without get_config(); copy one of configs/.\n"),
         ("--config=three.py", "the configuration of --config has no 'eval_batch_size'; start from that of configs/"),

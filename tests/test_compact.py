@@ -352,7 +352,7 @@ def test_an_nnx_module_is_cut_saved_loaded_and_cut_again(tmp_path):
     assert again.widths == (2, 3)
     smaller, _ = compact(loaded, None, Selection(((1,), (0, 1))), again)
     verify(loaded, None, smaller, None, Selection(((1,), (0, 1))), again, images())
-    with pytest.raises(ValueError, match="holds a nnx network, and model= is a linen one"):
+    with pytest.raises(ValueError, match="holds a nnx network, and model= is a linen network"):
         load_pruned(tmp_path, model=zoo.VGG())
 
 

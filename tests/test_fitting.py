@@ -187,7 +187,7 @@ def test_labels_that_are_no_classes_of_the_network_are_refused():
         (labels + 1, r"^label 10 of image \d+ of batch \d is outside 0\.\.9, the 10 classes of Net;"),
         (
             labels / 2,
-            r"^the targets of batch 1 are float32 \(16,\), and must be whole numbers \(16,\), one label each;",
+            r"^the targets of batch 1 are float32 \(16,\), and must be whole numbers \(16,\), one label per image;",
         ),
     ):
         with pytest.raises(ValueError, match=message):

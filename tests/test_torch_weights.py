@@ -354,7 +354,7 @@ def test_a_damaged_file_is_named(tmp_path, damage):
 def test_a_file_with_code_is_refused_unopened(tmp_path):
     path = tmp_path / "weights.pth"
     torch.save({"net": tiny_state(), "args": Anything()}, path)
-    with pytest.raises(ValueError, match=r"weights\.pth cannot be read: .* save its state dict alone with torch\.save"):
+    with pytest.raises(ValueError, match=r"weights\.pth cannot be read: .* save only its state dict with torch\.save"):
         torch_weights.load(path, tiny())
 
 

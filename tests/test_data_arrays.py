@@ -1,4 +1,4 @@
-"""Data sets of arrays: what is taken as it is, what is normalized, and what is refused with its index."""
+"""Data sets from arrays: unchanged and normalized images, and errors that name the index of an invalid one."""
 
 import json
 import re
@@ -96,7 +96,7 @@ def test_augmentation_moves_pixels_of_any_type_and_changes_none(images):
 
 @pytest.mark.parametrize(("dtype", "precision"), [(np.uint8, None), (np.uint16, "HIGHEST"), (np.float32, "HIGHEST")])
 def test_pixels_that_no_bfloat16_holds_are_moved_at_the_highest_precision(dtype, precision):
-    """CPUs compute at the highest precision anyway; the program says what others do."""
+    """CPUs always compute at the highest precision, so the traced program is checked instead."""
     program = jax.make_jaxpr(lambda images: data.augment(jax.random.key(0), images, 2, True))(BYTES.astype(dtype))
     found = [e.params["precision"] for e in program.eqns if e.primitive.name == "dot_general"]
     assert found == 2 * [precision and 2 * (jax.lax.Precision[precision],)]

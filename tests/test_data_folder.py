@@ -1,4 +1,4 @@
-"""Folders of image files: which file is what, whatever else lies there, and what is refused with its path."""
+"""Folders of image files: the role of every file, other files beside them, and errors that name the path."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The main job on images of one's own: arrays, floating-point ones too, and a folder on the command line."""
+"""The main job on custom images: arrays, also floating-point ones, and a folder on the command line."""
 
 import flax.linen as nn
 import numpy as np

@@ -1,4 +1,4 @@
-"""Data sets that TFDS has prepared: which features and splits are read, whatever they are called."""
+"""Data sets prepared by TFDS: features and splits are found independently of their names."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""Training and searching outside of the job: `fit` of every kind of network, and `run_search`."""
+"""Training and searching without the job: `fit` with every kind of network, and `run_search`."""
 
 import flax.linen as nn
 import jax
@@ -147,7 +147,7 @@ def test_functions_train_with_losses_of_their_own():
 
 
 class Readable:
-    """Batches that are made anew each time that they are read."""
+    """Batches that are created anew on every iteration."""
 
     def __init__(self):
         self.times = 0

@@ -1,4 +1,4 @@
-"""`python -m ddnp_jax`: what it prints is what the library says, and what is wrong ends in one sentence."""
+"""`python -m ddnp_jax`: it prints the results of the library, and errors are one sentence."""
 
 import importlib.util
 import json

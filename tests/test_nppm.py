@@ -40,7 +40,7 @@ def make_problem(p=0.4, steps=10, **fields):
 
 
 def make_search(problem, monkeypatch=None):
-    """The search; with `monkeypatch`, plain gradient descent with rate 1: a change is a gradient."""
+    """Builds the search; with `monkeypatch`, it uses gradient descent with rate 1, so that changes are gradients."""
     if monkeypatch:
         monkeypatch.setattr(optax, "adamw", lambda rate, weight_decay: optax.sgd(1.0))
     return nppm.build(problem)

@@ -28,7 +28,7 @@ def smooth(height, width, seed=0):
 
 
 def gradient(height, width):
-    """Red grows by the column, green by the row."""
+    """An image whose red increases with the column, and green with the row."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([255 * columns / width, 255 * rows / height, np.full((height, width), 77)], -1).astype(np.uint8)
 
@@ -377,7 +377,7 @@ def test_zeroed_bytes_inside_a_jpeg_are_told(options):
 
 
 def with_size(jpeg, height, width):
-    """A JPEG whose header claims another size."""
+    """A JPEG whose header declares another size."""
     frame = jpeg.index(b"\xff\xc0")
     return jpeg[: frame + 5] + struct.pack(">HH", height, width) + jpeg[frame + 9 :]
 

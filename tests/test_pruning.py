@@ -1,4 +1,4 @@
-"""The three-line use, on networks of every kind and with losses of every kind."""
+"""The high-level interface, with all kinds of networks and losses."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""What the other processes of a run do when one ends: two processes that do nothing but wait for each other."""
+"""The effect of a process's end on the others of a run, with two processes that only wait for each other."""
 
 import os
 import subprocess
@@ -65,7 +65,7 @@ def start(code, *arguments):
 
 
 def ended(process):
-    """The exit code and what was said, of a process that ends while nobody closes its input."""
+    """Exit code and output of a process that ends although its input stays open."""
     said = process.stderr.read()
     return process.wait(), said
 

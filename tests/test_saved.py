@@ -1,4 +1,4 @@
-"""Networks in folders: what is written is read again bit for bit, and what was damaged or is hostile is refused."""
+"""Saved networks: loaded variables equal the saved ones exactly, and damaged or malicious files are refused."""
 
 import hashlib
 import json
@@ -102,7 +102,7 @@ def test_a_model_with_other_attributes_is_refused(tmp_path):
 
 
 class WithDefault(nn.Module):
-    """A network whose attribute may be given as what it is by default, in another object."""
+    """A network with an attribute that may equal its default without being the same object."""
 
     features: tuple[int, ...] = (6, 5)
 
@@ -156,7 +156,7 @@ def test_damaged_files_are_named(tmp_path):
 
 
 def write_sealed(description, fields):
-    """Writes what a hostile author would: fields with the checksum that they need."""
+    """Writes malicious fields with a correct checksum."""
     files.write_sealed(description, {name: value for name, value in fields.items() if name != "checksum"})
 
 

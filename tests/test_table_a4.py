@@ -1,4 +1,4 @@
-"""The table of several methods: its rows, their budgets, and what it says."""
+"""The table of several methods: its rows, their budgets, and its text."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Checkpoint files: where the weights lie in them, what is said about it, and what is refused before it does harm."""
+"""Checkpoint files: where the weights are, messages about it, and harmful files, which are refused."""
 
 import zipfile
 

@@ -193,7 +193,7 @@ def _classes(root: Path) -> _Tree:
 
 
 def _visible(folder: str | Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, by name, without what is hidden."""
+    """The entries of a folder, sorted by name, without hidden ones."""
     with os.scandir(folder) as entries:
         return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
 

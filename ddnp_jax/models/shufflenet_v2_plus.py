@@ -60,7 +60,7 @@ class Unit(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (N, H, W, C) to (N, ceil(H / stride), ceil(W / stride), channels)."""
-        # The shuffle of the previous unit's output and the split are a single step: every second channel is skipped.
+        # The shuffle of the previous unit's output and the split are one step: every second channel skips this unit.
         passed, x = (x, x) if self.stride == 2 else (x[..., ::2], x[..., 1::2])
         if self.stride == 2:
             passed = self._depthwise("branch_proj", 0, passed, self.kernel, self.stride)

@@ -60,8 +60,8 @@ class Resized(nn.Module):
 
         def resize(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
             module = context.module
-            # A module that is called outside of the network has no scope. Of nested wrappers, the outer one takes
-            # precedence.
+            # A module that is created and called independently of the network has no scope. If wrappers are nested,
+            # the outer wrapper takes precedence.
             if module.scope is not None and not hasattr(module, RESIZED):
                 for name, value in (*sizes.get(module.path[outside:], ()), (RESIZED, True)):
                     object.__setattr__(module, name, value)  # modules are frozen; this one is a copy

@@ -361,7 +361,7 @@ def test_a_file_with_code_is_refused_unopened(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1, 2], r"weights\.pth holds a list; give a state dict, as it is or under one of the keys state_dict, "),
+        ([1, 2], r"weights\.pth holds a list; give a state dict, directly or under one of the keys state_dict, "),
         ({"epoch": 3, "weights": {}}, r"weights\.pth holds 'epoch', which is not a tensor; give a state dict"),
         ({0: torch.zeros(3)}, r"weights\.pth holds 0, which is not a tensor; give a state dict"),
     ],

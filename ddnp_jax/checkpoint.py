@@ -1,8 +1,8 @@
 """Checkpoints of the stages of a run, written by orbax.
 
-Orbax saves atomically, but restores flipped bits in array data silently, and raises almost anything on a missing
-or truncated file. So each checkpoint has a record with a SHA-256 per leaf; one that does not match its record is
-set aside, and the previous one is used.
+Orbax saves atomically. However, it restores arrays with flipped bits without an error, and may raise any error for a
+missing or truncated file. Each checkpoint therefore has a record with a SHA-256 per leaf. A checkpoint that does not
+match its record is set aside, and the previous checkpoint is used.
 """
 
 import functools
@@ -49,7 +49,7 @@ class Checkpoints:
         self._made_from = made_from
         self._metrics: dict[int, float | None] = {}
         policy = policies.AnyPreservationPolicy([policies.LatestN(keep), _KeepBest(self._metrics)])
-        # Orbax's own metrics have no checksum, and a damaged file of them makes opening fail, so the record has ours.
+        # The metric is in our record: orbax's own metrics have no checksum, and opening fails if their file is damaged.
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy, cleanup_tmp_directories=True, lightweight_initialize=True
         )
@@ -93,32 +93,33 @@ class Checkpoints:
                 "restore before the first save, or use another workdir."
             )
         self._metrics[step] = metric
-        arrays = {name: x for name, x in leaves.items() if x.size}  # orbax refuses empty ones
+        arrays = {name: x for name, x in leaves.items() if x.size}  # orbax does not support empty arrays
         args = ocp.args.Composite(
             arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record | {"sha256": files.checksum(record)})
         )
-        self._manager.save(step, args=args, force=True)  # unforced, a step below the latest is skipped silently
+        self._manager.save(step, args=args, force=True)  # without `force`, orbax skips steps below the latest one
 
     def restore(self, template: Any) -> tuple[int, Any] | None:
         """Reads the newest undamaged checkpoint.
 
-        Damaged ones that are newer are logged and renamed to `<step>.damaged`, so that their steps can be saved again.
+        Newer checkpoints that are damaged are logged and renamed to `<step>.damaged`, so that their steps can be saved
+        again.
 
         Args:
-          template: Pytree with the structure, shapes and dtypes of the state: arrays, or `jax.ShapeDtypeStruct` where
-            these are no random keys.
+          template: Pytree with the structure, shapes and dtypes of the state: arrays, or, except for random keys,
+            `jax.ShapeDtypeStruct`.
 
         Returns:
           The step, and the state as numpy arrays with the bits that were saved; None if there is no checkpoint.
 
         Raises:
-          ValueError: The checkpoint was made from something else, does not fit the template (the message names the
-            first leaf that differs), or there are checkpoints and all are damaged.
+          ValueError: The checkpoint was made from other inputs, does not match the template (the message names the
+            first leaf that differs), or all existing checkpoints are damaged.
         """
         return self._first_undamaged(sorted(self._manager.all_steps(), reverse=True), template)
 
     def restore_best(self, template: Any) -> tuple[int, Any] | None:
-        """Reads the undamaged checkpoint with the highest metric (of equal ones the newest); else like `restore`.
+        """Reads the undamaged checkpoint with the highest metric (the newest of several), otherwise like `restore`.
 
         Returns:
           The step and the state; None if no checkpoint was saved with a metric.
@@ -127,7 +128,7 @@ class Checkpoints:
         return self._first_undamaged(sorted(steps, key=lambda s: (self._metrics[s], s), reverse=True), template)
 
     def _first_undamaged(self, steps: Iterable[int], template: Any) -> tuple[int, Any] | None:
-        self._manager.wait_until_finished()  # a failed save raises here, and is not taken for damage below
+        self._manager.wait_until_finished()  # a failed save raises here, so that it does not count as damage below
         damaged: dict[int, str] = {}
         for step in steps:
             reason, state = "", None
@@ -164,7 +165,7 @@ class Checkpoints:
         if self._made_from and record.get("made_from", self._made_from) != self._made_from:
             raise ValueError(
                 f"Checkpoint {step} in {self.directory} was made from other weights, data or settings than those that "
-                "the run has now; restore those, or delete this folder to repeat its stage."
+                "the run has now; restore the earlier ones, or delete this folder to repeat its stage."
             )
         named = _named(template)
         wanted = {name: _key_data(x) for name, x in named.items()}
@@ -174,7 +175,7 @@ class Checkpoints:
         args = ocp.args.Composite(arrays=ocp.args.StandardRestore(targets))
         try:
             leaves = empty | self._manager.restore(step, args=args)["arrays"]
-        except Exception as error:  # orbax raises whatever its parts raise, plain Exception included
+        except Exception as error:  # orbax may raise any error, even a plain Exception
             raise _DamagedError(_one_line(error)) from error
         for name in wanted:
             if _sha256(leaves[name]) != record["leaves"][name]["sha256"]:
@@ -217,7 +218,7 @@ class Checkpoints:
         try:
             return self._record(step)["metric"]
         except _DamagedError:
-            return math.inf  # perhaps the best: `restore_best` must come across it and say that it is damaged
+            return math.inf  # it may be the best one, so `restore_best` must read it and report the damage
 
 
 class _KeepBest(policies.PreservationPolicy):
@@ -227,14 +228,14 @@ class _KeepBest(policies.PreservationPolicy):
         self._metrics = metrics
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Answers for each checkpoint."""
+        """Returns for each checkpoint whether to keep it."""
         metrics = {c.step: self._metrics[c.step] for c in checkpoints}
         best = max(((m, step) for step, m in metrics.items() if m not in (None, math.inf)), default=(None, None))[1]
         return [step == best or m == math.inf for step, m in metrics.items()]
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """The leaves by their path, as 'params/conv1/kernel', in the order of the tree."""
+    """Returns the leaves by path, for example 'params/conv1/kernel', in the order of the tree."""
     paths = [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in jax.tree.leaves_with_path(tree)]
     leaves = {name: x if hasattr(x, "dtype") else np.asarray(x) for name, x in paths}
     if len(leaves) < len(paths):
@@ -244,7 +245,7 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def _key_data(x: Any) -> Any:
-    """What is saved of a leaf: of random keys their data."""
+    """The array to save for a leaf; for random keys, their data."""
     return np.asarray(jax.random.key_data(x)) if parallel.is_key(x) else x
 
 

@@ -1,4 +1,4 @@
-"""From a Selection to a smaller network, and its verification against the masked network."""
+"""Removes channels from a network, and verifies the smaller network against the masked one."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -67,7 +67,7 @@ def compact(
     leaves = flatten(variables)
     for (path, axis), stays in selection.positions(topology).items():
         leaves[path] = np.take(np.asarray(leaves[path]), stays, axis)
-    leaves = {path: jnp.array(leaf) for path, leaf in leaves.items()}  # copies, which nothing else changes
+    leaves = {path: jnp.array(leaf) for path, leaf in leaves.items()}  # copies, independent of the given variables
     cut = replace_leaves(variables, leaves)
     small = _smaller(
         network, variables, {path: np.shape(leaf) for path, leaf in leaves.items()}, topology, selection, rebuild
@@ -93,7 +93,7 @@ def _smaller(
     selection: Selection,
     rebuild: Rebuild | None,
 ) -> Network:
-    """The smaller network; it does not hold the pruned variables yet."""
+    """Builds the smaller network, which does not hold the pruned variables yet."""
     if rebuild is not None:
         return _network(rebuild(selection.widths), topology)
     if isinstance(network.model, Backbone) and len(network.model.inner_widths) == len(selection.widths):
@@ -130,24 +130,24 @@ def _check_sizes(small: Network, cut: Any, topology: Topology, is_rebuilt: bool)
                 f"the smaller model expects {'/'.join(path)} with shape {expected.get(path)}, the cut gives "
                 f"{found.get(path)}; "
                 + (
-                    "its channels must be the widths, gate by gate in the order of `topology.gates`."
+                    "its numbers of channels must be the widths, in the order of `topology.gates`."
                     if is_rebuilt
-                    else "its code sizes this layer in a way of its own: pass rebuild=, a function of the widths, or "
-                    "keep= the gate whole."
+                    else "its code sets the size of this layer itself: pass rebuild=, a function of the widths, or "
+                    "leave the gate unpruned with keep=."
                 )
             )
 
 
 def _check_program(network: Network, variables: Any, small: Network, cut: Any, topology: Topology) -> None:
-    """Raises if the smaller network cannot be called or computes something else; the network is only traced."""
+    """Raises if the smaller network cannot be called or computes something else; both networks are only traced."""
     image = _image(topology)
     whole = jax.make_jaxpr(network.evaluate)(variables, image)
     try:
         smaller = jax.make_jaxpr(small.evaluate)(cut, image)
-    except Exception as error:  # whatever the network's own code raises
+    except Exception as error:  # the network's own code may raise any error
         raise ValueError(
-            f"{network.name} cannot be called with fewer channels ({first_line(error)}); its code computes with "
-            "numbers of its own: pass rebuild=, a function of the widths, or keep= the gates that it happens in whole."
+            f"{network.name} cannot be called with fewer channels ({first_line(error)}); its code has hard-coded "
+            "numbers of channels: pass rebuild=, a function of the widths, or leave these gates unpruned with keep=."
         ) from error
     if [leaf.shape for leaf in whole.out_avals] != [leaf.shape for leaf in smaller.out_avals]:
         raise ValueError(
@@ -160,7 +160,7 @@ def _check_program(network: Network, variables: Any, small: Network, cut: Any, t
     if differing:
         raise ValueError(
             f"{network.name} computes something else with fewer channels ({', '.join(differing)}), because its "
-            "code compares numbers of channels; decide such things without them, or keep= these gates whole."
+            "code depends on numbers of channels; change the code, or leave these gates unpruned with keep=."
         )
 
 
@@ -288,7 +288,7 @@ def rehearse(
         return selection, compact(model, variables, selection, topology, rebuild)
 
     def attempt(gates: set[int]) -> None:
-        # Widths that differ as much as possible, so that swapped ones do not match by chance.
+        # Widths that differ as much as possible, so that swapped widths do not match by chance.
         selection, small = cut(
             [
                 least + (3 * i + 1) % (channels - least) if channels > least and i in gates else channels
@@ -305,8 +305,8 @@ def rehearse(
         if not names:
             raise
         listed = ", ".join(map(repr, names))
-        raise ValueError(f"{error} It happens at the gates {listed}: keep=({listed},) leaves them whole.") from error
-    # And equal widths, on which code that compares widths may branch differently.
+        raise ValueError(f"{error} It happens at the gates {listed}: keep=({listed},) leaves them unpruned.") from error
+    # Also try equal widths, because code that compares widths may branch differently.
     common = max(*smallest, min(topology.widths) // 2)
     cut([min(common, channels) for channels in topology.widths])
 

@@ -11,14 +11,14 @@ _SEAL = "checksum"  # field of a file that `write_sealed` wrote
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Writes a file atomically: after a kill or a power failure it is either the old one or the new one.
+    """Writes a file atomically: after a crash or a power failure, the file is either the old or the new one.
 
     Args:
-      path: Path of the file, whose folder exists.
-      content: What it holds.
+      path: Path of the file, in an existing folder.
+      content: Content of the file.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")  # in the same folder: only there is renaming atomic
+    temporary = path.with_name(f"{path.name}.tmp")  # in the same folder, because renaming is atomic only there
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()
@@ -28,7 +28,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes the names of a folder durable, where the system can."""
+    """Writes the entries of a folder to disk, on systems that support it."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -39,12 +39,12 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes text in UTF-8, as `write_bytes` does."""
+    """Writes text in UTF-8, atomically like `write_bytes`."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes a JSON value, as `write_bytes` does; a value that is none leaves the file as it is."""
+    """Writes a JSON value, atomically like `write_bytes`; for invalid values, the file does not change."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
@@ -62,17 +62,17 @@ def read_json(path: str | Path) -> Any:
 
 
 def checksum(value: Any) -> str:
-    """SHA-256 of a JSON value, whatever the order of its fields."""
+    """SHA-256 of a JSON value; it does not depend on the order of fields."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_sealed(path: str | Path, fields: Mapping[str, Any]) -> None:
-    """Writes fields of JSON values with their checksum, as `write_bytes` does."""
+    """Writes fields of JSON values with their checksum, atomically like `write_bytes`."""
     write_json(path, {**fields, _SEAL: checksum(fields)})
 
 
 def read_sealed(path: str | Path) -> dict[str, Any]:
-    """Reads the fields that `write_sealed` wrote.
+    """Reads fields written by `write_sealed`.
 
     Raises:
       ValueError: The file is damaged; the message names it.

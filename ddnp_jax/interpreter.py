@@ -1,4 +1,4 @@
-"""Evaluates the traced program (jaxpr) of a network with changes: masks in front of layers, or in full precision."""
+"""Evaluates the traced program (jaxpr) of a network with masks in front of its layers, or in full precision."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from jax.extend import core
 
 from ddnp_jax.topology import jaxprs
 
-Change = Callable[[jax.Array], jax.Array]  # what happens to the input of a layer
+Change = Callable[[jax.Array], jax.Array]  # maps the input of a layer to the input that is used instead
 
 
 def evaluate(function: Callable[..., Any], interpreter: "Interpreter", *args: Any) -> Any:
@@ -29,7 +29,7 @@ def evaluate(function: Callable[..., Any], interpreter: "Interpreter", *args: An
 
 
 class Interpreter:
-    """Evaluates a program, with changes of the inputs of some of its convolutions and matrix products."""
+    """Evaluates a program, and changes the inputs of some of its convolutions and matrix products."""
 
     def __init__(
         self,
@@ -38,12 +38,12 @@ class Interpreter:
         *,
         keeps_rematerialization: bool = True,
     ) -> None:
-        """Prepares.
+        """Creates an interpreter.
 
         Args:
-          changes: (operand, change of it) by the number of the contraction.
+          changes: (index of the operand, function that changes it) by the number of the contraction.
           kernel_shapes: Shapes that the kernels must have, by the number of the contraction.
-          keeps_rematerialization: Whether `jax.checkpoint` stays around what it is around.
+          keeps_rematerialization: Whether parts of the program inside `jax.checkpoint` remain inside it.
         """
         self._changes, self._kernel_shapes = changes or {}, kernel_shapes or {}
         self._keeps_rematerialization = keeps_rematerialization
@@ -58,7 +58,7 @@ class Interpreter:
           first: Number of its first contraction.
         """
         known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-        unchanged: list[core.JaxprEqn] = []  # computed together, which is faster than one by one
+        unchanged: list[core.JaxprEqn] = []  # computed together, which is faster than one at a time
         for eqn in jaxpr.eqns:
             number, first = first, first + jaxprs.count(eqn)
             if self._is_unchanged(number, first):
@@ -80,14 +80,14 @@ class Interpreter:
             expected, found = self._kernel_shapes.get(first), jaxprs.shape_of(eqn.invars[1 - operand])
             if expected is not None and expected != found:
                 raise ValueError(
-                    f"the network's program has another layer than the one that was traced: a kernel {found} in place "
-                    f"of {expected}; trace the network again, as it is called now."
+                    f"the network's program differs from the one that was traced: a kernel has shape {found} instead "
+                    f"of {expected}; trace the network again, with the arguments that it is called with now."
                 )
             operands[operand] = change(operands[operand])
         return self.compute(jaxpr, eqn, operands)
 
     def _is_unchanged(self, first: int, end: int) -> bool:
-        """Whether an equation with the contractions `first` to `end` - 1 is computed as it is."""
+        """Whether an equation with the contractions `first` to `end` - 1 is computed without changes."""
         return not any(number in self._changes for number in range(first, end))
 
     def _enter(self, eqn: core.JaxprEqn, program: Any, operands: list[Any], first: int) -> list[Any]:
@@ -101,14 +101,14 @@ class Interpreter:
         return run(*operands)
 
     def compute(self, jaxpr: core.Jaxpr, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
-        """Computes one equation of a program as it is."""
+        """Computes one equation of a program without changes."""
         known = {atom: value for atom, value in zip(eqn.invars, operands, strict=True) if _is_variable(atom)}
         _compute_together(jaxpr, [eqn], known)
         return [known[result] for result in eqn.outvars]
 
 
 def _compute_together(jaxpr: core.Jaxpr, eqns: list[core.JaxprEqn], known: dict[Any, Any]) -> None:
-    """Computes equations of a program as they are, from what is known, and adds their results to it."""
+    """Computes equations of a program from the values in `known`, and adds their results to `known`."""
     if not eqns:
         return
     results = [result for eqn in eqns for result in eqn.outvars]
@@ -123,14 +123,14 @@ def _is_variable(atom: Any) -> bool:
 
 
 class FullPrecision(Interpreter):
-    """Computes in float32 what a network computes in bfloat16 or another short type, whatever asks for it there."""
+    """Computes in float32 everything that a network computes in bfloat16 or another type of less than 32 bits."""
 
     def run(self, jaxpr: core.Jaxpr, consts: Iterable[Any], args: Iterable[Any], first: int = 0) -> list[Any]:
-        """Evaluates a program, whose arguments are widened first."""
+        """Evaluates a program, after converting its constants and arguments to float32."""
         return super().run(jaxpr, map(_widened, consts), map(_widened, args), first)
 
     def compute(self, jaxpr: core.Jaxpr, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
-        """Computes one equation in float32; those that hold programs which run several times, as they are."""
+        """Computes one equation in float32. Equations that hold loops or branches are computed without changes."""
         name = eqn.primitive.name
         if name == "reduce_precision":
             return operands
@@ -166,7 +166,7 @@ def _programs(eqn: core.JaxprEqn) -> list[Any]:
 
 
 def _wide_type(dtype: Any) -> Any:
-    """Float32 for a shorter floating-point type; any other stays."""
+    """Returns float32 for a shorter floating-point type, and any other type unchanged."""
     is_short = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4
     return np.dtype(np.float32) if is_short else dtype
 

@@ -1,7 +1,8 @@
-"""What jax2onnx (0.17.1) does wrong with residual and pooling networks, and the way around it.
+"""Workarounds for two errors of jax2onnx (0.17.1), in residual networks and in networks with pooling.
 
-Its own rearrangement of transposes breaks networks whose branches meet (ResNets with projections), and its pools take
-fewer arguments than flax's. What comes out is compared with the network in any case (`ddnp_jax.export`).
+Its optimization of transposes breaks networks whose branches are added (ResNets with projections), and its pooling
+functions take fewer arguments than those of flax. The converted network is always compared with the original one
+(`ddnp_jax.export`).
 """
 
 import contextlib
@@ -14,13 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-_UNSOUND = "remove_redundant_transpose_pairs"  # ONNX Runtime removes them itself, when it loads a file
-_POOLS = {"max_pool": True, "avg_pool": False}  # of flax; whether it takes the largest value
+_UNSOUND = "remove_redundant_transpose_pairs"  # ONNX Runtime removes these pairs itself, when it loads a file
+_POOLS = {"max_pool": True, "avg_pool": False}  # pooling functions of flax: whether they take the maximum
 
 
 @contextlib.contextmanager
 def sound_passes() -> Iterator[None]:
-    """Around a conversion: leaves out the pass that breaks networks."""
+    """Disables, during a conversion, the optimization pass of jax2onnx that breaks networks."""
     from jax2onnx.converter import ir_optimizations
 
     passes = ir_optimizations._OPTIMIZER_PASSES
@@ -33,7 +34,7 @@ def sound_passes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def flax_pools() -> Iterator[None]:
-    """Around the call of a network that is being converted: pools with positional arguments and padding in numbers."""
+    """Supports, while a network is being converted, pooling with positional arguments and numeric padding."""
     with contextlib.ExitStack() as stack:
         for module in (nn, nn.pooling, nnx):
             for name, is_max in _POOLS.items():
@@ -52,7 +53,7 @@ def _pool(
     padding: Any = "VALID",
     **options: Any,
 ) -> Any:
-    """A pool of flax by that of jax2onnx, which takes keywords, and of paddings only those with names."""
+    """Pooling with the arguments of flax, by that of jax2onnx, which takes only keywords and paddings by name."""
     if not isinstance(padding, str):
         for axis, (before, after) in enumerate(padding, start=1):
             inputs = _padded(inputs, axis, before, after, is_max)
@@ -62,9 +63,10 @@ def _pool(
 
 
 def _padded(inputs: Any, axis: int, before: int, after: int, by_edge: bool) -> Any:
-    """Images with further rows or columns, zeros or the outermost: a window that holds these has that one in it too.
+    """Pads images along an axis with zeros, or with copies of their outermost row or column.
 
-    By slices: jax2onnx converts a padding with edges into something else.
+    Copies do not change a maximum, because every window that contains a copy contains the original too. They are made
+    by slices, because jax2onnx converts edge padding incorrectly.
     """
     first, last = (lax.slice_in_dim(inputs, at, at + 1, axis=axis) for at in (0, inputs.shape[axis] - 1))
     scale = 1.0 if by_edge else 0.0

@@ -12,7 +12,7 @@ from ddnp_jax.networks import Outputs, first_line, picked, structure
 
 RESOURCE = ("log_abs", "log_max", "abs", "square")
 
-Loss = Callable[[Any, Any], jax.Array]  # (outputs, targets) -> scalar, a mean over the images
+Loss = Callable[[Any, Any], jax.Array]  # (outputs, targets) -> scalar, the mean over the images
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
@@ -38,13 +38,13 @@ def check_labels(shape: tuple[int, ...], labels: Any, name: str = "the network",
     Raises:
       ValueError: The outputs are not logits (N, K), or the labels are not integers (N,) in 0..K - 1.
     """
-    advice = "give loss=, a function (outputs, targets) -> scalar, for anything but classes."
+    advice = "if the targets are not classes, give loss=, a function (outputs, targets) -> scalar."
     if len(shape) != 2:
         raise ValueError(f"{name} returns outputs {shape}, which are not logits (N, K); {advice}")
     if not hasattr(labels, "shape") or not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != shape[:1]:
         found = f"{labels.dtype} {labels.shape}" if hasattr(labels, "shape") else type(labels).__name__
         raise ValueError(
-            f"the targets of batch {batch} are {found}, and must be whole numbers ({shape[0]},), one label each; "
+            f"the targets of batch {batch} are {found}, and must be whole numbers ({shape[0]},), one label per image; "
             f"{advice}"
         )
     numbers = np.asarray(labels)
@@ -76,10 +76,10 @@ def check_loss(
     given = f"the outputs ({structure(counted)}) of {name} and targets ({structure(targets)})"
     try:
         value = jax.eval_shape(loss, counted, targets)
-    except Exception as error:  # whatever the loss's own code raises
+    except Exception as error:  # the loss's own code may raise any error
         raise ValueError(
-            f"{argument}= cannot be computed from {given}: {first_line(error)}. It is a function (outputs, targets) -> "
-            "scalar; outputs= picks one of several outputs."
+            f"{argument}= cannot be computed from {given}: {first_line(error)}. It must be a function (outputs, "
+            "targets) -> scalar; outputs= selects one of several outputs."
         ) from error
     if getattr(value, "shape", None) != () or not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(
@@ -146,13 +146,13 @@ def resource(kind: str, cost: jax.Array, total: float, p: float) -> jax.Array:
 def tie(gates: tuple[jax.Array, ...], k: jax.Array, rng: jax.Array, noise: float = 0.02) -> jax.Array:
     """Relaxed tie between importance and width, the third term of DDNP eq. (9).
 
-    `Σ_l log(|mean_c 1[gate_lc >= 1/2] - k_l + u_l| + 1)` with u ~ U(-noise, noise). The fraction of open gates is
-    detached, so that only the widths move.
+    `Σ_l log(|mean_c 1[gate_lc >= 1/2] - k_l + u_l| + 1)` with u ~ U(-noise, noise). The fraction of open channels has
+    no gradient, so that the tie changes only the widths.
 
     Args:
       gates: Relaxed Bernoulli values (C_l,) per gate.
-      k: (L,) widths in (0, 1).
-      rng: Key for u.
+      k: Widths (L,) in (0, 1).
+      rng: Random key for u.
       noise: Half the range of u.
     """
     is_open = jnp.stack([jnp.mean((gate >= 0.5).astype(jnp.float32)) for gate in gates])

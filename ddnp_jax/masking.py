@@ -1,7 +1,7 @@
-"""Masks applied from outside: a network is evaluated with masks in front of the layers that read gates.
+"""Evaluates a network with masks on the inputs of the layers that read gates, without changes to its modules.
 
-The traced program (jaxpr) is evaluated equation by equation; a gate's mask multiplies the input of each layer that
-reads the gate. The modules themselves are unchanged.
+The traced program (jaxpr) is evaluated equation by equation, and the input of each layer that reads a gate is
+multiplied by the gate's mask.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,7 +59,7 @@ def apply_masked(
         for number, change in _changes(topology, masks, observe).items()
     }
     shapes = {layer.contraction: layer.kernel_shape for layer in topology.layers}
-    # What is observed inside of a `jax.checkpoint` could not leave it.
+    # Arrays that are observed inside `jax.checkpoint` could not be used outside.
     evaluation = interpreter(changes, shapes, keeps_rematerialization=observe is None)
     return evaluate(network.evaluate, evaluation, network.variables(variables), x)
 
@@ -75,7 +75,7 @@ def _check(x: jax.Array, masks: Sequence[Mask], topology: Topology) -> None:
 
 
 def _changes(topology: Topology, masks: Sequence[Mask], observe: Observe | None) -> dict[int, Change]:
-    """What happens to the input of each layer, by the layer's number."""
+    """Returns the functions that mask the inputs of layers, by number of the layer."""
     consumers: dict[int, list[tuple[int, Consumer]]] = {}
     for i, gate in enumerate(topology.gates):
         for consumer in gate.consumers:
@@ -97,7 +97,7 @@ def _changes(topology: Topology, masks: Sequence[Mask], observe: Observe | None)
 
 
 def _multiply(x: jax.Array, masks: Sequence[Mask], consumers: Sequence[tuple[int, Consumer]]) -> jax.Array:
-    """Multiplies the channels of every gate on one axis; the data type of x stays."""
+    """Multiplies the channels of all gates on an axis by their masks; the data type of x does not change."""
     axis = consumers[0][1].axis
     shape = [1] * x.ndim
     shape[axis] = x.shape[axis]
@@ -106,13 +106,13 @@ def _multiply(x: jax.Array, masks: Sequence[Mask], consumers: Sequence[tuple[int
 
 
 def _along_axis(length: int, masks: Sequence[tuple[Mask, Span]]) -> jax.Array:
-    """The factors along an axis (length,): a mask where its gate is, 1 elsewhere."""
+    """Returns the factors along an axis (length,): the masks at the positions of their gates, and 1 elsewhere."""
     mask, span = masks[0]
     (channels,) = jnp.shape(mask)
     if span.outer * channels * span.inner == length:
         repeated = jnp.broadcast_to(jnp.reshape(mask, (1, channels, 1)), (span.outer, channels, span.inner))
         return repeated.reshape(length)
-    source = np.zeros(length, np.int64)  # of each position in all masks behind a 1
+    source = np.zeros(length, np.int64)  # index of each position's factor in the concatenation of a 1 and all masks
     start = 1
     for mask, span in masks:
         source[span.positions(len(mask)).T] = start + np.arange(len(mask))
@@ -121,7 +121,7 @@ def _along_axis(length: int, masks: Sequence[tuple[Mask, Span]]) -> jax.Array:
 
 
 def _channels_last(x: jax.Array, consumer: Consumer, channels: int) -> jax.Array:
-    """The channels of one gate, (..., C_l)."""
+    """Moves the channels of one gate to the last axis, (..., C_l)."""
     if consumer.axis == x.ndim - 1 and x.shape[consumer.axis] == channels:
         return x
     positions = consumer.span.positions(channels)

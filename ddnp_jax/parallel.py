@@ -1,7 +1,7 @@
-"""Devices and hosts: a step written from one device's view runs on all devices of all processes.
+"""Devices and processes: runs a step that is written for a single device on all devices of all processes.
 
-States are replicated and batches split over a mesh with a single axis. Only this file uses the axis; a step receives
-`Devices`.
+States are replicated, and batches are split over a mesh with a single axis. Only this module uses the axis; a step
+receives `Devices`.
 """
 
 import os
@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src.clusters import ClusterEnv  # which nothing public leads to
+from jax._src.clusters import ClusterEnv  # no public module provides it
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ddnp_jax import relay
 
 AXIS = "data"
-MODES = ("shard_map", "pmap")  # of `data_parallel`
-HEARTBEAT_SECONDS = 30  # after which a process that has not been heard of counts as dead
+MODES = ("shard_map", "pmap")  # values of `mode` of `data_parallel`
+HEARTBEAT_SECONDS = 30  # a process without a heartbeat for this time counts as dead
 _REPLICATED = PartitionSpec()
 _SPLIT = PartitionSpec(None, AXIS)  # (chunk, batch, ...): the batch axis
 
@@ -27,12 +27,13 @@ Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
 class Devices(NamedTuple):
-    """What a step on one device's share of a batch needs to know of the other devices.
+    """The functions and names with which a step on one device's share of a batch communicates with the other devices.
 
     Attributes:
-      mean: Mean of a pytree of arrays over all devices.
-      number: Number of the device that the step runs on.
-      batch_axis: Mapped axis over which batch normalization takes its means; None for the device's share alone.
+      mean: Computes the mean of a pytree of arrays over all devices.
+      number: Returns the index of the device that the step runs on.
+      batch_axis: Name of the mapped axis over which batch normalization averages; None to average only over the
+        device's own share of the batch.
     """
 
     mean: Callable[[Any], Any]
@@ -47,7 +48,7 @@ OVER_DEVICES = Devices(
 
 
 def sum_over_devices(tree: Any) -> Any:
-    """Sum of a pytree of arrays over all devices, in a function that `data_parallel` maps."""
+    """Sum of a pytree of arrays over all devices; only inside a function that `data_parallel` maps."""
     return jax.lax.psum(tree, AXIS)
 
 
@@ -57,24 +58,24 @@ def initialize(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> relay.Relay | None:
-    """Joins this process to the others of the run; must be called before any device is used.
+    """Connects this process with the others of the run; must be called before any device is used.
 
-    From then on, the process ends soon after another one that ended before its time, with a sentence and
+    Afterwards, if another process ends prematurely, this process soon ends too, with a message and the exit code
     `ending.RESUMABLE`.
 
     Args:
-      distributed: Whether the run has several processes; False does nothing.
-      coordinator_address: Address 'host:port' of process 0; None on TPU, Slurm and Kubernetes, where JAX finds it,
-        and the other two.
+      distributed: Whether the run has several processes; if False, the function does nothing.
+      coordinator_address: Address 'host:port' of process 0. None, as for the next two arguments, on TPU, Slurm and
+        Kubernetes, where JAX detects all three.
       num_processes: Number of processes of the run.
       process_id: Number of this process, from 0.
 
     Returns:
-      What knows whether another process has ended; None where there is no other.
+      The relay, which detects whether another process has ended; None if the run has a single process.
 
     Raises:
-      ValueError: Only some of the three are given, any of them to a run that is not distributed, or the address is
-        none, or taken.
+      ValueError: Only some of the last three arguments are given, one of them is given although `distributed` is
+        False, or the address is invalid or in use.
     """
     given: dict[str, Any] = {
         "coordinator_address": coordinator_address,
@@ -96,7 +97,7 @@ def initialize(
         raise ValueError(f"coordinator_address={coordinator_address!r} must be the host:port of process 0.")
     way = relay.Relay(given["coordinator_address"], given["process_id"])
     address = {"coordinator_address": way.address, "coordinator_bind_address": way.address}
-    # Longer than the relay waits, because jaxlib would abort the process.
+    # Longer than the relay waits, because jaxlib aborts the process after a timeout.
     timeouts = {
         "initialization_timeout": 600 + relay.JOINING_SECONDS,
         "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
@@ -107,29 +108,29 @@ def initialize(
 
 
 def _found(names: Iterable[str]) -> dict[str, Any]:
-    """The arguments that JAX finds on a TPU pod, under Slurm or Kubernetes."""
+    """The arguments of `jax.distributed.initialize` as JAX detects them on a TPU pod, under Slurm or Kubernetes."""
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     found = ClusterEnv.auto_detect_unset_distributed_params(address, None, None, None, None, relay.JOINING_SECONDS)
     if None in found[:3]:
         raise ValueError(f"no cluster was found here; give {', '.join(names)}.")
-    return dict(zip(names, found, strict=False))  # behind them the devices of this process, which JAX asks for anew
+    return dict(zip(names, found, strict=False))  # the last entry, the devices of this process, is not needed
 
 
 def check_devices() -> None:
-    """Raises if JAX cannot initialize any of the requested devices.
+    """Checks that JAX can initialize the requested devices.
 
     Raises:
       ValueError: A requested platform, for example by JAX_PLATFORMS, is not available.
     """
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # JAX asserts where a platform is known and no driver is there
+    except (RuntimeError, AssertionError) as error:  # AssertionError for a known platform without a driver
         said = str(error).partition(". (set JAX_PLATFORMS=")[0]
         reason = f" ({said})" if said else ""
         asked = jax.config.jax_platforms  # type: ignore[attr-defined]  # added when JAX is imported
         raise ValueError(
-            f"JAX finds no device of JAX_PLATFORMS={asked!r}{reason}; leave it unset to take the "
-            "devices that there are, or install JAX for this platform."
+            f"JAX finds no device of JAX_PLATFORMS={asked!r}{reason}; leave it unset to use the "
+            "available devices, or install JAX for this platform."
         ) from error
 
 
@@ -139,11 +140,11 @@ def mesh() -> Mesh:
 
 
 def check_batch(batch_size: int, name: str) -> None:
-    """Raises for a batch that the devices cannot share equally.
+    """Checks that a batch can be divided equally among the devices.
 
     Args:
       batch_size: Images per step over all devices.
-      name: Field of the configuration that holds it, for the message.
+      name: Name of the configuration field with the batch size, for the message.
 
     Raises:
       ValueError: `batch_size` is not a positive multiple of the number of devices.
@@ -160,7 +161,7 @@ def replicate(tree: Any) -> Any:
 
 
 def shard_batches(tree: Any) -> Any:
-    """Puts batches on the devices that read them.
+    """Puts batches on the devices that process them.
 
     Args:
       tree: Pytree of host arrays (chunk, batch / processes, ...), this process's part of every batch.
@@ -175,7 +176,7 @@ def shard_batches(tree: Any) -> Any:
 def fetch(tree: Any) -> Any:
     """Copies a pytree of replicated (or local) arrays to the host as numpy arrays that outlive donation.
 
-    Random keys stay keys, in an array of their own on the current device.
+    Random keys remain JAX keys, copied to the current device.
     """
 
     def copy(x: Any) -> Any:
@@ -188,7 +189,7 @@ def fetch(tree: Any) -> Any:
 
 
 def is_key(x: Any) -> bool:
-    """Whether an array holds typed random keys, as flax.nnx modules do; numpy knows no such arrays."""
+    """Whether an array holds typed random keys, as the state of flax.nnx modules may; numpy has no such type."""
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
@@ -201,28 +202,28 @@ def any_process(flag: bool) -> bool:
     """Whether `flag` is true in any process; every process must call this, and all get the same result."""
     if jax.process_count() == 1:
         return flag
-    with jax.transfer_guard("allow"):  # one byte each; its gather moves it implicitly
+    with jax.transfer_guard("allow"):  # the gather transfers one byte per process implicitly
         return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def on_first_process(write: Callable[[], Any]) -> None:
-    """Calls `write` in the first process alone; the others continue when it has returned. Every process must call.
+    """Calls `write` in the first process only; the other processes wait for it. Every process must call this function.
 
     Raises:
-      OSError: `write` failed, in the processes that did not call it; in the first one, what it raised.
+      OSError: In the other processes, if `write` failed. In the first process, the error of `write` is raised.
     """
     error = None
     if jax.process_index() == 0:
         try:
             write()
-        except Exception as caught:  # whatever it is, the others must not wait forever
+        except Exception as caught:  # any error, so that the other processes do not wait forever
             error = caught
     if any_process(error is not None):
         raise error or OSError("the first process could not write; see its own message.")
 
 
 def check_mode(mode: str) -> None:
-    """Raises for an unknown mode of `data_parallel`.
+    """Checks a mode of `data_parallel`.
 
     Raises:
       ValueError: `mode` is neither 'shard_map' nor 'pmap'.
@@ -234,22 +235,21 @@ def check_mode(mode: str) -> None:
 def data_parallel(step: Step, *, mode: str = "shard_map", donate: bool = True) -> Step:
     """Maps a step over all devices of all processes.
 
-    The step takes its means with `OVER_DEVICES.mean`: of the gradients, of what it returns as metrics and of batch
-    statistics that stay in the state, so that both outputs are the same on every device. Both modes give the same
-    numbers.
+    The step must average the gradients, the metrics and the batch statistics in the state with `OVER_DEVICES.mean`, so
+    that both outputs are the same on every device. Both modes give the same numbers.
 
     Args:
-      step: Function `(state, constants, batches) -> (state, metrics)` as one device sees it: `batches` holds its own
-        share of each batch, (chunk, batch / devices, ...).
+      step: Function `(state, constants, batches) -> (state, metrics)` for one device: `batches` is the device's share
+        of each batch, (chunk, batch / devices, ...).
       mode: 'shard_map' (under jit) or 'pmap'.
-      donate: Whether the call may reuse the memory of its state, which is then gone.
+      donate: Whether the call may reuse the memory of the given state, which can then no longer be used.
 
     Returns:
       The same function of a replicated state and constants (see `replicate`) and batches split along axis 1 (see
       `shard_batches`); its outputs are replicated.
 
     Raises:
-      ValueError: `mode` is neither.
+      ValueError: `mode` is unknown.
     """
     donated = (0,) if donate else ()
     check_mode(mode)
@@ -264,7 +264,7 @@ def data_parallel(step: Step, *, mode: str = "shard_map", donate: bool = True) -
 
 
 def _pmapped(step: Step, donated: tuple[int, ...]) -> Step:
-    """The same through `jax.pmap`, which wants this process's part of the batch with the local devices as an axis."""
+    """`data_parallel` by `jax.pmap`, which needs this process's part of the batch with an axis for its devices."""
     devices = jax.local_device_count()
     mapped = jax.pmap(step, AXIS, in_axes=(None, None, 1), out_axes=None, donate_argnums=donated)
 

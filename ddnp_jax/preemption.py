@@ -1,4 +1,4 @@
-"""A graceful stop on SIGTERM and Ctrl-C: a run ends at the next safe point, saved and resumable."""
+"""Graceful stop on SIGTERM and Ctrl-C: the run is saved and ends at the next safe point, from which it can resume."""
 
 import signal
 import sys
@@ -22,8 +22,9 @@ class Preempted(SystemExit):
 class PreemptionGuard:
     """While active, SIGTERM and Ctrl-C only request a stop, so that the run can save and exit between two chunks.
 
-    A second Ctrl-C interrupts immediately. Repeated SIGTERMs have no effect: schedulers send several. Must be entered
-    in the main thread; in a run of several processes, by all of them. One that is not entered never asks to stop.
+    A second Ctrl-C interrupts immediately. Repeated SIGTERMs have no effect, because schedulers send several. The
+    context must be entered in the main thread and, in a run with several processes, by all of them. Before it is
+    entered, no stop is ever requested.
     """
 
     _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -33,27 +34,27 @@ class PreemptionGuard:
         self._old: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        """Puts the handlers in place."""
+        """Installs the signal handlers."""
         self._old = {number: signal.signal(number, self._request) for number in self._SIGNALS}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Puts the old handlers back, and says why the run was stopped: now progress bars and files are closed."""
+        """Restores the old handlers and prints the message of a stop; progress bars and files are closed by then."""
         for number, handler in self._old.items():
-            # None: it was not set from Python (jax.distributed sets one of its own), and cannot be put back from here.
+            # None: the handler was not set by Python (jax.distributed sets its own), and cannot be restored by Python.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if isinstance(error, Preempted):
             print(error.message, file=sys.stderr, flush=True)
 
     def stop_requested(self) -> bool:
-        """Whether any process of the run was requested to stop; all processes call this at the same point and agree."""
+        """Whether a stop was requested in any process; all processes call this at the same point and get one answer."""
         return parallel.any_process(self._requested)
 
     def check(self, message: str) -> None:
         """Ends the run if a stop was requested; all processes call this at the same point.
 
         Args:
-          message: What is saved, for the person who reads it; said on standard error when the guard is left.
+          message: Message to the user about what is saved, printed on standard error when the context is left.
 
         Raises:
           Preempted: A stop was requested.

@@ -1,9 +1,10 @@
-"""JAX's way to the first process, led through a thread that sees first when another one ends.
+"""Relays the connections between JAX's processes, to detect at once when another process of the run has ended.
 
-JAX's processes learn of one another through the first. Where the connection to it breaks, jaxlib aborts the process
-with its stack on standard error; that another than the first has died, it notices by the missing heartbeat only. The
-threads here take jaxlib's connections, make each again to the other side, and pass on what comes. They keep from jaxlib
-that the other side has broken off, and end the process themselves, with a sentence.
+All of JAX's processes are connected to the first one. When this connection breaks, jaxlib aborts the process and prints
+a stack trace; when a process other than the first dies, jaxlib notices only that its heartbeat is missing. The threads
+of this module accept jaxlib's connections, open a second connection to the other side for each, and forward the bytes.
+They hide from jaxlib that the other side has closed its connection, and end the process themselves, with a readable
+message.
 """
 
 import contextlib
@@ -17,30 +18,30 @@ import jax
 
 from ddnp_jax import ending
 
-JOINING_SECONDS = 300  # within which all processes must have been started
-# For a process to end by itself after another one: in order, or by the same error, which it says itself.
+JOINING_SECONDS = 300  # all processes must be started within this time
+# Time for a process to end by itself after another one: normally, or by the same error, which it then reports.
 GRACE_SECONDS = 10
 _HERE = "127.0.0.1"
-_BYTES = 2**16  # at a time
+_BYTES = 2**16  # bytes to read at once
 
 
 class Relay:
-    """Stands between this process's JAX and the processes that it is connected with.
+    """Forwards the connections between JAX in this process and the other processes.
 
     Attributes:
-      address: 'host:port' at which JAX is to find the first process, or to be it.
-      joined: Set when all processes are connected; until then, JAX tries again where a connection breaks.
+      address: Address 'host:port' to give to JAX: the first process listens there, the others connect to it.
+      joined: Whether all processes are connected; until then, JAX retries when a connection breaks.
     """
 
     def __init__(self, first_process: str, process_id: int) -> None:
         """Starts the threads.
 
         Args:
-          first_process: 'host:port' that all processes were given.
+          first_process: Address 'host:port' of the first process, as given to all processes.
           process_id: Number of this process.
 
         Raises:
-          ValueError: The first process cannot listen there.
+          ValueError: This is the first process, and it cannot listen on the port.
         """
         self.joined = False
         self._broken = threading.Event()
@@ -56,16 +57,16 @@ class Relay:
         _start(self._wait_for_all)
 
     def is_broken(self) -> bool:
-        """Whether another process has ended; it may take a moment to be heard of, for which this waits."""
+        """Whether another process has ended; waits up to `GRACE_SECONDS` for the news."""
         return self._broken.wait(GRACE_SECONDS)
 
     def _serve(self, listener: socket.socket, target: tuple[str, int]) -> None:
-        """Makes every connection to the listener again to the target; jaxlib is at one end of the two."""
+        """Opens a connection to the target for every accepted connection; jaxlib is at the end of one of the two."""
         while True:
             accepted, _ = listener.accept()
             try:
                 made = socket.create_connection(target)
-            except OSError:  # nobody is there yet
+            except OSError:  # the target does not listen yet
                 accepted.close()
                 continue
             near, far = (made, accepted) if self._is_first else (accepted, made)
@@ -76,7 +77,7 @@ class Relay:
     def _wait_for_all(self) -> None:
         time.sleep(JOINING_SECONDS)
         if not self.joined:
-            ending.leave_to_resume(f"the other processes of the run did not come within {JOINING_SECONDS} s")
+            ending.leave_to_resume(f"the other processes of the run did not connect within {JOINING_SECONDS} s")
 
     def _outwards(self, near: socket.socket, far: socket.socket, ended: threading.Event) -> None:
         _pass(near, far)
@@ -86,16 +87,16 @@ class Relay:
     def _inwards(self, far: socket.socket, near: socket.socket, ended: threading.Event) -> None:
         is_lost = _pass(far, near) and self.joined and not ended.is_set()
         if self._is_first or not is_lost:
-            _close(near)  # the first process's jaxlib does not mind, and waits for it at its end
+            _close(near)  # jaxlib of the first process tolerates this, and waits for it before it exits
         if is_lost:
             self._broken.set()
             time.sleep(GRACE_SECONDS)
-            if jax.distributed.is_initialized():  # else all have reached the end, and this process is ending too
+            if jax.distributed.is_initialized():  # otherwise the run is complete, and this process is exiting too
                 ending.leave_to_resume("another process of the run ended")
 
 
 def _pass(source: socket.socket, sink: socket.socket) -> bool:
-    """Passes bytes on until one side ends; returns whether it was the source."""
+    """Forwards bytes until one side closes its connection; returns whether that side was the source."""
     while found := _received(source):
         try:
             sink.sendall(found)
@@ -107,12 +108,12 @@ def _pass(source: socket.socket, sink: socket.socket) -> bool:
 def _received(source: socket.socket) -> bytes:
     try:
         return source.recv(_BYTES)
-    except OSError:  # an end as good as any
+    except OSError:  # treated like a connection that was closed normally
         return b""
 
 
 def _close(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # it has ended already
+    with contextlib.suppress(OSError):  # the connection is closed already
         connection.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads from it
     connection.close()
 

@@ -1,4 +1,4 @@
-"""Saving a network to a folder: its weights, and what is needed to rebuild its module. Nothing is pickled."""
+"""Saving a network to a folder, with its weights and a description of its module, and loading it; without pickle."""
 
 import hashlib
 import importlib
@@ -19,9 +19,9 @@ from ddnp_jax.compact import check_finite
 from ddnp_jax.networks import LeafPath, Network, Sizes, as_network, flatten, replace_leaves
 
 DESCRIPTION = "model.json"
-_SEPARATOR = "\x1f"  # of the names in a path; Haiku's names hold slashes
+_SEPARATOR = "\x1f"  # separator of the names in a path; not a slash, because Haiku's names contain slashes
 OWN_PACKAGE = __name__.partition(".")[0]
-_DEFAULTS: dict[str, Any] = {"kind": "linen", "sizes": []}  # of folders that were written before there were other kinds
+_DEFAULTS: dict[str, Any] = {"kind": "linen", "sizes": []}  # for folders of versions that supported only linen modules
 _FIELDS: dict[str, type] = {
     **dict.fromkeys(("kind", "class", "weights", "sha256"), str),
     **dict.fromkeys(("missing", "sizes"), list),
@@ -104,7 +104,7 @@ def load_pruned(path: str | Path, model: Any = None, variables: Any = None) -> t
         model = _build(description, file)
     network = as_network(model)
     if network.kind != description["kind"]:
-        raise ValueError(f"{file} holds a {description['kind']} network, and model= is a {network.kind} one.")
+        raise ValueError(f"{file} holds a {description['kind']} network, and model= is a {network.kind} network.")
     if network.kind == "linen":
         _check_attributes(getattr(network, "module", model), description, file)
     network = as_network(network.with_sizes(sizes))
@@ -114,20 +114,22 @@ def load_pruned(path: str | Path, model: Any = None, variables: Any = None) -> t
 
 
 def _is_saved(leaf: Any) -> bool:
-    """Random keys are not saved; the module that is loaded into has its own."""
+    """Whether a leaf is saved; random keys are not, because a module that is loaded has its own."""
     return not jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key)
 
 
 def _variables(network: Network, like: Any, leaves: Mapping[LeafPath, Any], file: Path) -> Any:
-    """The variables in their structure."""
+    """Returns loaded leaves as variables with the structure of the network's variables."""
     if network.kind != "nnx" and like is None:
         return unflatten_dict(leaves)
     like = network.variables(like)
     own = flatten(like)
     if unknown := [path for path in leaves if path not in own]:
-        raise ValueError(f"{file} has {'/'.join(unknown[0])!r}, which the given network lacks; give the one it was.")
+        raise ValueError(
+            f"{file} has {'/'.join(unknown[0])!r}, which the given network lacks; give the network that was saved."
+        )
     if absent := [path for path, leaf in own.items() if path not in leaves and _is_saved(leaf)]:
-        raise ValueError(f"{file} lacks {'/'.join(absent[0])!r} of the given network; give the one it was.")
+        raise ValueError(f"{file} lacks {'/'.join(absent[0])!r} of the given network; give the network that was saved.")
     return replace_leaves(like, {**own, **leaves})
 
 
@@ -138,21 +140,21 @@ def _description(file: Path) -> dict[str, Any]:
     try:
         for name, kind in _FIELDS.items():
             if not isinstance(found[name], kind):
-                raise TypeError(f"{name} is no {kind.__name__}")
+                raise TypeError(f"{name} is not a {kind.__name__}")
         for path, own in found["sizes"]:
             if not (isinstance(path, list) and all(isinstance(name, str) for name in path) and isinstance(own, dict)):
-                raise TypeError("sizes are no pairs of a path and sizes")
+                raise TypeError("sizes are not pairs of a path and sizes")
             if not all(_is_size(value) for value in own.values()):
-                raise TypeError("a size is no positive number")
+                raise TypeError("a size is not a positive number")
     except KeyError as error:
         raise ValueError(f"{file} is damaged: it has no {error}; write the network again with save_pruned.") from error
-    except (ValueError, TypeError) as error:  # sizes may be no pairs
+    except (ValueError, TypeError) as error:  # ValueError if sizes are not pairs
         raise ValueError(f"{file} is damaged ({error}); write the network again with save_pruned.") from error
     return found
 
 
 def _is_size(value: Any) -> bool:
-    if value is None:  # as GroupNorm has where it is given the other of two sizes
+    if value is None:  # GroupNorm has two sizes, of which one is None
         return True
     if isinstance(value, list):
         return all(map(_is_size, value))
@@ -168,8 +170,8 @@ def _weights(file: Path, description: Mapping[str, Any]) -> dict[LeafPath, jax.A
         leaves = flatten(flax.serialization.msgpack_restore(content))
         paths = {path: tuple(path[0].split(_SEPARATOR)) if len(path) == 1 else path for path in leaves}
         found = {paths[path]: jnp.asarray(leaf) for path, leaf in leaves.items()}
-        unflatten_dict(found)  # raises where a leaf lies within another
-    except Exception as error:  # a hostile file can raise anything
+        unflatten_dict(found)  # raises if the path of a leaf continues that of another one
+    except Exception as error:  # a malicious file can raise any error
         raise ValueError(f"{weights_file} holds no weights ({error!r}); write the network again.") from error
     if not found or not all(path and all(isinstance(name, str) for name in path) for path in found):
         raise ValueError(f"{weights_file} holds no weights by name; write the network again.")
@@ -177,7 +179,7 @@ def _weights(file: Path, description: Mapping[str, Any]) -> dict[LeafPath, jax.A
 
 
 def _attributes(module: nn.Module) -> tuple[dict[str, Any], list[str]]:
-    """A module's attributes as JSON values, and the names of those that are none; defaults are left out."""
+    """Returns a module's attributes as JSON values, without defaults, and the names of those that cannot be saved."""
     attributes, missing = {}, []
     for name, field in type(module).__dataclass_fields__.items():
         value = getattr(module, name)
@@ -194,7 +196,7 @@ def _attributes(module: nn.Module) -> tuple[dict[str, Any], list[str]]:
 
 
 def _is_json(value: Any, written: Any) -> bool:
-    """Whether a value is written as that JSON value."""
+    """Whether a value is saved as the JSON value `written`."""
     try:
         return _to_json(value) == written and type(_to_json(value)) is type(written)
     except TypeError:
@@ -217,7 +219,7 @@ def _to_json(value: Any) -> Any:
         return [_to_json(each) for each in value]
     if isinstance(value, type(jnp.float32) | np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
         return {"dtype": jnp.dtype(value).name}
-    raise TypeError(f"{value!r} is no JSON value")
+    raise TypeError(f"{value!r} is not a JSON value")
 
 
 def _from_json(value: Any) -> Any:
@@ -231,25 +233,25 @@ def _build(description: Mapping[str, Any], file: Path) -> nn.Module:
     if missing:
         what = f"lacks the attributes {', '.join(map(str, missing))} of {name}"
         if description["kind"] != "linen":
-            what = f"holds a {description['kind']} network, of which only the variables can be written"
+            what = f"holds a {description['kind']} network, of which only the variables can be saved"
         raise ValueError(f"{file} {what}; pass the unpruned network, load_pruned(..., model=).")
     found = _class(name)
     if found is None:
         advice = "" if name.startswith("__main__:") else "import its module first, or "
         raise ValueError(
-            f"{file}: {name} is not a class of this library, and no module of the program has it; {advice}pass the "
-            "unpruned network, load_pruned(..., model=)."
+            f"{file}: {name} is not a class of this library or of an imported module; {advice}pass the unpruned "
+            "network, load_pruned(..., model=)."
         )
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise ValueError(f"{file}: {name} is not a flax module.")
     try:
         return found(**{key: _from_json(value) for key, value in description["attributes"].items()})
     except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{file}: {name} does not take its attributes any more ({error}).") from error
+        raise ValueError(f"{file}: {name} does not accept the saved attributes ({error}).") from error
 
 
 def _class(name: str) -> Any:
-    """A class of this library, or of a module that is imported already; None for others."""
+    """Returns a class of this library or of an imported module; None for other names."""
     module, _, qualname = name.partition(":")
     if module.partition(".")[0] == OWN_PACKAGE and module not in sys.modules:
         try:

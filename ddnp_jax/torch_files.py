@@ -15,14 +15,15 @@ import numpy as np
 CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "model_ema")
 # Prefixes that `torch.compile`, `DataParallel` and detectors add to every name.
 PREFIXES = ("_orig_mod.", "module.", "backbone.")
-COUNTERS = ("num_batches_tracked", "n_averaged")  # of batch norm and of averaged models; no weights
+COUNTERS = ("num_batches_tracked", "n_averaged")  # counters of batch norm and of averaged models, not weights
 
-# `torch.save` does not compress, and weights of one byte become four: a file that unpacks to more is malicious.
+# Limits of the unpacked size: LARGEST_RATIO times the size of the file, plus ALWAYS_ALLOWED bytes. `torch.save` does
+# not compress, and weights of one byte become four bytes, so a file that exceeds the limit is malicious.
 LARGEST_RATIO, ALWAYS_ALLOWED = 10, 2**24
 
 
 class _Refused(ValueError):
-    """A file that must not be unpacked."""
+    """Raised for a file that must not be unpacked."""
 
 
 def read(
@@ -53,17 +54,17 @@ def read(
 
 
 def source_of(path_or_state_dict: Any) -> str:
-    """What to call a checkpoint in messages."""
+    """Name of a checkpoint in messages."""
     return "the state dict" if isinstance(path_or_state_dict, Mapping) else str(path_or_state_dict)
 
 
 def check(path: str | os.PathLike) -> None:
-    """Raises as `read` does for a file that is missing or damaged, whatever the network."""
+    """Checks that a file exists and can be read; raises the same errors as `read`."""
     _read(Path(path))
 
 
 def _read(path: Path) -> Any:
-    """What a file holds."""
+    """Returns the contents of a file."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no PyTorch checkpoint {path}; give the path of an existing file.")
     tensors_only = path.suffix == ".safetensors"
@@ -88,19 +89,19 @@ def _read(path: Path) -> Any:
         reason = (str(error) or type(error).__name__).partition("\n")[0].partition(". ")[0]
         raise ValueError(
             f"{path} cannot be read: it is damaged, or holds more than tensors ({reason}); "
-            "fetch it again, or save its state dict alone with torch.save."
+            "download it again, or save only its state dict with torch.save."
         ) from error
 
 
 def _allowed(path: Path) -> int:
-    """How many bytes a file may unpack to."""
+    """Maximum number of bytes to which a file may unpack."""
     return LARGEST_RATIO * path.stat().st_size + ALWAYS_ALLOWED
 
 
 def _check_archive(path: Path) -> None:
-    """Looks at the sizes before anything is unpacked, and at the checksums, which PyTorch does not do.
+    """Checks the sizes before anything is unpacked, and the checksums, which PyTorch does not check.
 
-    The checksums are computed piece by piece, and no piece is longer than the archive's directory says.
+    The checksums are computed in pieces, and reading ends at the size in the archive's directory.
     """
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(entry.file_size for entry in archive.infolist())
@@ -112,39 +113,39 @@ def _check_archive(path: Path) -> None:
 
 def _too_large(source: str, unpacked: int) -> str:
     return (
-        f"{source} would take {unpacked:,} bytes when it is unpacked, more than {LARGEST_RATIO} times its size, as no "
-        "file of weights does; fetch it again from a source that you trust."
+        f"{source} would take {unpacked:,} bytes when it is unpacked, more than {LARGEST_RATIO} times its size; files "
+        "of weights do not. Download it again from a source that you trust."
     )
 
 
 def _numpy_scalars() -> list[Any]:
-    """What unpickles a numpy number, such as an accuracy beside the weights; harmless, though PyTorch refuses it."""
+    """Globals for unpickling numpy scalars, such as an accuracy beside the weights; they are safe to allow."""
     scalar = np.float64(0).__reduce__()[0]
-    modules = ("numpy.core.multiarray", "numpy._core.multiarray")  # before numpy 2 and since
+    modules = ("numpy.core.multiarray", "numpy._core.multiarray")  # in numpy 1 and numpy 2
     numbers = (np.float16, np.float32, np.float64, np.int32, np.int64, np.bool_)
     return [*((scalar, f"{module}.scalar") for module in modules), np.dtype, *(type(np.dtype(n)) for n in numbers)]
 
 
 def _state_dict(checkpoint: Any, source: str, wanted: Collection[str], allowed: float) -> dict[str, np.ndarray]:
-    """The float32 arrays of a checkpoint by name, without containers, prefixes and counters."""
+    """Returns the float32 arrays of a checkpoint by name, without containers, prefixes and counters."""
     state = _unwrapped(checkpoint, source)
     tensors = {name: value for name, value in state.items() if name.rpartition(".")[2] not in COUNTERS}
     names = _short_names(tensors, wanted, source)
     needed = sum(4 * math.prod(value.shape) for value in tensors.values())
-    if needed > allowed:  # a tensor can repeat the few numbers that are stored
+    if needed > allowed:  # a tensor can be larger than its stored numbers, which it repeats
         raise ValueError(_too_large(source, needed))
     return {names[name]: _numpy(value, f"{source} holds {name!r}") for name, value in tensors.items()}
 
 
 def _unwrapped(checkpoint: Any, source: str) -> Mapping[str, Any]:
-    """The state dict in a checkpoint; every value of it is a tensor."""
-    advice = f"give a state dict, as it is or under one of the keys {', '.join(CONTAINERS)}."
+    """Returns the state dict in a checkpoint; all of its values are tensors."""
+    advice = f"give a state dict, directly or under one of the keys {', '.join(CONTAINERS)}."
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"{source} holds a {type(checkpoint).__name__}; {advice}")
     state = checkpoint
     while keys := [key for key in CONTAINERS if isinstance(state.get(key), Mapping)]:
         others = "".join(f", not those under {key!r}" for key in keys[1:])
-        _say(f"{source}: the weights under {keys[0]!r} are taken{others}.")
+        _say(f"{source}: the weights under {keys[0]!r} are used{others}.")
         state = state[keys[0]]
     for name, value in state.items():
         if not (isinstance(name, str) and hasattr(value, "shape")):
@@ -153,7 +154,7 @@ def _unwrapped(checkpoint: Any, source: str) -> Mapping[str, Any]:
 
 
 def _short_names(names: Iterable[str], wanted: Collection[str], source: str) -> dict[str, str]:
-    """The names without prefixes, by the names with them."""
+    """Returns the names without prefixes, by the names with prefixes."""
     short = {name: name for name in names}
     removable = [prefix for prefix in PREFIXES if not any(name.startswith(prefix) for name in wanted)]
     while prefix := next((p for p in removable if any(name.startswith(p) for name in short.values())), None):
@@ -163,8 +164,8 @@ def _short_names(names: Iterable[str], wanted: Collection[str], source: str) -> 
     for name, own in short.items():
         if first.setdefault(own, name) != name:
             raise ValueError(
-                f"{source} holds both {first[own]!r} and {name!r}, which are one tensor without their prefixes; give a "
-                "state dict with one of them."
+                f"{source} holds both {first[own]!r} and {name!r}, which are the same name without prefixes; give a "
+                "state dict with only one of them."
             )
     return short
 
@@ -174,20 +175,20 @@ def _say(line: str) -> None:
 
 
 def _numpy(value: Any, what: str) -> np.ndarray:
-    """A float32 array of a tensor (numpy itself knows neither bfloat16 nor devices) or an array.
+    """Converts a tensor or an array to a float32 array; numpy itself supports neither bfloat16 nor devices.
 
     Args:
       value: The tensor or array.
-      what: Beginning of the message of an error.
+      what: Beginning of the error message.
 
     Raises:
-      ValueError: These are no floating-point numbers, or some of them are not finite.
+      ValueError: The values are not floating-point numbers, or some of them are not finite.
     """
     is_tensor = hasattr(value, "detach")
     if not (value.is_floating_point() if is_tensor else jnp.issubdtype(np.asarray(value).dtype, jnp.floating)):
         raise ValueError(
-            f"{what} of type {value.dtype}, and weights are floating-point numbers; give them as they were before "
-            "their quantization, without other tensors."
+            f"{what} of type {value.dtype}, and weights must be floating-point numbers; give a state dict without "
+            "quantization and without other tensors."
         )
     try:
         with np.errstate(over="ignore"):

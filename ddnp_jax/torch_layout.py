@@ -1,4 +1,4 @@
-"""The names and memory layout of a network's variables in PyTorch, and the image sizes they fit."""
+"""The names and memory layout of a network's variables in PyTorch, and the size of images that match given weights."""
 
 import math
 import re
@@ -14,9 +14,9 @@ from ddnp_jax.topology import Flattened, Topology, trace, variable_shapes
 
 LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
-# Image sizes to try if the shape is not given: preferred sides, and a bound for all others.
+# Image sizes to try if the shape is not given: preferred sides, and an upper limit for all others.
 SIDES, LARGEST_SIDE = (224, 32, 28, 64, 96, 128, 256, 299, 384, 512), 1024
-BATCH = 2  # images of the calls that are tried; nothing is computed
+BATCH = 2  # number of images in the calls that are tried; these are only traced
 
 
 class Tensor(NamedTuple):
@@ -25,9 +25,9 @@ class Tensor(NamedTuple):
     Attributes:
       path: Path of the variable.
       shape: Shape of the variable.
-      flattened: Where its axes hold pixels and channels.
-      transposed: Of the kernel of a transposed convolution, whether it is (*spatial, out, in) and not
-        (*spatial, in, out); None of all others.
+      flattened: Where its axes hold both pixels and channels.
+      transposed: For the kernel of a transposed convolution: whether it is (*spatial, out, in) and not
+        (*spatial, in, out). None for all other variables.
     """
 
     path: LeafPath
@@ -36,13 +36,13 @@ class Tensor(NamedTuple):
     transposed: bool | None
 
     def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape in PyTorch of a variable of this kind that has another `shape`."""
+        """The shape in PyTorch of this variable if it has the given `shape` here."""
         if self.path[-1] != "kernel" or len(shape) != len(self.shape):
             return shape
         return tuple(shape[i] for i in self._axes)
 
     def to_torch(self, leaf: Any) -> np.ndarray:
-        """A writable float32 array in PyTorch's order."""
+        """Converts the variable to a writable float32 array with PyTorch's axes and order."""
         array = np.asarray(leaf, np.float32)
         for axis, order in self._orders():
             array = np.take(array, order, axis)
@@ -60,16 +60,20 @@ class Tensor(NamedTuple):
 
     @property
     def _axes(self) -> tuple[int, ...]:
-        """A kernel's axes in PyTorch's order."""
+        """The axes of a kernel in PyTorch's order."""
         *spatial, before, last = range(len(self.shape))
         return (before, last, *spatial) if self.transposed is False else (last, before, *spatial)
 
     def _turned(self, kernel: np.ndarray) -> np.ndarray:
-        """A transposed convolution is PyTorch's gradient of a convolution, and flax's convolution of a wider image."""
+        """Flips the spatial axes of a transposed convolution's kernel, if flax and PyTorch differ.
+
+        In PyTorch, a transposed convolution is the gradient of a convolution. In flax, it is a convolution of the
+        dilated image.
+        """
         return np.flip(kernel, tuple(range(kernel.ndim - 2))) if self.transposed is False else kernel
 
     def _orders(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(axis, positions in PyTorch's order) of the axes that PyTorch orders otherwise."""
+        """Yields (axis, positions in PyTorch's order) for all axes whose order differs in PyTorch."""
         for axis in sorted({each.axis for each in self.flattened}):
             order = np.arange(self.shape[axis])
             for each in self.flattened:
@@ -83,13 +87,13 @@ class Tensor(NamedTuple):
         if None in kinds:
             raise ValueError(
                 f"variable {'/'.join(self.path)} holds pixels and channels on axis {flattened.axis} in an order that "
-                "is not understood, so that PyTorch's is not known; reshape once, from or to (N, H, W, C)."
+                "cannot be determined, nor can PyTorch's; use a single reshape, from or to (N, H, W, C)."
             )
         return positions.reshape(lengths).transpose(np.argsort(kinds, kind="stable")).reshape(-1)
 
 
 class Layout(NamedTuple):
-    """What a network's tensors are in PyTorch.
+    """A network's tensors in PyTorch.
 
     Attributes:
       topology: Topology of the network, for one shape of images.
@@ -103,16 +107,16 @@ class Layout(NamedTuple):
 
 
 def torch_network(model: Any) -> Network:
-    """The network that a module is.
+    """Wraps a module as a network.
 
     Raises:
-      ValueError: It is a function, which has no modules to name tensors by.
+      ValueError: The model is a function, which has no modules from which tensors get their names.
     """
     network = as_network(model)
     if network.kind == "function":
         raise ValueError(
-            f"{network.name} is a function, and PyTorch's names are made from those of modules; give a flax.linen or "
-            "flax.nnx module."
+            f"{network.name} is a function, and PyTorch's names are derived from those of modules; give a flax.linen "
+            "or flax.nnx module."
         )
     return network
 
@@ -129,7 +133,7 @@ def _torch_module(path: ModulePath) -> str:
 
 
 def weights_by_name(network: Network, variables: Any) -> dict[str, tuple[LeafPath, Any]]:
-    """(path, leaf) of the weights by PyTorch's name; what random streams hold is none."""
+    """Returns (path, leaf) of all weights by PyTorch's name; the state of random streams is left out."""
     named: dict[str, tuple[LeafPath, Any]] = {}
     for path, leaf in flatten(variables).items():
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -145,7 +149,7 @@ def weights_by_name(network: Network, variables: Any) -> dict[str, tuple[LeafPat
 
 
 def check_fit(shapes: Mapping[str, tuple[int, ...]], layout: Layout, source: str) -> None:
-    """Raises ValueError for the first tensor that is misshapen, extra or missing."""
+    """Raises ValueError for the first tensor that is missing, unexpected or of another shape."""
     misfit = f"{source} does not fit the model:"
     advice = "load it into a model of the same architecture, widths and number of classes."
     wanted = {name: tensor.torch_shape(tensor.shape) for name, tensor in layout.tensors.items()}
@@ -159,11 +163,11 @@ def check_fit(shapes: Mapping[str, tuple[int, ...]], layout: Layout, source: str
             raise ValueError(f"{misfit} it lacks {name!r} of shape {shape}; {advice}")
 
 
-# ---- the shape of an image, on which the order of the rows behind a flatten depends
+# ---- the shape of an image, which determines the order of a dense layer's rows after a flatten
 
 
 def layout_at(network: Network, input_shape: Sequence[int]) -> Layout:
-    """The layout for images of one shape; nothing is computed."""
+    """The layout for images of one shape; the network is only traced."""
     images = _images(input_shape)
     topology = trace(network.model, tuple(input_shape))
     shapes = variable_shapes(network, images)
@@ -182,9 +186,9 @@ def _images(input_shape: Sequence[int]) -> jax.ShapeDtypeStruct:
 
 
 def any_layout(network: Network) -> Layout:
-    """The layout for the first images that the network can be called with."""
+    """The layout for the first image size of `SIDES` that the network accepts."""
     channels = {3: None, 1: None}
-    if network.kind == "nnx":  # its layers have their sizes already
+    if network.kind == "nnx":  # the layers of an nnx module have fixed sizes
         kernels = (leaf.shape for path, leaf in flatten(network.variables(None)).items() if path[-1] == "kernel")
         channels |= {shape[-2]: None for shape in kernels if len(shape) > 2}
     shapes = [(side, side, count) for count in channels for side in SIDES]
@@ -198,20 +202,20 @@ def any_layout(network: Network) -> Layout:
 
 
 def _weights_at(network: Network, input_shape: Sequence[int]) -> dict[str, int] | None:
-    """How many numbers each tensor has, by PyTorch's name; None if the network does not take such images."""
+    """Number of elements of each tensor by PyTorch's name; None if the network does not accept such images."""
     images = _images(input_shape)
     try:
         shapes = variable_shapes(network, images)
         outputs = jax.tree.leaves(jax.eval_shape(network.evaluate, shapes, images))
-    except Exception:  # whatever the network's own code raises
+    except Exception:  # the network's own code may raise any error
         return None
-    if all(output.shape[:1] != (BATCH,) for output in outputs):  # a reshape to (-1, fixed) divides the images
+    if all(output.shape[:1] != (BATCH,) for output in outputs):  # a reshape to (-1, fixed) has changed the batch size
         return None
     return {name: math.prod(leaf.shape) for name, (_, leaf) in weights_by_name(network, shapes).items()}
 
 
 def fitting_layout(network: Network, layout: Layout, shapes: Mapping[str, tuple[int, ...]], source: str) -> Layout:
-    """The layout for images with which the network has the shapes that are given, where there are such images."""
+    """The layout for images of a size with which the network's tensors have the given shapes, if there is one."""
     layout = _with_channels(network, layout, shapes)
     side, _, channels = layout.topology.input_shape
     misfits = {
@@ -226,7 +230,7 @@ def fitting_layout(network: Network, layout: Layout, shapes: Mapping[str, tuple[
             fitting, name = _side(network, channels, changing), next(iter(changing))
             if fitting is None:
                 raise ValueError(
-                    f"{source} does not fit the model with any square image: {name!r} has shape {shapes[name]}; give "
+                    f"{source} does not fit the model for any square image: {name!r} has shape {shapes[name]}; give "
                     "input_shape=(H, W, C), the shape of one image."
                 )
             layout = layout_at(network, (fitting, fitting, channels))
@@ -235,7 +239,7 @@ def fitting_layout(network: Network, layout: Layout, shapes: Mapping[str, tuple[
 
 
 def _with_channels(network: Network, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
-    """The layout for images with as many channels as the first layer reads, of a network that takes any number."""
+    """The layout for images with as many channels as the first layer's weights, if the network accepts any number."""
     side = layout.topology.input_shape[0]
     first = next(iter(layout.topology.layers), None)
     if network.kind == "nnx" or first is None:
@@ -250,18 +254,18 @@ def _with_channels(network: Network, layout: Layout, shapes: Mapping[str, tuple[
 
 
 def _reads_pixels(tensor: Tensor) -> bool:
-    """Whether it is the kernel of a dense layer behind a flatten."""
+    """Whether a tensor is the kernel of a dense layer after a flatten."""
     return len(tensor.shape) == 2 and any(each.axis == 0 for each in tensor.flattened)
 
 
 def _side(network: Network, channels: int, wanted: Mapping[str, int]) -> int | None:
-    """Side of square images with which the tensors have as many numbers as wanted; None if there are no such images.
+    """Side of square images with which the tensors have the wanted numbers of elements; None if there is none.
 
-    Where pixels lie with channels on one axis, their number alone says in what order: H and W do not matter.
+    If an axis holds pixels and channels, their order depends only on the number of pixels, and not on H and W.
     """
 
     def excess(side: int) -> int:
-        """How many numbers are too many; a side that the network does not take is too small."""
+        """Number of elements above the wanted number; a side that the network does not accept counts as too small."""
         found = _weights_at(network, (side, side, channels))
         return -1 if found is None else sum(found[name] - count for name, count in wanted.items())
 
@@ -278,7 +282,7 @@ def _weights_at_are(network: Network, input_shape: Sequence[int], wanted: Mappin
 
 
 def _check_known(layout: Layout, source: str) -> None:
-    """Raises where an order depends on more than the numbers of pixels and channels, which the shapes tell."""
+    """Raises if the order of a tensor depends on more than the shapes tell: the numbers of pixels and channels."""
     paths = {tensor.path: tensor for tensor in layout.tensors.values()}
     first = paths.get(layout.topology.layers[0].path) if layout.topology.layers else None
     for tensor in layout.tensors.values():

@@ -1,11 +1,12 @@
 """Import and export of PyTorch state dicts, for flax.linen and flax.nnx models whose modules are named as in PyTorch.
 
-One rule maps the names, so that no architecture needs code here: the names of the modules are joined by dots,
-`_<digits>` in them becomes `.<digits>`, and the leaf gets PyTorch's name: "layer1_0/conv1/kernel" of a linen module
-and "layer1/0/conv1/kernel" of an nnx module are "layer1.0.conv1.weight". Kernels change from (*spatial, in, out) to
-(out, in, *spatial), and those of transposed convolutions to (in, out, *spatial), flipped. If one axis of a variable
-holds both the pixels and the channels of an image (the rows of a dense layer after a flatten, the outputs of one whose
-result becomes an image), PyTorch has the channels first; the trace of the network shows which axes these are.
+The names are mapped by a single rule for all architectures: the names of the modules are joined by dots, `_<digits>`
+in them becomes `.<digits>`, and the leaf gets PyTorch's name. Thus "layer1_0/conv1/kernel" of a linen module and
+"layer1/0/conv1/kernel" of an nnx module are "layer1.0.conv1.weight" in PyTorch. Kernels change from
+(*spatial, in, out) to (out, in, *spatial), and those of transposed convolutions to (in, out, *spatial), flipped. If an
+axis of a variable holds both the pixels and the channels of an image, PyTorch has the channels first. Examples are the
+rows of a dense layer after a flatten, and the outputs of a dense layer that are reshaped to an image. The trace of the
+network shows which axes these are.
 
 `save` exports a pruned network to PyTorch: its state dict and the sizes of its layers.
 """

@@ -1,8 +1,8 @@
-"""Entry points of a checkout: the pipeline on named networks and data, plots and measurements."""
+"""Entry points in a checkout: the pipeline for specific networks and data sets, plots and measurements."""
 
 import importlib.util
 
-_PACKAGES = (  # of the extra `job`; found, not imported, because what measures memory starts from an empty process
+_PACKAGES = (  # of the extra `job`; not imported here, because measurements of memory start from an empty process
     "PIL",
     "absl",
     "cv2",

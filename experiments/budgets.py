@@ -1,10 +1,10 @@
-"""What the papers' budgets mean: FLOPs, reachable reductions and p of all their networks, as markdown tables.
+"""The budgets of the papers: FLOPs, reachable reductions and values of p for all their networks, as Markdown tables.
 
     python -m experiments.budgets
 
-T_all is the entire network per image, T_total its prunable layers, p the fraction of T_total that remains; a reduction
-is of T_all.
-The smallest network keeps one channel per gate. Nothing is computed on a device: everything follows from the topology.
+T_all are the FLOPs of the entire network per image, T_total those of its prunable layers, and p is the fraction of
+T_total that remains; reductions are fractions of T_all. The smallest network keeps one channel per gate. All numbers
+follow from the topology, without computations on a device.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from experiments import launch
 
 
 class Data(NamedTuple):
-    """A data set as the networks see it."""
+    """A data set with the size of its images and its number of classes."""
 
     name: str
     image_shape: tuple[int, int, int]
@@ -25,15 +25,15 @@ class Data(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A network and data of the papers.
+    """A network and a data set of the papers.
 
     Attributes:
       network: Name of the network in the papers.
       model: Name of the network in `models.create`.
-      data: On which it was pruned.
+      data: The data set.
       ddnp: Values of p in DDNP Table A1.
       nppm: Values of p in NPPM Table 1.
-      printed: Percent of all FLOPs removed that the paper prints beside a value of p.
+      printed: (p, removed percentage of all FLOPs) as printed in a paper.
     """
 
     network: str
@@ -54,7 +54,7 @@ PAIRS = (
     Pair("ResNet-101", "resnet101", IMAGENET, (), (0.42,)),
     Pair("MobileNetV2", "mobilenet_v2", IMAGENET, (0.67,), (0.63,)),
     Pair("MobileNetV3-small", "mobilenet_v3_small", IMAGENET, (0.75,), ()),
-    # NPPM does not say which of the three.
+    # NPPM does not state which of these three networks it prunes.
     Pair("ShuffleNetV2+ small", "shufflenet_v2_plus_small", IMAGENET, (), (0.70,)),
     Pair("ShuffleNetV2+ medium", "shufflenet_v2_plus_medium", IMAGENET, (), (0.70,)),
     Pair("ShuffleNetV2+ large", "shufflenet_v2_plus_large", IMAGENET, (), (0.70,)),
@@ -62,12 +62,12 @@ PAIRS = (
 
 
 def topology(pair: Pair) -> Topology:
-    """What can be removed from a pair's network."""
+    """Traces the network of a pair."""
     return trace(models.create(pair.model, pair.data.classes), pair.data.image_shape)
 
 
 def budgets_table(topologies: dict[Pair, Topology], convention: str) -> str:
-    """T_all, T_total, the smallest reachable network, and the reduction that each p of the papers gives."""
+    """Table of T_all, T_total, the smallest reachable network, and the reduction for each p of the papers."""
     header = ["network", "data set", "T_all (M)", "T_total (M)", "T_total / T_all (%)", "smallest p"]
     header += ["largest reduction (%)", "p (DDNP)", "reduction (%)", "p (NPPM)", "reduction (%)"]
     rows = []
@@ -90,7 +90,7 @@ def budgets_table(topologies: dict[Pair, Topology], convention: str) -> str:
 
 
 def printed_table(topologies: dict[Pair, Topology]) -> str:
-    """The reductions that a paper lists with its p: what that p gives, and which p gives the listed reduction."""
+    """Table of the reductions that a paper prints for its p: the actual reduction, and the p for the printed one."""
     header = ["network", "counted as", "p", "reduction (%)", "printed (%)", "difference", "p of the printed reduction"]
     rows = []
     for pair, network in topologies.items():

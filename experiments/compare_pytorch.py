@@ -2,11 +2,11 @@
 
     python -m experiments.compare_pytorch --config=configs/cifar10_r56.py --torch_checkpoint=resnet56-base.pth.tar
 
-says how far the logits and predictions agree, the accuracy of both, and how fast both are; `--workdir` keeps the
-figures in `compare_pytorch.json`. The configuration names network and data; `eval_batch_size` and `precision` count.
-Speed is of the forward pass alone, on batches that are already where they are read; both sides take turns, batch by
-batch, so that a slow minute meets both. On a GPU both use TensorFloat-32 by default, which moves the logits:
-JAX_DEFAULT_MATMUL_PRECISION=float32 makes ours exact.
+reports the differences of the logits and predictions, and the accuracy and speed of both networks; with `--workdir`, it
+also saves them to `compare_pytorch.json`. The configuration selects the network and the data; its `eval_batch_size` and
+`precision` are used too. The speed is that of the forward pass only, with the batch already on its device. The two
+networks alternate batch by batch, so that a slowdown of the machine affects both. On a GPU both use TensorFloat-32 by
+default, which changes the logits; with JAX_DEFAULT_MATMUL_PRECISION=float32, this library computes exactly.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from experiments import launch
 if TYPE_CHECKING:
     from ddnp_jax.config import Config
 
-_CHECKPOINT = flags.DEFINE_string("torch_checkpoint", None, "PyTorch weights of the network that --config names.")
+_CHECKPOINT = flags.DEFINE_string("torch_checkpoint", None, "PyTorch weights for the network of --config.")
 
 PYTORCH, OURS = "PyTorch", "ddnp_jax"
 
@@ -32,10 +32,10 @@ Forward = Callable[[np.ndarray], tuple[np.ndarray, float]]  # images (N, H, W, C
 
 
 def our_forward(config: "Config", checkpoint: str, num_classes: int, image_shape: tuple[int, ...]) -> Forward:
-    """Our network, every batch split over all devices.
+    """Returns the forward pass of this library's network, with every batch split over all devices.
 
     Raises:
-      ValueError: The checkpoint does not fit the network.
+      ValueError: The checkpoint does not match the network.
     """
     import jax
 
@@ -57,7 +57,7 @@ def our_forward(config: "Config", checkpoint: str, num_classes: int, image_shape
 
 
 def pytorch_forward(config: "Config", checkpoint: str, num_classes: int, channels: int, on_gpu: bool) -> Forward:
-    """PyTorch's network, channels last."""
+    """Returns the forward pass of PyTorch's network, in the channels-last memory format."""
     import torch
 
     from ddnp_jax import torch_weights
@@ -87,11 +87,11 @@ def pytorch_forward(config: "Config", checkpoint: str, num_classes: int, channel
 
 
 def compare(config: "Config", checkpoint: str) -> dict[str, Any]:
-    """Runs every test image through both networks; see `statistics` for what comes back.
+    """Runs all test images through both networks; returns their `statistics`, images per second and devices.
 
     Raises:
-      ValueError: A field is wrong, or the checkpoint does not fit the network.
-      OSError: There are no such data, or no such checkpoint.
+      ValueError: A field is invalid, or the checkpoint does not match the network.
+      OSError: The data or the checkpoint do not exist.
       ImportError: PyTorch is not installed.
     """
     import jax
@@ -114,7 +114,7 @@ def compare(config: "Config", checkpoint: str) -> dict[str, Any]:
     batches = data.evaluation_batches(np.arange(len(dataset.test)), config.eval_batch_size)
     for indices, valid in tqdm(batches, desc="comparing", unit="batch"):
         batch = dataset.test.batch(dataset.test.on_devices, dataset.test.read(indices, None), None)
-        images, targets = map(np.array, batch)  # copies, because PyTorch warns of arrays that cannot be written
+        images, targets = map(np.array, batch)  # copies, because PyTorch warns about read-only arrays
         labels.append(targets[valid])
         for name, forward in sides.items():
             if not logits[name]:
@@ -132,11 +132,11 @@ def compare(config: "Config", checkpoint: str) -> dict[str, Any]:
 
 
 def statistics(logits: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, Any]:
-    """How far two networks agree, and how well each predicts.
+    """Compares the outputs of two networks with each other and with the labels.
 
     Args:
-      logits: (N, K) of `OURS` and of `PYTORCH`.
-      labels: (N,).
+      logits: Logits (N, K) of `OURS` and of `PYTORCH`.
+      labels: Labels (N,).
 
     Returns:
       "images"; "max_difference" and "mean_difference" of the logits; "agreement" of the predictions in percent; and
@@ -158,7 +158,7 @@ def statistics(logits: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str
 
 
 def summary(figures: Mapping[str, Any]) -> str:
-    """The figures of `compare` as text."""
+    """The results of `compare` as text."""
     from ddnp_jax.pipeline.report import table
 
     header = ["network", "on", "top-1 (%)", "top-5 (%)", "images/s"]
@@ -172,12 +172,12 @@ def summary(figures: Mapping[str, Any]) -> str:
         f"{figures['model']} on {n:,} test images of {figures['dataset']}, batch {batch}.\n\n"
         f"{table(header, rows, text_columns=2)}\n\n"
         f"Predictions agree on {figures['agreement']:.3f} % of the images; "
-        f"logits differ by {largest:.2g} at most and {mean:.2g} in the mean."
+        f"logits differ by {largest:.2g} at most and {mean:.2g} on average."
     )
 
 
 def main(config: ConfigDict, workdir: str | None) -> str:
-    """Compares, and saves the figures if there is a workdir."""
+    """Compares the networks, and saves the results if a workdir is given."""
     from ddnp_jax import files, pipeline
     from ddnp_jax.config import typed
 

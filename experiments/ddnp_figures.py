@@ -1,8 +1,10 @@
-"""DDNP's Figure A1, and the outputs of its Figure 4, for one network: searches over λ, ρ, what is learned, and how.
+"""DDNP's Figure A1 and the output functions of its Figure 4 for one network: searches with several settings.
+
+The settings vary λ, ρ, the parameterizations of importance and width, the generators' inputs and the output function.
 
     python -m experiments.ddnp_figures --config=configs/cifar10_r56.py --workdir=runs/ddnp_figures --seeds=3
 
-Writes `figures.png`, `curves.csv` and `summary.md`. Shorter: `--config.search.epochs=...`.
+Writes `figures.png`, `curves.csv` and `summary.md`. `--config.search.epochs=...` shortens the searches.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +14,7 @@ from ddnp_jax import losses
 from experiments import launch, sweep
 from experiments.sweep import Panel
 
-FULL = "λ = 4, ρ = 1, g_s and g_k"  # a member of every sweep
+FULL = "λ = 4, ρ = 1, g_s and g_k"  # this setting is in every plot
 BASE = {
     "search.resource_weight": 4.0,
     "search.tie_weight": 1.0,
@@ -37,14 +39,14 @@ SETTINGS = {FULL: BASE, **LAMBDAS, **RHOS, **FORMS, **INPUTS, **OUTPUTS}
 
 
 def panels(config: ConfigDict) -> tuple[Panel, ...]:
-    """The plots; R is normalized by its value for the unpruned network, log(1 / p) for the default form.
+    """Returns the plots; R is divided by its value for the unpruned network, log(1 / p) with the default R.
 
     Raises:
-      ValueError: That value is 0.
+      ValueError: R of the unpruned network is 0.
     """
     whole = float(losses.resource(config.search.resource_loss, 1.0, 1.0, config.budget.p))
     if not whole:
-        raise ValueError(f"budget.p={config.budget.p} leaves nothing to remove; this figure needs a p below 1.")
+        raise ValueError(f"budget.p={config.budget.p} leaves nothing to remove; this figure needs budget.p below 1.")
     return (
         Panel("(a) resource weight λ", *sweep.TEST_TOP1, (FULL, *LAMBDAS)),
         Panel("(b) resource weight λ", "resource_loss", "R / R of the whole", (FULL, *LAMBDAS), 1 / whole),
@@ -56,7 +58,7 @@ def panels(config: ConfigDict) -> tuple[Panel, ...]:
 
 
 def draw(config: ConfigDict, workdir: str) -> str:
-    """Runs the searches and draws them."""
+    """Runs the searches and plots their curves."""
     return sweep.draw(config, workdir, "DDNP Fig. A1", SETTINGS, panels(config))
 
 

@@ -1,10 +1,10 @@
-"""What the generators cost, and NPPM's predictor and memory: seconds per search step (DDNP suppl. C, last paragraph).
+"""The cost of DDNP's generators and of NPPM's predictor and memory, in seconds per search step (DDNP suppl. C, end).
 
     python -m experiments.generator_cost [--rounds=20] [--only=resnet56,resnet50]
 
-The steps take turns, each in a process of its own (`experiments.interleaved`); images are synthetic, of 10 classes,
-and not augmented. The paper has 0.136 -> 0.143 s per iteration for ResNet-56 on CIFAR-10 (x1.051) and 1.08 -> 1.15 s
-for ResNet-50 on ImageNet (x1.065), on its hardware.
+The search steps are measured in turn, each in its own process (`experiments.interleaved`). The images are synthetic, of
+10 classes, and not augmented. The paper reports 0.136 -> 0.143 s per iteration for ResNet-56 on CIFAR-10 (x1.051) and
+1.08 -> 1.15 s for ResNet-50 on ImageNet (x1.065), on its own hardware.
 """
 
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ from experiments.interleaved import Measurement
 
 NETWORKS = {
     "resnet56": benchmark.NETWORKS["resnet56"]._replace(batch_size=256),
-    # Small images, so that a CPU can.
+    # Small images, so that it can run on a CPU.
     "resnet50": benchmark.NETWORKS["resnet50"]._replace(image_shape=(64, 64, 3), batch_size=64),
 }
 SCALARS, GENERATORS, DG, NPPM = "DDNP, scalars", "DDNP, generators", "DG", "NPPM"
-STEPS = {SCALARS: "scalar", GENERATORS: "ddnp", DG: "dg", NPPM: "nppm"}  # row -> configuration's argument
+STEPS = {SCALARS: "scalar", GENERATORS: "ddnp", DG: "dg", NPPM: "nppm"}  # row -> argument of the configuration
 RATIOS = {
     (GENERATORS, SCALARS): "the generators",
     (NPPM, GENERATORS): "the method",
@@ -29,7 +29,7 @@ RATIOS = {
 
 
 def measure(name: str, rounds: int) -> str:
-    """Measures a network of `NETWORKS`; returns Markdown."""
+    """Measures a network of `NETWORKS`; returns the results as Markdown."""
     network = NETWORKS[name]
     candidates = {step: (benchmark.ours, "search", argument, network) for step, argument in STEPS.items()}
     measured, about = interleaved.interleave(candidates, rounds, name)
@@ -40,7 +40,7 @@ def measure(name: str, rounds: int) -> str:
 
 
 def tables(measured: Mapping[str, Measurement]) -> str:
-    """Seconds per step (medians) and peak memory, and the medians of each round's `RATIOS`, as Markdown."""
+    """Median seconds per step, peak memory, and the medians of `RATIOS` over all rounds, as Markdown tables."""
     steps = [[step, f"{median(own.seconds):.3f}", f"{own.peak_bytes / 2**20:.0f}"] for step, own in measured.items()]
     ratios = [
         [what, f"{step} / {other}", f"{interleaved.ratio(measured[step].seconds, measured[other].seconds):.3f}"]
@@ -53,7 +53,7 @@ def tables(measured: Mapping[str, Measurement]) -> str:
 
 
 def main() -> None:
-    """Measures what the command line names and prints the tables."""
+    """Measures the networks of the command line and prints the tables."""
     parser = launch.Parser(prog="python -m experiments.generator_cost", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(NETWORKS), help="networks, separated by commas")
     parser.add_argument("--rounds", type=int, default=20, help="rounds of each step")

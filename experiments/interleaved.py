@@ -1,7 +1,7 @@
-"""Fair timing: everything measured runs in a separate process, and the processes are interleaved, A B A B ...
+"""Fair timing: every candidate runs in its own process, and the rounds of all candidates alternate, A B A B ...
 
-So each has the entire machine while the others wait, and slowdowns affect all of them. Neither JAX nor PyTorch is
-imported here: the maximum resident set of a process starts from that of its parent.
+Each candidate has the entire machine while the others wait, and a slowdown of the machine affects all candidates.
+Neither JAX nor PyTorch is imported here, because the maximum resident set of a process starts from that of its parent.
 """
 
 import multiprocessing
@@ -18,14 +18,14 @@ from tqdm import tqdm
 
 
 class Candidate(NamedTuple):
-    """One measured thing, in its own process.
+    """A program to measure, in its own process.
 
     Attributes:
-      run_round: Runs `steps` steps and waits for their end.
-      steps: Steps per round.
-      peak_bytes: The most memory used so far.
-      about: "platform" (of JAX), "device" and "version".
-      clock: Clock by which rounds are timed, in seconds.
+      run_round: Runs `steps` steps and waits until they are complete.
+      steps: Number of steps per round.
+      peak_bytes: Returns the peak memory so far.
+      about: Description: "platform" (of JAX), "device" and "version".
+      clock: Clock for the time of rounds, in seconds.
     """
 
     run_round: Callable[[], Any]
@@ -36,21 +36,21 @@ class Candidate(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """Seconds per step in each round, and bytes."""
+    """Seconds per step in each round, and peak memory."""
 
     seconds: list[float]
     peak_bytes: int
 
 
 class Worker:
-    """A candidate in a process of its own, which runs a round when it is asked to."""
+    """A candidate in its own process, which runs a round on request."""
 
     def __init__(self, candidate: Callable[..., Candidate], *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, other_end = context.Pipe()
         self._process = context.Process(target=_serve, args=(other_end, candidate, *arguments), daemon=True)
         self._process.start()
-        other_end.close()  # so that the end of the process ends a wait for its answer
+        other_end.close()  # so that waiting for an answer fails when the process ends
         self.about: dict[str, str] = self._receive()
 
     def __enter__(self) -> Self:
@@ -72,7 +72,7 @@ class Worker:
         except (EOFError, ConnectionResetError, BrokenPipeError):
             self._process.join()
             code = self._process.exitcode
-            if code == 1:  # it has said why
+            if code == 1:  # the process has already printed its error
                 raise SystemExit(code) from None
             raise SystemExit(f"error: a measured process ended early (exit code {code}).") from None
 
@@ -83,7 +83,7 @@ def _serve(pipe: Connection, candidate: Callable[..., Candidate], *arguments: An
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"error: {error}") from error
     run_round()  # compiles
-    run_round()  # settles allocators and caches
+    run_round()  # warms up allocators and caches
     pipe.send(about)
     try:
         while pipe.recv():
@@ -91,7 +91,7 @@ def _serve(pipe: Connection, candidate: Callable[..., Candidate], *arguments: An
             run_round()
             pipe.send(((clock() - started) / steps, peak_bytes()))
     except EOFError:
-        return  # the parent wants no more rounds
+        return  # the parent process is done
 
 
 def interleave(
@@ -100,16 +100,16 @@ def interleave(
     title: str,
     others: Callable[[str], Mapping[str, tuple[Any, ...]]] = lambda platform: {},
 ) -> tuple[dict[str, Measurement], dict[str, dict[str, str]]]:
-    """Runs candidates in processes of their own, one round of each after the other.
+    """Runs candidates in separate processes, with one round of each in turn.
 
     Args:
       candidates: By name, a function that returns a `Candidate`, and its arguments.
-      rounds: Rounds of each.
+      rounds: Number of rounds per candidate.
       title: Title of the progress bar.
-      others: More candidates, where they depend on the platform of the first.
+      others: Returns additional candidates, which depend on the platform of the first candidate.
 
     Returns:
-      Per name: the measurement, and what the process says of itself.
+      The measurements and the descriptions (`Candidate.about`), by name.
     """
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(*candidate)) for name, candidate in candidates.items()}
@@ -124,7 +124,7 @@ def interleave(
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
-    """The median of the rounds' ratios."""
+    """The median of the ratios of all rounds."""
     return median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 CHECKOUT = Path(__file__).parents[1]
 _CONFIG_FLAGS = ("--config", "-config")
-_READ_HERE = ("eval_batch_size", "base", "search", "finetune", "parallel")  # of the configuration
-_CACHED_FROM = 0.2  # seconds that a program takes to compile; by JAX's default 1
+_READ_HERE = ("eval_batch_size", "base", "search", "finetune", "parallel")  # fields of the configuration used below
+_CACHED_FROM = 0.2  # programs that take at least this many seconds to compile are cached; JAX's default is 1
 _INTERRUPTED = 130  # exit code of an interrupted shell command
 _REQUIRED = {"workdir": "give the folder of the run", "torch_checkpoint": "give a file of PyTorch weights"}
 
@@ -59,7 +59,8 @@ def configure(config: ConfigDict, processes: int = 1) -> None:
 def cpu_devices(config: ConfigDict, processes: int = 1) -> int:
     """Returns the best number of devices on a CPU; arguments as for `configure`.
 
-    Every core is a device, as far as the batches can be shared: XLA:CPU uses cores better so than within an operation.
+    Every core is a device, as far as the batches can be divided, because XLA:CPU uses several cores better this way
+    than within a single operation.
     """
     from ddnp_jax import cpu
 
@@ -70,7 +71,7 @@ def cpu_devices(config: ConfigDict, processes: int = 1) -> int:
 
 @contextlib.contextmanager
 def _known_fields() -> Iterator[None]:
-    """A misspelt --config.FIELD ends in a sentence; ml_collections raises when the flag is defined or parsed."""
+    """Reports a misspelled --config.FIELD, for which ml_collections raises when the flag is defined or parsed."""
     try:
         yield
     except (AttributeError, KeyError) as error:
@@ -83,31 +84,31 @@ def _known_fields() -> Iterator[None]:
 
 
 def _located(config: str) -> str:
-    """The path[:argument] of a configuration file; one that is not here is that of the checkout."""
+    """Locates a configuration file path[:argument], relative to the current folder or else to the checkout."""
     path, colon, argument = config.partition(":")
     for file in (Path(path), CHECKOUT / path):
         if file.is_file():
             _check_python(file)
             return f"{file}{colon}{argument}"
     raise SystemExit(
-        f"error: --config={path} is not a file, here or in {CHECKOUT}; see configs/ for the available ones."
+        f"error: --config={path} is not a file, here or in {CHECKOUT}; see configs/ for the available files."
     )
 
 
 def _check_python(file: Path) -> None:
     try:
         compile(file.read_bytes(), file, "exec")
-    except (SyntaxError, ValueError) as error:  # ValueError of null bytes
+    except (SyntaxError, ValueError) as error:  # ValueError for null bytes
         raise SystemExit(
-            f"error: --config={file} is no Python ({error}); repair it, or copy one of configs/."
+            f"error: --config={file} is not valid Python ({error}); repair it, or copy one of configs/."
         ) from error
 
 
 def _check_sections(config: Any) -> None:
-    """Raises for a configuration that is none of an experiment; its fields are checked where they are read."""
+    """Checks that a configuration has the sections of an experiment; their fields are checked where they are used."""
     found = config.keys() if isinstance(config, ConfigDict) else ()
     if missing := [name for name in _READ_HERE if name not in found]:
-        raise ValueError(f"the configuration of --config has no {missing[0]!r}; begin it with configs/default.py's.")
+        raise ValueError(f"the configuration of --config has no {missing[0]!r}; start from that of configs/default.py.")
 
 
 def _with_located_config(arguments: Sequence[str]) -> Iterator[str]:
@@ -129,7 +130,7 @@ def _parse(arguments: Sequence[str]) -> list[str]:
     except flags.Error as error:
         raise SystemExit(f"error: {_sentence(str(error))}") from error
     except ImportError as error:
-        raise SystemExit(f"error: the file of --config imports what is not here ({error}).") from error
+        raise SystemExit(f"error: the file of --config cannot import a module ({error}).") from error
     if len(found) > 1:
         raise SystemExit(
             f"error: {found[1]!r} is not a flag; give fields as --config.FIELD=VALUE, --help lists the others."
@@ -138,7 +139,7 @@ def _parse(arguments: Sequence[str]) -> list[str]:
 
 
 def _sentence(message: str) -> str:
-    """What a flag's error says; a configuration file's own ValueError without its traceback."""
+    """Shortens the message of a flag's error; a ValueError of a configuration file is shown without its traceback."""
     if missing := re.fullmatch(r"flag --(\w+)=None: .*must have a value other than None\.", message):
         return f"--{missing[1]} is missing; {_REQUIRED[missing[1]]}."
     if boolean := re.fullmatch(r"flag (--[\w.]+=.*): \('Non-boolean argument to boolean flag', .*\)", message):
@@ -150,13 +151,13 @@ def _sentence(message: str) -> str:
 
 
 def with_arguments(words: str) -> ConfigDict:
-    """The configuration of --config with further arguments, and with the same --config.FIELD=VALUE.
+    """Returns the configuration of --config with additional arguments, and with the same --config.FIELD=VALUE.
 
     Args:
-      words: Arguments, joined by commas, which are added to those of --config.
+      words: Arguments, separated by commas, which are added to those of --config.
 
     Raises:
-      ValueError: An argument is unknown, or the configuration that they make lacks a field that is given.
+      ValueError: An argument is unknown, or a --config.FIELD does not exist with these arguments.
     """
     holder = flags.FLAGS["config"]
     path, _, argument = config_flags.get_config_filename(holder).partition(":")
@@ -165,7 +166,7 @@ def with_arguments(words: str) -> ConfigDict:
         config.update_from_flattened_dict(config_flags.get_override_values(holder))
     except KeyError as error:
         name = str(error.args[0]).partition(" does not exist")[0].removeprefix("Key ").strip('"')
-        raise ValueError(f"with {words!r} the configuration lacks a field that is given ({name!r}).") from error
+        raise ValueError(f"with {words!r} the configuration has no field {name!r}, which is set.") from error
     return config
 
 
@@ -185,16 +186,16 @@ def run(
     job: Callable[[ConfigDict, str], str] = prune,
     required: Sequence[str] = ("workdir",),
 ) -> None:
-    """Runs a job with --config (by default `default_config`) in --workdir, and prints what it returns.
+    """Runs a job with --config (by default `default_config`) in --workdir, and prints the text that it returns.
 
     Args:
-      default_config: The configuration's path[:argument].
+      default_config: Path[:argument] of the configuration file.
       job: (configuration, workdir) -> text.
-      required: Flags without which the job cannot run.
+      required: Names of the flags that the job needs.
 
     Raises:
-      SystemExit: With 75 where the run was asked to stop and can be resumed (`ddnp_jax.preemption`), 130 where it was
-        interrupted at once, and 1 with a sentence for what cannot be.
+      SystemExit: With code 75 if the run was stopped and can be resumed (`ddnp_jax.preemption`), 130 if it was
+        interrupted immediately, and 1 with a message for invalid input.
     """
     with _interruptible(), _known_fields():
         config = config_flags.DEFINE_config_file(
@@ -227,10 +228,10 @@ def run(
 
 
 def _end(error: Exception, relay: "Relay | None") -> NoReturn:
-    """Ends a run immediately on an error: orbax's threads would keep logging, and other processes wait for this one."""
+    """Ends a run immediately after an error: orbax's threads would keep logging, and other processes would wait."""
     from ddnp_jax import ending
 
-    # JAX's RuntimeErrors come as ValueErrors out of some functions, and begin with a code in any case.
+    # Some functions raise JAX's RuntimeErrors as ValueErrors; their messages always begin with a code.
     is_of_jax = isinstance(error, RuntimeError | ValueError) and re.match("[A-Z_]+: ", str(error))
     if is_of_jax and relay is not None and relay.is_broken():
         ending.leave_to_resume(f"another process of the run ended ({_first_line(error)})")
@@ -238,8 +239,8 @@ def _end(error: Exception, relay: "Relay | None") -> NoReturn:
 
 
 def _sentence_of(error: Exception) -> str | None:
-    """What a run ends with at an error that says it all; None for one that needs its traceback."""
-    if of_system := re.search(r"\[os_error_code='(\d+)'\]", str(error)):  # of orbax's, with a page about where
+    """The message for an error that needs no traceback; None for other errors."""
+    if of_system := re.search(r"\[os_error_code='(\d+)'\]", str(error)):  # from orbax, which adds a long message
         code = int(of_system[1])
         error = OSError(code, os.strerror(code))
     match error:
@@ -251,41 +252,41 @@ def _sentence_of(error: Exception) -> str | None:
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line of whole flags, whose errors end in one sentence, with exit code 1, as those of `run` do."""
+    """An argument parser without abbreviations, which reports errors as `run` does: one sentence and exit code 1."""
 
     def __init__(self, **options: Any) -> None:
-        """Takes what an `ArgumentParser` does."""
+        """Takes the arguments of `argparse.ArgumentParser`."""
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        """Ends the process."""
+        """Prints the message and exits."""
         raise SystemExit(f"error: {message}")
 
 
 def _is_not_of_orbax(record: LogRecord) -> bool:
-    """Orbax logs a page for an error that it raises as well."""
+    """Whether a log record is not from orbax, which logs long messages for errors that it also raises."""
     return "orbax" not in Path(record.pathname).parts
 
 
 def _print_unless_of_orbax(unraisable: "sys.UnraisableHookArgs") -> None:
-    """After an error of one write, every other one that orbax has begun says that nobody waits for it any more."""
+    """Hides the errors of orbax's other pending writes after one write has failed."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ends in a sentence where Ctrl-C was pressed before the run listens for it, or a second time."""
+    """Exits with a message if Ctrl-C is pressed before the run handles it, or a second time."""
     try:
         yield
     except KeyboardInterrupt:
         print("interrupted; the same command resumes what was saved.", file=sys.stderr, flush=True)
-        os._exit(_INTERRUPTED)  # threads of JAX and orbax may be waiting, for other processes for example
+        os._exit(_INTERRUPTED)  # threads of JAX and orbax may be waiting, for example for other processes
 
 
 def _of_system(error: OSError) -> str:
-    """What an error says: one that this library raises is a sentence, one of the system only its beginning."""
-    return str(error) if error.errno is None else f"{error}; what was saved before stays as it is."
+    """The message of an OSError: complete if this library raised it, otherwise with a remark about the saved files."""
+    return str(error) if error.errno is None else f"{error}; files that were saved before are unchanged."
 
 
 def _first_line(error: Exception) -> str:

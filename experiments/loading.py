@@ -1,7 +1,8 @@
-"""What the benchmark compares when it measures the loading of photographs, per core.
+"""The candidates of the benchmark that measures the loading of photographs on one core.
 
-Ours is what a run does: records, threads, decoding, crops, batches. The others are plain loops over encoded images, one
-random crop of 224 pixels and a flip each. Their images are in memory, except for one that reads records as we do.
+`ours` does everything that a run does: it reads records, decodes and crops images in threads, and makes batches. The
+other candidates are plain loops over encoded images, with a random crop of 224 pixels and a flip for each. Their images
+are in memory, except for one candidate that reads records like `ours`.
 """
 
 import io
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 SIZE = 224
-COUNT = 256  # photographs made where none are given
+COUNT = 256  # number of synthetic photographs, if no data set is given
 
 Crop = tuple[int, int, int, int]  # top, left, height, width
 
@@ -44,7 +45,10 @@ def loop(
     batch_size: int,
     steps: int,
 ) -> Callable[[], None]:
-    """Loads `steps` batches of records, image by image; `load` takes a file, a drawer of crops, and whether to flip."""
+    """Loads `steps` batches image by image; `load` takes an encoded image, a function that draws a crop, and a flag.
+
+    The flag is whether to flip the image.
+    """
     from ddnp_jax.data import photos
 
     rng = np.random.default_rng(0)
@@ -73,7 +77,7 @@ def by_cv2(encoded: bytes, draw: Callable[[int, int], Crop], mirrored: bool) -> 
 
 
 def by_simplejpeg(encoded: bytes, draw: Callable[[int, int], Crop], mirrored: bool) -> np.ndarray:
-    """Decoding by simplejpeg, cropping by cv2."""
+    """Decoding by simplejpeg and cropping by cv2."""
     return _crop(simplejpeg.decode_jpeg(encoded), draw, mirrored)
 
 
@@ -90,14 +94,14 @@ VERSION = f"simplejpeg {simplejpeg.__version__}, cv2 {cv2.__version__}, Pillow {
 
 
 def make_round(name: str, data_dir: str, batch_size: int, steps: int) -> Callable[[], None]:
-    """A candidate's round, in one thread at a time.
+    """Returns a function that runs a round of a candidate, in one thread at a time.
 
     Args:
       name: `OURS` or a key of `LOOPS`.
-      data_dir: With prepared imagenet2012, of which the loops in memory use the first 1,024 at most; "" makes some
-        photographs of 375 x 500, all in memory.
-      batch_size: Photographs per step.
-      steps: Per round.
+      data_dir: Folder of a prepared imagenet2012, of which the loops in memory use at most the first 1,024 photographs;
+        "" for synthetic photographs of 375 x 500 pixels, all in memory.
+      batch_size: Number of photographs per step.
+      steps: Number of steps per round.
     """
     cv2.setNumThreads(0)
     pixels = {
@@ -132,7 +136,7 @@ def _records(data_dir: str) -> Any:
 
 
 def _photograph(seed: int) -> bytes:
-    """Some 100 kB of JPEG, as ImageNet's are: coarse shapes under noise."""
+    """A synthetic JPEG of about 100 kB, as in ImageNet: coarse shapes with noise."""
     rng = np.random.default_rng(seed)
     shapes = cv2.resize(rng.integers(0, 256, (12, 16, 3)).astype(np.float32), (500, 375), interpolation=cv2.INTER_CUBIC)
     noisy = np.clip(shapes + rng.normal(0, 12, shapes.shape), 0, 255).astype(np.uint8)

@@ -1,9 +1,9 @@
-"""NPPM's supplement, Figures 1 and 2, for one network: searches of NPPM and of what it is compared with.
+"""Figures 1 and 2 of NPPM's supplement for one network: searches with NPPM and with the variants in these figures.
 
     python -m experiments.nppm_figures --config=configs/cifar10_r56.py:nppm --workdir=runs/nppm_figures --seeds=3
 
-Writes `figures.png`, `curves.csv` and `summary.md`. Figure 2 (c, d) is the same command with the configuration of
-MobileNetV2 and `--setting=PN --setting=DG`. Shorter: `--config.search.epochs=...`.
+Writes `figures.png`, `curves.csv` and `summary.md`. For Figure 2 (c, d), use the configuration of MobileNetV2 and
+`--setting=PN --setting=DG`. `--config.search.epochs=...` shortens the searches.
 """
 
 from ml_collections import ConfigDict
@@ -28,7 +28,7 @@ PANELS = (
 
 
 def draw(config: ConfigDict, workdir: str) -> str:
-    """Runs the searches and draws them."""
+    """Runs the searches and plots their curves."""
     return sweep.draw(config, workdir, "NPPM", SETTINGS, PANELS)
 
 

@@ -8,18 +8,18 @@ from ml_collections import ConfigDict
 from ddnp_jax import parallel, pipeline
 from ddnp_jax.saved import DESCRIPTION, save_pruned
 
-SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of every setting, from seeds 0, 1, ...", lower_bound=1)
+SEEDS = flags.DEFINE_integer("seeds", 3, "Number of runs per setting, with seeds 0, 1, ...", lower_bound=1)
 
 
 def shared_base(config: ConfigDict, workdir: Path) -> tuple[pipeline.Run, Path]:
-    """Trains or reads the base network that several runs share.
+    """Trains or loads the base network that several runs share.
 
     Args:
-      config: Configuration of the base.
-      workdir: Its folder.
+      config: Configuration of the base network.
+      workdir: Folder of its run.
 
     Returns:
-      The run that it belongs to, and the folder of `save_pruned` that holds it, for `base.weights`.
+      The run of the base network, and the folder where `save_pruned` has saved it, for `base.weights`.
     """
     folder = workdir / "network"
     job = pipeline.prepare(config, workdir)

@@ -1,9 +1,11 @@
-"""Searches of several settings and seeds from one base, their curves as CSV, and the curves as plots.
+"""Searches with several settings and seeds from one base network; their curves are written as CSV and plotted.
 
-The seeds of a setting are one vmapped search, or several one after another, and each such search is a run of its own in
-the workdir, made by the pipeline: the same command resumes where it was stopped. The base is trained (or read) once.
-Networks during a search are cut to the budget and evaluated on the test images; the curves decide nothing. So an early
-accuracy is that of a cut which the search has not yet come to, and a search that ends above the budget is cut further.
+The seeds of a setting are searched in one vmapped search, or in several. Each such search is a run of the pipeline in
+its own folder of the workdir, and the same command resumes it. The base network is trained (or loaded) once.
+
+During a search the network is regularly pruned to the budget and evaluated on the test images. These accuracies have no
+effect on the search. In early steps the search has not reached the budget yet, so the pruned network has fewer channels
+than the search proposes; the same holds for a search that ends above the budget.
 """
 
 import csv
@@ -30,10 +32,10 @@ AT_ONCE = flags.DEFINE_integer(
     "seeds_at_once", 3, "Number of seeds per vmapped search on the same batches; 1 if memory is short.", lower_bound=1
 )
 CHOSEN = flags.DEFINE_multi_string(
-    "setting", [], "A setting to run, by its name in the figure; may be repeated; default: all."
+    "setting", [], "Name of a setting to run, as in the figure; may be repeated; default: all settings."
 )
 
-Settings = Mapping[str, Mapping[str, Any]]  # fields of the configuration that differ, by the setting's name
+Settings = Mapping[str, Mapping[str, Any]]  # the fields of the configuration to change, by name of the setting
 Curves = Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]  # lines of the search's log, by (setting, seed)
 
 
@@ -42,10 +44,10 @@ class Panel(NamedTuple):
 
     Attributes:
       title: Title above the plot.
-      metric: Name of what the vertical axis shows, as in the log.
+      metric: Name of the metric on the vertical axis, as in the log.
       label: Label of the vertical axis.
-      settings: Names of the settings that are drawn.
-      scale: Factor of the metric.
+      settings: Names of the settings to plot.
+      scale: Factor by which the metric is multiplied.
     """
 
     title: str
@@ -59,27 +61,27 @@ TEST_TOP1 = ("test_top1", "test top-1, cut to p (%)")  # metric and label of a p
 
 
 def draw(config: ConfigDict, workdir: str | Path, title: str, settings: Settings, panels: Sequence[Panel]) -> str:
-    """Runs the searches that the command line asks for and draws every plot whose settings are among them.
+    """Runs the searches that the command line selects, and draws every plot whose settings are all among them.
 
     Args:
       config: Configuration of all searches.
-      workdir: Folder of all of them.
+      workdir: Folder of all searches.
       title: Title of the figure; network and data set are added.
-      settings: Settings of the whole figure.
-      panels: Plots of the whole figure.
+      settings: All settings of the figure.
+      panels: All plots of the figure.
 
     Returns:
-      The line that the command ends with.
+      The last line of output of the command.
 
     Raises:
-      ValueError: A setting is unknown or does not fit the configuration, or no plot is left.
+      ValueError: A setting is unknown or does not match the configuration, or no plot has only selected settings.
     """
     chosen = list(dict.fromkeys(CHOSEN.value)) or list(settings)
     if unknown := [name for name in chosen if name not in settings]:
         raise ValueError(f"--setting={unknown[0]!r} is unknown; use one of {', '.join(map(repr, settings))}.")
     drawn = [panel for panel in panels if set(panel.settings) <= set(chosen)]
     if not drawn:
-        raise ValueError("no plot of the figure shows only the settings of --setting; name all of a plot's.")
+        raise ValueError("no plot of the figure shows only the settings of --setting; give all settings of a plot.")
     curves = run(config, workdir, {name: settings[name] for name in chosen}, SEEDS.value, AT_ONCE.value)
     return publish(Path(workdir), f"{title}, {config.model.name}, {data.label(typed(config).data)}", drawn, curves)
 
@@ -89,13 +91,13 @@ def run(config: ConfigDict, workdir: str | Path, settings: Settings, seeds: int,
 
     Args:
       config: Configuration of all searches.
-      workdir: Folder of all of them.
-      settings: Fields that differ, by setting.
-      seeds: Searches per setting.
-      at_once: Number of these that are one vmapped search, on the same batches.
+      workdir: Folder of all searches.
+      settings: Fields of the configuration to change, by setting.
+      seeds: Number of seeds per setting.
+      at_once: Number of seeds per vmapped search; they share the same batches.
 
     Raises:
-      ValueError: A setting does not fit the configuration, or the log of a search is damaged.
+      ValueError: A setting does not match the configuration, or the log of a search is damaged.
     """
     workdir = Path(workdir).absolute()
     groups = [range(first, min(first + at_once, seeds)) for first in range(0, seeds, at_once)]
@@ -116,7 +118,7 @@ def run(config: ConfigDict, workdir: str | Path, settings: Settings, seeds: int,
 
 
 def _curve(log: MetricsLog, seed: int) -> list[dict[str, Any]]:
-    """The lines of one seed's search."""
+    """The log lines of one seed, with its metrics under their plain names."""
     prefix = methods.seed_metric(seed, "")
     return [
         {"step": line["step"]} | {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
@@ -125,7 +127,7 @@ def _curve(log: MetricsLog, seed: int) -> list[dict[str, Any]]:
 
 
 def setting_config(config: ConfigDict, fields: Mapping[str, Any], seed: int) -> ConfigDict:
-    """The configuration of one search.
+    """Returns the configuration of one search.
 
     Raises:
       ValueError: The configuration lacks a field of the setting.
@@ -137,7 +139,7 @@ def setting_config(config: ConfigDict, fields: Mapping[str, Any], seed: int) -> 
         name = re.search(r"\w+", str(error.args[0]).removeprefix("Key "))
         raise ValueError(
             f"this figure sets search.{name[0] if name else '*'}, which search.method={config.search.method!r} lacks; "
-            "give the configuration the argument of the figure's method, as in the command of its module."
+            "give --config the argument for the figure's method, as in the command at the top of its module."
         ) from error
     return own
 
@@ -153,7 +155,7 @@ def _write_csv(path: Path, curves: Curves) -> None:
 
 
 def mean_and_deviation(curves: Curves, setting: str, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Over the seeds of a setting, at every logged step: steps, mean, and sample standard deviation (0 of one seed)."""
+    """Returns the logged steps of a setting, and mean and sample standard deviation (0 for one seed) over the seeds."""
     values: dict[int, list[float]] = {}
     for (name, _), lines in curves.items():
         for line in lines if name == setting else ():
@@ -166,7 +168,7 @@ def mean_and_deviation(curves: Curves, setting: str, metric: str) -> tuple[np.nd
 
 
 def publish(workdir: Path, title: str, panels: Sequence[Panel], curves: Curves) -> str:
-    """Writes `figures.png` and `summary.md`; returns the line that the command ends with."""
+    """Writes `figures.png` and `summary.md`; returns the last line of output of the command."""
     metrics = dict.fromkeys(panel.metric for panel in panels)
 
     def write() -> None:
@@ -178,7 +180,7 @@ def publish(workdir: Path, title: str, panels: Sequence[Panel], curves: Curves) 
 
 
 def figure(title: str, panels: Sequence[Panel], curves: Curves) -> Figure:
-    """A plot per panel: the mean of every setting as a line, its standard deviation as a shade."""
+    """Draws a plot per panel: the mean of every setting as a line, its standard deviation as a shaded area."""
     columns = math.ceil(math.sqrt(len(panels)))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5.0 * columns, 3.8 * rows), layout="constrained")

@@ -1,12 +1,13 @@
-"""Table A4 of the DDNP paper as one command: several methods at one budget, all fine-tuned by one recipe.
+"""Table A4 of the DDNP paper in one command: several methods with the same budget and the same fine-tuning.
 
     python -m experiments.table_a4 --config=configs/imagenet_r50.py:62 --workdir=runs/table_a4 --seeds=3
 
-A row is named by what it adds to the argument of --config: `--row=hrank --row=chip,chip_rates --row=lamp,residual`; all
-methods if left out. The base is trained, or read, once, and every row is a run of the pipeline of its own in
-`workdir/ROW/SEED`: the same command resumes where it was stopped, and further rows and seeds are added to a table by
-naming them. Every row removes as many of all FLOPs as --config says, whatever it may prune. `table.md` and `table.json`
-are written after every run. `finetune.control` fine-tunes the base too, once for all rows.
+A row is given by the words that it adds to the argument of --config: `--row=hrank --row=chip,chip_rates
+--row=lamp,residual`; without `--row`, the table has all methods. The base network is trained (or loaded) once, and
+every row is a separate run of the pipeline in `workdir/ROW/SEED`. The same command resumes an unfinished table, and a
+command with more rows or seeds extends it. Every row removes the same fraction of all FLOPs, which --config sets, even
+if rows can prune different channels. `table.md` and `table.json` are written after every run. With `finetune.control`,
+the base network is fine-tuned too, once for all rows.
 """
 
 import dataclasses
@@ -29,11 +30,11 @@ from experiments import launch
 from experiments.shared import SEEDS, shared_base
 
 METHODS = ("uniform", "magnitude", "bn_scale", "fpgm", "lamp", "taylor", "hrank", "chip", "cc", "ddnp", "nppm")
-ROWS = flags.DEFINE_multi_string("row", list(METHODS), "A row, by its arguments of the configuration; may be repeated.")
+ROWS = flags.DEFINE_multi_string("row", list(METHODS), "A row: arguments for the configuration; may be repeated.")
 
 
 class Published(NamedTuple):
-    """A line of a paper's table, in percent."""
+    """A row of a paper's table, in percent."""
 
     base_top1: float
     top1: float
@@ -41,7 +42,7 @@ class Published(NamedTuple):
     flops_reduction: float
 
 
-# Table A4 of the DDNP paper. Each method had a recipe of its own.
+# Table A4 of the DDNP paper. Each method was fine-tuned with its own recipe.
 PUBLISHED = {
     ("resnet50", "imagenet2012"): {
         "hrank": Published(76.15, 71.98, 91.01, 62.1),
@@ -57,9 +58,9 @@ class Row:
     """A row of the table.
 
     Attributes:
-      name: What it adds to the configuration's argument.
-      runs: Its runs, which differ in the seed alone.
-      published: The paper's line of this method on this network and data set; None where there is none.
+      name: The words that the row adds to the argument of the configuration.
+      runs: The runs of the row, which differ only in the seed.
+      published: The paper's row for this method, network and data set; None if there is none.
     """
 
     name: str
@@ -67,7 +68,7 @@ class Row:
     published: Published | None
 
     def to_json(self) -> dict[str, Any]:
-        """The figures of every seed, and the paper's."""
+        """Returns the results of every seed and those of the paper, as JSON values."""
         figures = {name: [of(run) for run in self.runs] for name, of in FIGURES.items()}
         published = None if self.published is None else self.published._asdict()
         return {"row": self.name, "seeds": [run.seed for run in self.runs], **figures, "published": published}
@@ -99,7 +100,7 @@ def make(config: ConfigDict, workdir: str) -> str:
                 own.seed, own.finetune.control = seed, config.finetune.control and name == names[0]
                 pipeline.run(own, run := folder / re.sub(r"\W+", "-", name) / str(seed))
                 finished.setdefault(name, []).append(report.read(run / "report.json"))
-                jax.clear_caches()  # the programs of this row's network
+                jax.clear_caches()  # other rows do not need the compiled programs of this row's network
                 rows = [
                     Row(name, tuple(runs), published.get(configs[name].search.method))
                     for name, runs in finished.items()
@@ -109,7 +110,7 @@ def make(config: ConfigDict, workdir: str) -> str:
 
 
 def _row_config(row: ConfigDict, config: ConfigDict, job: pipeline.Run, weights: Path) -> ConfigDict:
-    """The configuration of a row with the budget and the base of the table's."""
+    """Returns the configuration of a row, with the budget and the base network of the table."""
     own = ConfigDict(row.copy_and_resolve_references())
     own.base.weights = str(weights)
     own.budget.p = config.budget.p
@@ -127,7 +128,7 @@ def _write(folder: Path, config: ConfigDict, rows: Sequence[Row]) -> None:
 
 
 def markdown(config: ConfigDict, rows: Sequence[Row]) -> str:
-    """The table, and what all its rows have in common."""
+    """Returns the table, with notes on the base network and the fine-tuning that all rows share."""
     first, recipe = rows[0].runs[0], typed(config).finetune
     controls = [run.control_top1 for row in rows for run in row.runs if run.control_top1 is not None]
     has_published = any(row.published for row in rows)

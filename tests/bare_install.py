@@ -34,14 +34,14 @@ class Nnx(nnx.Module):
 
 
 def pruned(model, variables):
-    """The network with fewer channels than it had; `prune` itself verifies the cut."""
+    """Prunes a network and checks that it has fewer channels; `prune` verifies the outputs itself."""
     found = ddnp_jax.prune(model, variables, BATCHES, method="magnitude")
     assert sum(found.selection.widths) < sum(ddnp_jax.trace(model, (8, 8, 3)).widths)
     return found
 
 
 def main():
-    """Raises where something is missing or wrong."""
+    """Raises an error if a module is missing or a result is wrong."""
     assert Path(ddnp_jax.__file__).is_relative_to(sys.prefix), ddnp_jax.__file__
     assert not [name for name in OTHERS if find_spec(name)]
     pruned(Nnx(nnx.Rngs(0)), None)

@@ -1,4 +1,4 @@
-"""One process of a whole job over several; test_job_over_processes.py starts it, beside its like, and compares.
+"""One process of a job with several processes; test_job_over_processes.py starts all of them and compares results.
 
 Arguments: port, number of processes, this process's index, folder of the data, workdir, and the step of the search
 before which the last process gets SIGTERM (-1: none does).

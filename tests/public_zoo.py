@@ -1,7 +1,7 @@
-"""Networks as people write them who never heard of this library: no widths to set per layer, shared stage widths.
+"""Networks written without this library in mind: their widths are shared by a stage and cannot be set per layer.
 
-Each one has what a published family of networks is known for, at a size for tests. `NETWORKS` says of each how to make
-it and what of it has to be found removable.
+Each network has the characteristic parts of a published family of networks, in a small size. `NETWORKS` contains how to
+build each of them, and what must be found removable.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ class BottleneckBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stem, stages of `block`, mean, classifier. With `axis_name` batch norm takes its means over a mapped axis."""
+    """Stem, stages of `block`, mean, classifier. With `axis_name` batch norm averages over a mapped axis."""
 
     block: Any = BasicBlock
     stages: tuple = (1, 2)
@@ -137,7 +137,7 @@ class WideResNet(nn.Module):
 
 
 class StandardizedConv(nn.Conv):
-    """A convolution whose kernel is brought to mean 0 and variance 1 per output channel before it is used."""
+    """A convolution whose kernel is standardized to mean 0 and variance 1 per output channel before it is used."""
 
     def param(self, name, *args, **kwargs):
         value = super().param(name, *args, **kwargs)
@@ -163,7 +163,7 @@ class BigTransferUnit(nn.Module):
 
 
 class BigTransfer(nn.Module):
-    """Pre-activation residual network of standardized kernels and group norm; its output is of two parts."""
+    """Pre-activation residual network with standardized kernels and group norm; it has two outputs."""
 
     @nn.compact
     def __call__(self, x, train: bool = False):
@@ -364,7 +364,7 @@ class MBConv(nn.Module):
 
 
 class EfficientNet(nn.Module):
-    """Inverted bottlenecks, the last of which is not added to anything, and a widening head."""
+    """Inverted bottlenecks, of which the last has no shortcut, and a head with more channels."""
 
     @nn.compact
     def __call__(self, x, training: bool = False):
@@ -411,7 +411,7 @@ class ConvNeXt(nn.Module):
 
 
 class Swish(nn.Module):
-    """An activation as a module, of which one instance serves every network."""
+    """An activation as a module; all networks share one instance."""
 
     def __call__(self, x):
         return x * jax.nn.sigmoid(x)
@@ -421,7 +421,7 @@ ACT = Swish()
 
 
 class RunningAverages(nn.Module):
-    """`use_running_average` is what the call is told, and activations are the module-level instance."""
+    """The call has the argument `use_running_average`, and the activations are a module-level instance."""
 
     @nn.compact
     def __call__(self, x, use_running_average: bool = True):
@@ -513,7 +513,7 @@ class Detector(nn.Module):
 
 
 def blur_pool(x):
-    """Halves the image after a binomial filter, the same one for every channel, which is no parameter."""
+    """Halves the image after a binomial filter, which is the same for every channel and not a parameter."""
     line = np.array([1, 2, 1], np.float32) / 4
     kernel = jnp.tile(jnp.asarray(np.outer(line, line))[:, :, None, None], (1, 1, 1, x.shape[-1]))
     return jax.lax.conv_general_dilated(
@@ -545,7 +545,7 @@ class NarrowPlaces(nn.Module):
 
 
 class Backbone(nn.Module):
-    """A feature extractor that knows no classes, and an identity made on the spot where others have an attention."""
+    """A feature extractor without a classifier, with an inline identity in place of an attention module."""
 
     @nn.compact
     def __call__(self, x, train: bool = False):
@@ -560,7 +560,7 @@ class Identity(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A module that was made outside and given as an attribute, with a head in `setup`."""
+    """A module that is given as an attribute, with a head that is created in `setup`."""
 
     backbone: nn.Module
     classes: int = 7
@@ -573,13 +573,13 @@ class Classifier(nn.Module):
 
 
 def sequential():
-    """No class at all."""
+    """A network without a class of its own."""
     pooled = functools.partial(jnp.mean, axis=(1, 2))
     return nn.Sequential([nn.Conv(6, (3, 3)), nn.relu, nn.Conv(8, (3, 3), (2, 2)), nn.relu, pooled, nn.Dense(7)])
 
 
 class ShortcutWhereShapesAgree(nn.Module):
-    """Whether there is a shortcut depends on widths that a cut can make equal."""
+    """A network with a shortcut if two widths are equal, which pruning can cause."""
 
     @nn.compact
     def __call__(self, x):
@@ -767,15 +767,15 @@ SHAPE = (16, 16, 3)
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A network and what is expected of it.
+    """A network and the expectations of the tests.
 
     Attributes:
-      make: makes the module; of a function, it gives (function, its variables or their shapes).
-      gates: names that must be among the gates' names; layers whose channels are certainly free.
-      count: how many gates there must be at least, where names are nobody's choice.
-      share: the least fraction of the FLOPs that must touch a gate.
-      needs: the package without which there is no such network.
-      batch_axis: axis over which its batch norm takes means in training.
+      make: Creates the module; for a function, returns (function, its variables or their shapes).
+      gates: Names that must be among the gates' names: layers whose channels can certainly be removed.
+      count: Minimum number of gates, for networks whose layers have generated names.
+      share: Minimum fraction of the FLOPs that must belong to layers with a gate.
+      needs: Package that the network needs.
+      batch_axis: Axis over which its batch norm averages in training.
     """
 
     make: Callable[[], Any]
@@ -803,7 +803,7 @@ class Network:
 
 
 def run(network, model, variables, x, training=False):
-    """Outputs of one of `NETWORKS`, whole or cut, as its user computes them; in training mode also what it updates."""
+    """Outputs of one of `NETWORKS`, unpruned or pruned; in training mode also the updated variables."""
     if isinstance(model, nnx.Module):
         model = nnx.clone(model)
         model.set_attributes(deterministic=not training, use_running_average=not training, raise_if_not_found=False)
@@ -867,7 +867,7 @@ def _zeros(leaf):
 
 
 def _nnx(kind):
-    """Makes a module of zeros: its own initializers take seconds to compile, and `drawn` replaces what they give."""
+    """Creates a module of zeros: its own initializers take seconds to compile, and `drawn` replaces their values."""
 
     def make():
         graph, state = nnx.split(nnx.eval_shape(lambda: kind(rngs=nnx.Rngs(0))))

@@ -1,4 +1,4 @@
-"""Every backbone: published figures, gates, the function of the PyTorch network, and cutting as masking."""
+"""Every backbone: published sizes, gates, the same outputs as in PyTorch, and pruning compared with masking."""
 
 import copy
 import functools
@@ -144,7 +144,7 @@ def test_the_number_of_widths_is_checked():
 
 
 def images(shape):
-    """Noise around a colour of its own per image, so that the logits differ between images."""
+    """Noise around a different colour per image, so that the logits differ between images."""
     rng = np.random.default_rng(0)
     return (rng.normal(size=(2, *shape)) + 2 * rng.normal(size=(2, 1, 1, 3))).astype(np.float32)
 
@@ -175,7 +175,7 @@ def network(name):
 
 
 def selection_of(name, kind):
-    """Kept channels: one of each gate, or by lot one, all, or any number of them."""
+    """Kept channels: one of each gate, or a random choice of one, all, or any number of them."""
     topology, rng = network(name)[3], np.random.default_rng(zlib.crc32(name.encode()))
     counts = {"one": lambda n: 1, "mixed": lambda n: int(rng.choice([1, n, rng.integers(1, n)]))}
     kept = [rng.choice(n, counts[kind](n), replace=False) for n in topology.widths]
@@ -201,7 +201,7 @@ def test_logits_equal_pytorch_at_an_odd_size(name):
 
 
 def rebuild_in_pytorch(folder, name):
-    """What a user of PyTorch does with the two files of `torch_weights.save`."""
+    """Rebuilds the network in PyTorch from the two files of `torch_weights.save`."""
     spec = importlib.util.spec_from_file_location("pytorch_layers", folder / "pytorch_layers.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -236,7 +236,7 @@ def test_keeping_all_changes_nothing(name):
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_small"])
 def test_running_statistics_move_at_the_pace_of_pytorch(name):
-    """A tenth per step, and a hundredth in MobileNetV3."""
+    """The momentum of PyTorch is a tenth per step, and a hundredth in MobileNetV3."""
     reference, model, variables, _, _ = network(name)
     trained = copy.deepcopy(reference).train()
     trained(channels_first(images(SMALL)))

@@ -1,4 +1,4 @@
-"""The benchmark: PyTorch's search step is ours, the figures are what they are called, and refusals in one sentence."""
+"""The benchmark: PyTorch's search step equals ours, the numbers are correct, and errors are one sentence."""
 
 import json
 import os
@@ -160,7 +160,7 @@ def test_loops_cut_and_mirror_what_was_drawn(name):
 
 
 def test_evaluation_from_the_command_line(tmp_path):
-    """Two processes, in turn; everything in between is the real thing."""
+    """Two processes in turn, without any mocks."""
     path = tmp_path / "figures.json"
     command = [sys.executable, "-m", "experiments.benchmark", "--only=evaluation", "--batch_size=8", "--rounds=2"]
     done = subprocess.run(

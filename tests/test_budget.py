@@ -151,7 +151,7 @@ def test_fit_is_rounding_where_rounding_meets_the_budget_exactly(problem):
 
 
 def costs(network):
-    """(name, whole network's cost, cost of widths) of costs with and without a slope against the widths."""
+    """(name, unpruned network's cost, cost of widths); some costs increase with the widths, others do not."""
     bumps = np.random.default_rng(0).uniform(0.5, 1.5, (len(network.widths), 41))
     return {
         "parameters": flops.parameters,
@@ -179,7 +179,7 @@ def test_fit_needs_nothing_of_the_cost_but_its_value(problem, share, multiple, n
 @settings(max_examples=100, deadline=None)
 @given(problems(), st.floats(0.5, 1), st.sampled_from([1, 3]))
 def test_no_larger_factor_meets_the_budget(problem, p, multiple):
-    """Where the cost falls while widths grow, all factors on a fine grid are worse than what `fit` starts from."""
+    """If the cost decreases while widths grow, all factors on a fine grid are worse than the start of `fit`."""
     network, k = problem
     cost = costs(network)["random"]
     budget = Budget(network, p, Cost(cost), multiple)

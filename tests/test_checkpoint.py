@@ -121,7 +121,7 @@ def files_of(step_directory):
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
 def test_damage_to_any_file_is_harmless_or_noticed(tmp_path, damage, warnings_logged):
-    """Whatever happens to whichever file: the newest state exactly, or the one before it exactly, and a warning."""
+    """Any damage to any file gives exactly the newest state, or exactly the previous one and a warning."""
     whole = tmp_path / "whole"
     fill(whole)
     outcomes = []

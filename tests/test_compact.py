@@ -220,7 +220,7 @@ def test_verify_sees_as_much_where_the_network_computes_in_bfloat16():
 
 
 class Short(nn.Module):
-    """Computes in bfloat16 under a name that nobody could guess."""
+    """Computes in bfloat16, set by an attribute with an unusual name."""
 
     kind: Any = jnp.bfloat16
 
@@ -352,7 +352,7 @@ def test_an_nnx_module_is_cut_saved_loaded_and_cut_again(tmp_path):
     assert again.widths == (2, 3)
     smaller, _ = compact(loaded, None, Selection(((1,), (0, 1))), again)
     verify(loaded, None, smaller, None, Selection(((1,), (0, 1))), again, images())
-    with pytest.raises(ValueError, match="holds a nnx network, and model= is a linen one"):
+    with pytest.raises(ValueError, match="holds a nnx network, and model= is a linen network"):
         load_pruned(tmp_path, model=zoo.VGG())
 
 
@@ -365,7 +365,7 @@ class Inner(nn.Module):
 
 
 class Outer(nn.Module):
-    """A module with a module as attribute, and one that is made and called by itself."""
+    """A module with a module as attribute, and another one that is created and called independently."""
 
     body: nn.Module
 
@@ -390,7 +390,7 @@ def test_modules_as_attributes_are_cut_and_a_cut_module_may_be_one():
 
 
 class Nested(nn.Module):
-    """A module around a cut one."""
+    """A module that contains a pruned one."""
 
     body: nn.Module
 

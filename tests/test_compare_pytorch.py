@@ -1,4 +1,4 @@
-"""The comparison with PyTorch: its statistics by hand, and the whole command on the embedded digits."""
+"""The comparison with PyTorch: its statistics against manual values, and the complete command on digits."""
 
 import json
 import os

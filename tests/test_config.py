@@ -1,4 +1,4 @@
-"""The typed configuration: what it refuses, what it is on the command line, and what identifies a run."""
+"""The typed configuration: invalid values, its command line form, and the identity of a run."""
 
 import dataclasses
 import json

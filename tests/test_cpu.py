@@ -110,7 +110,7 @@ def test_memory_is_left_alone_beside_an_accelerator(monkeypatch):
 
 @pytest.fixture
 def forget():
-    """Lets the process find out again what jaxlib knows, or read it."""
+    """Clears the cached list of the flags that jaxlib supports, so that it is determined again."""
     yield cpu.knows_fusions.cache_clear
     cpu.knows_fusions.cache_clear()
 

@@ -1,4 +1,4 @@
-"""Data sets: what is read, how it is divided, ordered, padded and augmented, and what is said when it is not there."""
+"""Data sets: reading, splits, order, padding, augmentation, and errors if data are missing."""
 
 import io
 import re

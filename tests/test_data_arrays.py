@@ -1,4 +1,4 @@
-"""Data sets of arrays: what is taken as it is, what is normalized, and what is refused with its index."""
+"""Data sets from arrays: unchanged and normalized images, and errors that name the index of an invalid one."""
 
 import json
 import re
@@ -96,7 +96,7 @@ def test_augmentation_moves_pixels_of_any_type_and_changes_none(images):
 
 @pytest.mark.parametrize(("dtype", "precision"), [(np.uint8, None), (np.uint16, "HIGHEST"), (np.float32, "HIGHEST")])
 def test_pixels_that_no_bfloat16_holds_are_moved_at_the_highest_precision(dtype, precision):
-    """CPUs compute at the highest precision anyway; the program says what others do."""
+    """CPUs always compute at the highest precision, so the traced program is checked instead."""
     program = jax.make_jaxpr(lambda images: data.augment(jax.random.key(0), images, 2, True))(BYTES.astype(dtype))
     found = [e.params["precision"] for e in program.eqns if e.primitive.name == "dot_general"]
     assert found == 2 * [precision and 2 * (jax.lax.Precision[precision],)]
@@ -174,7 +174,7 @@ WRONG_IMAGES = {
         "image 17 of train has shape (4, 5, 3), and image 0 (6, 5, 3); give images of one size, or use from_folder.",
     ),
     "list of several sizes": (list(ragged()), "image 17 of train has shape (4, 5, 3), and image 0 (6, 5, 3);"),
-    "objects": (boxed(), "image 0 of train is a Python object in an array of them; stack the images: np.stack."),
+    "objects": (boxed(), "the images of train are an array of Python objects; stack the images with np.stack."),
     "wide integers": (
         BYTES.astype(np.int64),
         "the images of train are of type int64; give uint8 (0..255), uint16 (0..65535), or floating-point numbers",

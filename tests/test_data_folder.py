@@ -1,4 +1,4 @@
-"""Folders of image files: which file is what, whatever else lies there, and what is refused with its path."""
+"""Folders of image files: the role of every file, other files beside them, and errors that name the path."""
 
 import json
 import os
@@ -274,9 +274,7 @@ def test_classes_without_images_are_named(tmp_path):
     (tmp_path / "fox").mkdir()
     assert refused(tmp_path) == f"class 'fox' in {tmp_path} has no images; fill its folder or remove it."
     fill(tmp_path, "fox/1.png")
-    assert refused(tmp_path) == (
-        f"class 'fox' has a single image, {tmp_path}/fox/1.png; add another, to train on and to test on."
-    )
+    assert refused(tmp_path) == f"class 'fox' has a single image, {tmp_path}/fox/1.png; add another one, for testing."
 
 
 def test_classes_of_the_test_alone_are_named(tmp_path):
@@ -284,7 +282,7 @@ def test_classes_of_the_test_alone_are_named(tmp_path):
     (tmp_path / "test").mkdir()
     assert refused(tmp_path) == f"{tmp_path}/test has no images in folders of classes; fill it or remove it."
     classes_of(tmp_path / "test", names=("cat", "fox"))
-    assert refused(tmp_path) == f"{tmp_path}/test has a class 'fox' that train has not; it has cat, dog, eel."
+    assert refused(tmp_path) == f"{tmp_path}/test has a class 'fox' that train lacks; train has cat, dog, eel."
     (tmp_path / "test/fox").rename(tmp_path / "test/.fox")
     assert every_image(data.from_folder(tmp_path).test)[1].tolist() == [0] * 10
 

@@ -1,4 +1,4 @@
-"""The main job on images of one's own: arrays, floating-point ones too, and a folder on the command line."""
+"""The main job on custom images: arrays, also floating-point ones, and a folder on the command line."""
 
 import flax.linen as nn
 import numpy as np
@@ -112,9 +112,7 @@ def test_one_of_several_outputs_is_trained_and_counted(config, tmp_path):
     dataset = data.from_arrays((images, labels), tested, name="bright", search_fraction=0.3, pad=1)
     report = pipeline.run(config, tmp_path / "run", TwoOutputs(), dataset=dataset, outputs="logits")
     assert report["pruned_top1"] == 100
-    with pytest.raises(
-        ValueError, match=r"TwoOutputs returns \['embedding'\].* say with outputs= which of them counts"
-    ):
+    with pytest.raises(ValueError, match=r"TwoOutputs returns \['embedding'\].* select one of them with outputs="):
         pipeline.prepare(config, tmp_path / "none", TwoOutputs(), dataset=dataset)
     message = r"TwoOutputs returns \(1, 8\) for one image, and bright has 2 classes; give it 2 outputs"
     with pytest.raises(ValueError, match=message):

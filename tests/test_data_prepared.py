@@ -1,4 +1,4 @@
-"""Data sets that TFDS has prepared: which features and splits are read, whatever they are called."""
+"""Data sets prepared by TFDS: features and splits are found independently of their names."""
 
 import io
 import re
@@ -176,8 +176,8 @@ def test_the_supervised_keys_choose_among_several_labels(tmp_path):
     splits = {"fit": records, "held": records[:4]}
     assert loaded(write(tmp_path / "a", features, splits, supervised=("image", "fine"))).num_classes == 4
     assert refused(write(tmp_path / "b", features, splits)) == (
-        "data.name='things' has 2 features that can be the label (coarse, fine), where one is wanted; its features are "
-        "coarse (ClassLabel), fine (ClassLabel), image (Image)."
+        "data.name='things' has 2 features that can be the label (coarse, fine); it must have exactly one. Its "
+        "features are coarse (ClassLabel), fine (ClassLabel), image (Image)."
     )
 
 
@@ -185,8 +185,8 @@ def test_a_data_set_without_images_is_refused(tmp_path):
     features = {"sound": tfds.features.Text(), "label": LABEL(num_classes=2), "mask": MASK}
     records = [{"sound": "a", "label": 0, "mask": Image.new("L", (4, 4))}]
     assert refused(write(tmp_path, features, {"fit": records, "held": records})) == (
-        "data.name='things' has 0 features that can be the image (none), where one is wanted; its features are "
-        "label (ClassLabel), mask (LabeledImage), sound (Text)."
+        "data.name='things' has 0 features that can be the image (none); it must have exactly one. Its "
+        "features are label (ClassLabel), mask (LabeledImage), sound (Text)."
     )
 
 

@@ -78,7 +78,7 @@ ENERGIES = tuple(np.float32(np.random.default_rng(2).uniform(0.1, 3, c)) for c i
 
 
 def build(problem):
-    """The search, in the authors' form with the energies of a survey that found `ENERGIES`."""
+    """Builds the search; in the authors' form, the feature energies are `ENERGIES`."""
     search = ddnp.build(problem)
     return search if search.survey is None else search.survey.then(ENERGIES)
 
@@ -94,7 +94,7 @@ def compiled(search, devices=1):
 
 
 def make_state(search, seed=0):
-    """The search's state with learned variables at random: quicker than the generators' own initialization."""
+    """The search's state with random learned variables, which is faster than the generators' initialization."""
     rng = np.random.default_rng(seed)
 
     def draw(path, x):
@@ -117,7 +117,7 @@ def leaves(tree):
 
 
 def reference_forward(factors):
-    """Logits with masks on what the layers read, and that of every image, (N, C, H, W) per gate."""
+    """Logits with masks on the inputs of the layers, and these inputs, (N, C, H, W) per gate."""
     weights = jax.tree.map(torch.tensor, VARIABLES)
     params, stats = weights["params"], weights["batch_stats"]
     x, read = torch.tensor(IMAGES).permute(0, 3, 1, 2), []
@@ -395,7 +395,7 @@ def test_the_resource_term_alone_leads_to_the_budget(width, p):
 
 
 def ended(k, opened, p, **fields):
-    """What the search says of widths k and as many open gates, (2,) each."""
+    """The remark of the search on widths k and fractions of open channels, (2,) each."""
     search = ddnp.build(make_problem(p=p, **fields))
     scores = {f"s{i}": np.where(np.arange(c) < n, 30, -30).astype(np.float32) for i, (c, n) in enumerate(opened)}
     logits = np.float32(np.log(k) - np.log1p(-np.float64(k)) - 3)
@@ -501,7 +501,7 @@ def test_endless_batches_are_surveyed_for_as_many_steps_as_there_are():
 def test_the_energy_comes_before_the_first_step():
     search = ddnp.build(make_problem(energy_weight=0.5))
     for function in (search.init, search.step):
-        with pytest.raises(RuntimeError, match=r"go on with `search\.survey\.then"):
+        with pytest.raises(RuntimeError, match=r"continue with `search\.survey\.then"):
             function(jax.random.key(0))
     with pytest.raises(ValueError, match=r"^energy_weight=0.5 must be 0 where importance='l1': norms are fixed\.$"):
         make_config(importance="l1", energy_weight=0.5)

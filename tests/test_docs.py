@@ -1,4 +1,4 @@
-"""The documentation is true: its Python runs, its links lead somewhere, its reference names what there is."""
+"""The documentation is correct: its Python code runs, its links exist, and its reference names existing objects."""
 
 import functools
 import importlib.util
@@ -32,7 +32,7 @@ def resnet20():
 
 @pytest.fixture
 def names(tmp_path, monkeypatch):
-    """What pages take as given: a network, batches, a folder of images; searches take a few steps."""
+    """Names that pages assume: a network, batches, a folder of images; searches take a few steps."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "for_pytorch").mkdir()
     monkeypatch.syspath_prepend(tmp_path / "for_pytorch")

@@ -68,7 +68,7 @@ def test_logits_of_noise():
 
 
 def test_logits_and_classes_of_photographs(shared):
-    """Of the ImageNet sample, normalized as the configuration says, most have the label that the network finds."""
+    """The network predicts most labels of the ImageNet sample, normalized according to the configuration."""
     builder = tfds.builder("imagenet2012", data_dir=shared / "tfds")
     records = builder.as_data_source("validation", decoders={"image": tfds.decode.SkipDecoding()})
     crops = np.zeros((16, *IMAGENET), np.uint8)

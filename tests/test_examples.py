@@ -1,4 +1,4 @@
-"""The examples as their readers run them, and that what they save is a smaller network within the budget."""
+"""The examples run as users run them, and save a smaller network within the budget."""
 
 import json
 import os
@@ -91,7 +91,7 @@ def test_own_training_loop(run):
 
 
 def test_image_folder(tmp_path):
-    """A process of its own: the job takes all devices, and eight of them on a few cores may miss each other."""
+    """In a separate process, because the job uses all devices, and eight devices on few cores may time out."""
     command = [sys.executable, str(EXAMPLES / "image_folder.py")]
     environment = {**os.environ, "XLA_FLAGS": ""}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -131,7 +131,7 @@ def test_a_notebook_is_valid_and_kept_without_outputs(path):
 
 
 def test_tour(tmp_path, monkeypatch):
-    """Top to bottom in a kernel of its own, which has one device as its readers' have."""
+    """Runs the notebook completely in a separate kernel with one device, as for its users."""
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel's own, which puts plots into the notebook
     notebook = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)

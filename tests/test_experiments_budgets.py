@@ -1,4 +1,4 @@
-"""The table of budgets against figures that are counted here by hand, and the documentation's copy of it."""
+"""The table of budgets against numbers that are counted manually here, and its copy in the documentation."""
 
 import functools
 import runpy

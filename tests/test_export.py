@@ -24,7 +24,7 @@ NORMALIZED = (PIXELS / 255 - np.array([0.5, 0.25, 0.125])) / np.array([0.25, 0.5
 
 @pytest.fixture(scope="module")
 def pruned():
-    """A ResNet-20 of which a part is cut, residual streams left whole."""
+    """A pruned ResNet-20 with unpruned residual streams."""
     model = models.create("resnet20", num_classes=3)
     variables = model.init(jax.random.key(0), np.zeros((1, *SHAPE), np.float32))
     topology = trace(model, SHAPE)

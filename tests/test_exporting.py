@@ -1,4 +1,4 @@
-"""`config.export`: what a run writes for other runtimes, measures of it, and writes again."""
+"""`config.export`: the files that a run writes for other runtimes, their measurements, and a repeated export."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(config, tmp_path_factory):
-    """A run that had ended and was exported then: (workdir, report)."""
+    """A run that was exported after it had ended: (workdir, report)."""
     pytest.importorskip("jax2onnx")
     workdir = tmp_path_factory.mktemp("run")
     plain = run(config, workdir)

@@ -1,4 +1,4 @@
-"""Training and searching outside of the job: `fit` of every kind of network, and `run_search`."""
+"""Training and searching without the job: `fit` with every kind of network, and `run_search`."""
 
 import flax.linen as nn
 import jax
@@ -147,7 +147,7 @@ def test_functions_train_with_losses_of_their_own():
 
 
 class Readable:
-    """Batches that are made anew each time that they are read."""
+    """Batches that are created anew on every iteration."""
 
     def __init__(self):
         self.times = 0
@@ -187,7 +187,7 @@ def test_labels_that_are_no_classes_of_the_network_are_refused():
         (labels + 1, r"^label 10 of image \d+ of batch \d is outside 0\.\.9, the 10 classes of Net;"),
         (
             labels / 2,
-            r"^the targets of batch 1 are float32 \(16,\), and must be whole numbers \(16,\), one label each;",
+            r"^the targets of batch 1 are float32 \(16,\), and must be whole numbers \(16,\), one label per image;",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -35,7 +35,7 @@ def test_configuration_of_the_checkout_is_found_from_elsewhere(tmp_path, experim
 def test_missing_configuration_ends_in_a_sentence(tmp_path, config):
     error = refusal(tmp_path, "-m", "experiments.digits_r20", *config, "--config.budget.p=0.4")
     assert (
-        error == f"error: --config=nowhere.py is not a file, here or in {ROOT}; see configs/ for the available ones.\n"
+        error == f"error: --config=nowhere.py is not a file, here or in {ROOT}; see configs/ for the available files.\n"
     )
 
 
@@ -57,12 +57,12 @@ def test_configuration_beside_the_user_comes_first(tmp_path):
         ("--config.parallel.cpu_fusions=foo", "parallel.cpu_fusions names 'foo', which is unknown; join some of "),
         ("--config.model.name=resnet18", "model 'resnet18' does not take the attributes shortcut='subsample'"),
         ("--config.data.flip=maybe", "flag --config.data.flip=maybe must be True or False.\n"),
-        ("--config=README.md", "--config=README.md is no Python (invalid syntax (README.md, line 1)); repair it, or"),
-        ("--config=image.png", "--config=image.png is no Python (source code string cannot contain null bytes); "),
+        ("--config=README.md", "--config=README.md is not valid Python (invalid syntax (README.md, line 1)); repair"),
+        ("--config=image.png", "--config=image.png is not valid Python (source code string cannot contain null bytes)"),
         ("--config=empty.py", "--config names a file without get_config(); copy one of configs/.\n"),
-        ("--config=three.py", "the configuration of --config has no 'eval_batch_size'; begin it with configs/default"),
+        ("--config=three.py", "the configuration of --config has no 'eval_batch_size'; start from that of configs/"),
         ("--config=three.py:x", "the file of --config takes no argument; leave out the colon and what follows it.\n"),
-        ("--config=imports.py", "the file of --config imports what is not here (No module named 'nowhere')."),
+        ("--config=imports.py", "the file of --config cannot import a module (No module named 'nowhere')."),
         ("--config.seed=99999999999999999999", "seed=99999999999999999999 must be below 2**63."),
     ],
 )
@@ -123,5 +123,5 @@ def test_a_full_disk_ends_in_a_sentence_whatever_orbax_says_of_it(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", FULL, "--workdir=run"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    sentence = "error: [Errno 28] No space left on device; what was saved before stays as it is.\n"
+    sentence = "error: [Errno 28] No space left on device; files that were saved before are unchanged.\n"
     assert (done.returncode, done.stderr) == (1, sentence)

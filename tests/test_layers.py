@@ -1,4 +1,4 @@
-"""Depthwise convolution: one function in two forms, chosen by the platform."""
+"""Depthwise convolution: one function with two implementations, selected by the platform."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""`python -m ddnp_jax`: what it prints is what the library says, and what is wrong ends in one sentence."""
+"""`python -m ddnp_jax`: it prints the results of the library, and errors are one sentence."""
 
 import importlib.util
 import json
@@ -362,7 +362,7 @@ def test_a_network_of_ones_own_is_exported_with_its_module(folder, printed, monk
     arguments = ("export", "own", "--format=stablehlo", "--output=network")
     shape, network = "--input_shape=8,8,3", "--network=own_networks:OfNnx"
     assert refused(*arguments, shape) == (
-        "error: own/model.json holds a nnx network, of which only the variables can be written; pass the unpruned "
+        "error: own/model.json holds a nnx network, of which only the variables can be saved; pass the unpruned "
         "network, --network=MODULE:NAME."
     )
     assert refused(*arguments, network) == (

@@ -40,7 +40,7 @@ def make_problem(p=0.4, steps=10, **fields):
 
 
 def make_search(problem, monkeypatch=None):
-    """The search; with `monkeypatch`, plain gradient descent with rate 1: a change is a gradient."""
+    """Builds the search; with `monkeypatch`, it uses gradient descent with rate 1, so that changes are gradients."""
     if monkeypatch:
         monkeypatch.setattr(optax, "adamw", lambda rate, weight_decay: optax.sgd(1.0))
     return nppm.build(problem)
@@ -277,7 +277,7 @@ def test_a_search_that_is_too_short_for_pn_says_so():
 
     assert notes(9) == notes(100) == ()  # the ninth step finds four pairs
     (note,) = notes(8)
-    assert "more than 3 pairs (before the last step it had 3): the gates are those of DG" in note
+    assert "more than 3 pairs (before the last step it held 3): the result is that of DG" in note
 
 
 def test_defaults_are_the_authors():

@@ -23,7 +23,7 @@ def make_problem(batch=16, chunk=3, features=5):
 
 
 def sgd(state, rate, batches):
-    """A chunk of gradient descent from one device's view."""
+    """A chunk of gradient descent as one device computes it."""
 
     def update(weights, batch):
         x, y = batch

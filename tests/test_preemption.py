@@ -1,4 +1,4 @@
-"""A clean stop: SIGTERM and Ctrl-C ask, and what runs ends where it is saved."""
+"""A graceful stop: SIGTERM and Ctrl-C request it, and the run ends at a point where it is saved."""
 
 import os
 import signal

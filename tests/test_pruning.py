@@ -1,4 +1,4 @@
-"""The three-line use, on networks of every kind and with losses of every kind."""
+"""The high-level interface, with all kinds of networks and losses."""
 
 import functools
 import itertools
@@ -287,7 +287,7 @@ def test_labels_that_do_not_fit_are_refused(targets, message):
 
 def test_outputs_that_are_no_logits_are_refused():
     variables = zoo.randomized(Dense(), SHAPE)
-    with pytest.raises(ValueError, match=r"Dense returns \['embedding'\].*say with outputs= which of them counts"):
+    with pytest.raises(ValueError, match=r"Dense returns \['embedding'\].*select one of them with outputs="):
         prune(Dense(), variables, batches(labels))
     with pytest.raises(ValueError, match=r"Dense returns outputs \(8, 8, 8, 4\), which are not logits \(N, K\); give"):
         prune(Dense(), variables, batches(labels), outputs="map")

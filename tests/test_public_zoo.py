@@ -1,4 +1,4 @@
-"""Networks of other people's making: traced, cut, verified, saved and loaded, with no word of how to build them."""
+"""Networks of other authors are traced, pruned, verified, saved and loaded, without code to rebuild them."""
 
 import contextlib
 import functools
@@ -30,7 +30,7 @@ names = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def settings():
-    """Public code adds (C,) to (N, H, W, C); and nearly all the time of these tests goes into compiling."""
+    """Allows adding (C,) to (N, H, W, C), as public code does, and reduces the time for compilation."""
     jax.config.update("jax_disable_most_optimizations", True)
     with jax.numpy_rank_promotion("allow"):
         yield
@@ -50,7 +50,7 @@ def only_of_functions(model, **kwargs):
 
 @functools.cache
 def cut(name):
-    """The network, and a random part of it."""
+    """The network, pruned to random channels."""
     model, variables, topology = traced(name)
     selection = selection_of(topology, "random")
     return model, variables, *ddnp_jax.compact(model, variables, selection, topology), selection, topology

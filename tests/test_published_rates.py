@@ -21,7 +21,7 @@ def test_chip_of_resnet50():
 
 
 def test_hrank_of_resnet50():
-    """HRank's count: kernels and the classifier, of which the output channels alone are cut."""
+    """As HRank counts: kernels and the classifier, of which only the output channels are pruned."""
     topology = resnet50()
     rates = {gate.producers[0].path: r for gate, r in zip(topology.gates, imagenet_r50.HRANK, strict=True)}
     rate_of = {piece.path: rates[gate.producers[0].path] for gate in topology.gates for piece in gate.producers}

@@ -1,4 +1,4 @@
-"""What the other processes of a run do when one ends: two processes that do nothing but wait for each other."""
+"""The effect of a process's end on the others of a run, with two processes that only wait for each other."""
 
 import os
 import subprocess
@@ -65,7 +65,7 @@ def start(code, *arguments):
 
 
 def ended(process):
-    """The exit code and what was said, of a process that ends while nobody closes its input."""
+    """Exit code and output of a process that ends although its input stays open."""
     said = process.stderr.read()
     return process.wait(), said
 
@@ -107,7 +107,7 @@ def test_processes_that_end_in_order_say_nothing(pair):
 def test_a_process_that_waits_for_the_others_in_vain_says_so(pair):
     for number in (0, 1):
         (process,) = pair(WAITS, [(free_port(), number, 1)])[number:]
-        sentence = "the other processes of the run did not come within 1 s; start all of them again to resume.\n"
+        sentence = "the other processes of the run did not connect within 1 s; start all of them again to resume.\n"
         assert ended(process) == (ending.RESUMABLE, sentence)
 
 

@@ -393,7 +393,7 @@ def test_the_plot_of_the_widths_has_every_gate_inside(blocks):
 
 
 def compared(*reports):
-    """The cells of every line, by column."""
+    """The cells of every row, by column."""
     header, rule, *lines = report.compare(reports).split("\n\n")[0].splitlines()
     assert {len(line) for line in (rule, *lines)} == {len(header)}
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (header, *lines)]
@@ -477,7 +477,7 @@ def test_reports_of_older_versions_are_read():
 
 
 def compare_file(path):
-    """What the command says of a file that it cannot read."""
+    """The message of the command for a file that it cannot read."""
     with pytest.raises(SystemExit) as error:
         main(["compare", str(path)])
     return str(error.value)

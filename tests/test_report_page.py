@@ -42,7 +42,7 @@ class Element:
 
 
 class Page(html.parser.HTMLParser):
-    """The tree of a page, which fails where an element is not closed, or where another one is."""
+    """The tree of a page; fails if an element is not closed, or another one is closed."""
 
     def __init__(self, content):
         super().__init__()
@@ -106,7 +106,7 @@ def full(tmp_path_factory):
 
 
 def check_that_it_needs_nothing_else(found):
-    """No script, no address of another file, and every name that is referred to is there, once."""
+    """Checks that there are no scripts or addresses of other files, and that every referenced name exists once."""
     assert found.declarations == ["DOCTYPE html"]
     assert not found.all("script", "link", "img", "image", "iframe", "object", "embed", "base", "form")
     elements = found.all()
@@ -393,7 +393,7 @@ def test_the_command_writes_the_page_that_is_asked_for(tmp_path, capsys):
 
 
 def browse(folder, path, *options):
-    """What Chromium makes of a page, as the text that it prints."""
+    """The page's tree as Chromium renders and prints it."""
     flags = (
         *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
         *("--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder / 'profile'}"),

@@ -1,4 +1,4 @@
-"""Networks in folders: what is written is read again bit for bit, and what was damaged or is hostile is refused."""
+"""Saved networks: loaded variables equal the saved ones exactly, and damaged or malicious files are refused."""
 
 import hashlib
 import json
@@ -102,7 +102,7 @@ def test_a_model_with_other_attributes_is_refused(tmp_path):
 
 
 class WithDefault(nn.Module):
-    """A network whose attribute may be given as what it is by default, in another object."""
+    """A network with an attribute that may equal its default without being the same object."""
 
     features: tuple[int, ...] = (6, 5)
 
@@ -138,9 +138,9 @@ def test_damaged_files_are_named(tmp_path):
     weights.write_bytes(content)
     for cls, message in [
         ("os:system", "os:system is not a flax module"),
-        ("zoo:Gone", "zoo:Gone is not a class of this library, and no module of the program has it"),
-        ("antigravity:Gone", "antigravity:Gone is not a class of this library, and no module of the program has it"),
-        ("flax.linen:Dense", "flax.linen:Dense does not take its attributes"),
+        ("zoo:Gone", "zoo:Gone is not a class of this library or of an imported module"),
+        ("antigravity:Gone", "antigravity:Gone is not a class of this library or of an imported module"),
+        ("flax.linen:Dense", "flax.linen:Dense does not accept the saved attributes"),
     ]:
         changed = json.loads(text) | {"class": cls, "attributes": {"unknown": 1}}
         write_sealed(description, changed)
@@ -156,30 +156,30 @@ def test_damaged_files_are_named(tmp_path):
 
 
 def write_sealed(description, fields):
-    """Writes what a hostile author would: fields with the checksum that they need."""
+    """Writes malicious fields with a correct checksum."""
     files.write_sealed(description, {name: value for name, value in fields.items() if name != "checksum"})
 
 
 HOSTILE_FIELDS = [
-    ("class", 3, "class is no str"),
+    ("class", 3, "class is not a str"),
     ("class", "ddnp_jax.models:create", "ddnp_jax.models:create is not a flax module"),
     ("class", "ddnp_jax", "ddnp_jax is not a class of this library"),
-    ("class", "__main__:Gone", r"no module of the program has it; pass the unpruned network"),
-    ("attributes", [1], "attributes is no dict"),
-    ("attributes", {"dtype": {"dtype": "evil"}}, "does not take its attributes any more"),
-    ("attributes", {"dtype": {"evil": 1}}, "does not take its attributes any more"),
-    ("missing", "abc", "missing is no list"),
+    ("class", "__main__:Gone", r"of an imported module; pass the unpruned network"),
+    ("attributes", [1], "attributes is not a dict"),
+    ("attributes", {"dtype": {"dtype": "evil"}}, "does not accept the saved attributes"),
+    ("attributes", {"dtype": {"evil": 1}}, "does not accept the saved attributes"),
+    ("missing", "abc", "missing is not a list"),
     ("missing", ["middle", 1], "lacks the attributes middle, 1"),
     ("sizes", [1], "model.json is damaged"),
-    ("sizes", [[["first"], {"features": "x"}]], "a size is no positive number"),
-    ("sizes", [[["first"], {"features": {"dtype": 5}}]], "a size is no positive number"),
-    ("sizes", [[["first"], {"features": -3}]], "a size is no positive number"),
+    ("sizes", [[["first"], {"features": "x"}]], "a size is not a positive number"),
+    ("sizes", [[["first"], {"features": {"dtype": 5}}]], "a size is not a positive number"),
+    ("sizes", [[["first"], {"features": -3}]], "a size is not a positive number"),
     ("weights", "../../secret", "secret is damaged or missing: its checksum"),
-    ("weights", None, "weights is no str"),
+    ("weights", None, "weights is not a str"),
     ("sha256", "0", "is damaged or missing: its checksum"),
     ("kind", "evil", "holds a evil network"),
     ("kind", "function", "holds a function network"),
-    ("kind", None, "kind is no str"),
+    ("kind", None, "kind is not a str"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Scores against what numpy and finite differences say, and the widths that follow from scores."""
+"""Scores against numpy and finite differences, and the widths that follow from scores."""
 
 import bisect
 
@@ -151,7 +151,7 @@ def test_hrank_is_the_mean_rank_of_the_feature_maps():
 
 
 def without_each_row(matrix):
-    """What the nuclear norm loses, by one singular value decomposition for each row."""
+    """The decrease of the nuclear norm, by one singular value decomposition for each row."""
     norms = [np.linalg.norm(np.delete(matrix, i, axis=0), "nuc") for i in range(len(matrix))]
     return np.linalg.norm(matrix, "nuc") - norms
 
@@ -174,7 +174,7 @@ def test_nuclear_norms_without_each_row(shape):
 
 
 def test_nuclear_norms_of_rows_that_depend_on_each_other():
-    """Singular values near 0 are known to the root of float32's precision."""
+    """Singular values near 0 are accurate to the square root of float32's precision."""
     for shape in ((12, 30), (12, 12), (30, 12)):
         matrix = np.random.default_rng(0).normal(size=shape)
         matrix[3], matrix[7], matrix[2] = matrix[5], 2 * matrix[5], 0

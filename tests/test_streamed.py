@@ -1,4 +1,4 @@
-"""Photographs in a stream: the same steps as from memory, in any number of threads, and ImageNet itself."""
+"""Streamed photographs: the same steps as from memory, with any number of threads, and ImageNet's format."""
 
 import io
 import re
@@ -42,7 +42,7 @@ def numbered(index, epoch):
 
 
 def steps(images, lengths, threads=3, seed=None):
-    """The recording step on batches of 16 of 40 images, through everything that a run goes through."""
+    """The recording step on batches of 16 of 40 images, with the complete training loop."""
     chunk = parallel.data_parallel(training.chunk_of(recording_step, images, seed=5, augment=False))
     constants = {"images": images.on_devices, "step": parallel.replicate(np.float32(0.1))}
     state, batches = parallel.replicate(recording_state()), data.batches(np.arange(40), 16, seed=0)

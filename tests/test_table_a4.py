@@ -1,4 +1,4 @@
-"""The table of several methods: its rows, their budgets, and what it says."""
+"""The table of several methods: its rows, their budgets, and its text."""
 
 import dataclasses
 import json
@@ -75,7 +75,7 @@ def test_a_row_adds_to_the_argument_of_the_configuration(monkeypatch):
     assert (config.search.method, config.search.allocation, config.budget.residual) == ("chip", "rates", True)
     assert (config.budget.p, config.finetune.epochs) == (0.31, 3)
     monkeypatch.setattr(config_flags, "get_override_values", lambda holder: {"search.tie_weight": 3.0})
-    with pytest.raises(ValueError, match=r"^with 'hrank' the configuration lacks a field that is given \(.*tie_weight"):
+    with pytest.raises(ValueError, match=r"^with 'hrank' the configuration has no field '.*tie_weight', which is set"):
         launch.with_arguments("hrank")
 
 

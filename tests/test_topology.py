@@ -30,7 +30,7 @@ def gates_at(layer):
 
 
 def reason_of(topology, name):
-    """Why the channels that layer `name` produces stay whole."""
+    """The reason why the channels that layer `name` produces cannot be removed."""
     return "; ".join(reason for names, reason in topology.unprunable if name in names.split(", "))
 
 
@@ -351,7 +351,7 @@ def test_masks_gradient_forms_no_weight_gradient():
 
 
 def test_functions_with_their_own_derivative_keep_it():
-    """At 0 a ReLU of flax has the derivative 0, and a maximum that of one half."""
+    """At 0 flax's ReLU has the derivative 0, and a maximum has the derivative 1/2."""
 
     class AtZero(nn.Module):
         @nn.compact
@@ -404,7 +404,7 @@ def test_another_program_than_the_traced_one_is_refused():
     other = zoo.randomized(Order(False), SHAPE)
     masks = tuple(map(jnp.ones, topology.widths))
     with pytest.raises(
-        ValueError, match=r"a kernel \(1, 1, 6, 4\) in place of \(1, 1, 4, 6\); trace the network again"
+        ValueError, match=r"a kernel has shape \(1, 1, 6, 4\) instead of \(1, 1, 4, 6\); trace the network again"
     ):
         apply_masked(Order(False), other, jnp.ones((1, *SHAPE)), masks, topology)
 
@@ -478,7 +478,7 @@ def test_selections_that_do_not_fit_are_refused(kept, message):
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(2, 4), min_size=2, max_size=4), st.data())
 def test_reshapes_carry_channels_to_where_numpy_does(shape, data):
-    """Reshapes and transposes at random: the places that the groups give are those of each channel's values."""
+    """Random reshapes and transposes: the positions from the groups are those of each channel's values."""
     groups = AxisGroups()
     axes, channel = tuple(groups.new(n) for n in shape), data.draw(st.integers(0, len(shape) - 1))
     (wanted,) = axes[channel]
@@ -501,7 +501,7 @@ def test_reshapes_carry_channels_to_where_numpy_does(shape, data):
 @settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_concatenations_and_reshapes_carry_channels_to_where_numpy_does(data):
-    """Arrays whose rows hold channels, flattened and concatenated at random, again and again."""
+    """Arrays whose rows hold channels are repeatedly flattened and concatenated at random."""
     groups = AxisGroups()
     pieces, names = [], {}
     for _ in range(data.draw(st.integers(1, 3))):

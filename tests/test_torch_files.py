@@ -1,4 +1,4 @@
-"""Checkpoint files: where the weights lie in them, what is said about it, and what is refused before it does harm."""
+"""Checkpoint files: where the weights are, messages about it, and harmful files, which are refused."""
 
 import zipfile
 
@@ -26,12 +26,12 @@ def assert_read(checkpoint, wanted=()):
 def test_the_key_that_holds_the_weights_is_said(tmp_path, capsys, key):
     torch.save({key: state(), "epoch": 3}, tmp_path / "a.pth")
     assert_read(tmp_path / "a.pth")
-    assert capsys.readouterr() == ("", f"{tmp_path / 'a.pth'}: the weights under {key!r} are taken.\n")
+    assert capsys.readouterr() == ("", f"{tmp_path / 'a.pth'}: the weights under {key!r} are used.\n")
 
 
 def test_of_two_sets_of_weights_the_one_that_is_taken_is_said(capsys):
     assert_read({"model_ema": {"n_averaged": torch.tensor(7), **state("module.")}, "model": state()})
-    line = "the state dict: the weights under 'model' are taken, not those under 'model_ema'.\n"
+    line = "the state dict: the weights under 'model' are used, not those under 'model_ema'.\n"
     assert capsys.readouterr().err == line
 
 
@@ -69,8 +69,8 @@ def refusal(checkpoint):
 
 def test_a_tensor_with_and_without_its_prefix_is_refused():
     assert refusal({**state("module."), **state()}) == (
-        "the state dict holds both 'module.conv.weight' and 'conv.weight', which are one tensor without their "
-        "prefixes; give a state dict with one of them."
+        "the state dict holds both 'module.conv.weight' and 'conv.weight', which are the same name without "
+        "prefixes; give a state dict with only one of them."
     )
 
 
@@ -81,8 +81,8 @@ def test_numbers_that_are_no_weights_are_refused(dtype):
     own = isinstance(dtype, torch.dtype)
     other = torch.ones(3, dtype=dtype) if own else np.ones(3, dtype)
     assert refusal({**state(), "other": other}) == (
-        f"the state dict holds 'other' of type {other.dtype}, and weights are floating-point numbers; give them as "
-        "they were before their quantization, without other tensors."
+        f"the state dict holds 'other' of type {other.dtype}, and weights must be floating-point numbers; "
+        "give a state dict without quantization and without other tensors."
     )
 
 
@@ -114,8 +114,8 @@ def test_a_file_that_unpacks_to_a_thousand_times_its_size_is_refused_before_it_i
     monkeypatch.setattr(zipfile.ZipFile, "open", unpacked)
     assert path.stat().st_size < 2**17
     assert refusal(path) == (
-        f"{path} would take 67,108,864 bytes when it is unpacked, more than 10 times its size, as no file of weights "
-        "does; fetch it again from a source that you trust."
+        f"{path} would take 67,108,864 bytes when it is unpacked, more than 10 times its size; files of weights do "
+        "not. Download it again from a source that you trust."
     )
 
 

@@ -1,4 +1,4 @@
-"""Weights whose order differs from PyTorch's: behind a flatten, before an image, of transposed convolutions."""
+"""Weights whose order differs from PyTorch's: after a flatten, before an image, in transposed convolutions."""
 
 import runpy
 
@@ -45,7 +45,7 @@ def torch_outputs(module, x):
 
 
 def assert_same_network(reference, model, x, input_shape=None):
-    """PyTorch's outputs after loading, and PyTorch's weights, bit for bit, after the way back."""
+    """Checks for PyTorch's outputs after loading, and for exactly PyTorch's weights after exporting."""
     expected = torch_outputs(reference, x)
     assert np.ptp(expected) > 0.01  # the comparison says something
     variables = torch_weights.load(reference.state_dict(), model, input_shape)
@@ -69,7 +69,7 @@ def cut(model, variables, input_shape):
 
 
 def saved_and_read(folder, model, variables, whole_torch_model):
-    """What a user of PyTorch does with the two files of `torch_weights.save`."""
+    """Rebuilds the network in PyTorch from the two files of `torch_weights.save`."""
     torch_weights.save(folder, model, variables)
     load = runpy.run_path(str(folder / "pytorch_layers.py"))["load"]
     return load(whole_torch_model, load_file(folder / "weights.safetensors")).eval()
@@ -156,7 +156,7 @@ def test_a_cut_network_behind_a_flatten(tmp_path):
 
 
 class LeNet(nn.Module):
-    """With a flatten by a number of its own: images of another size would be divided."""
+    """Flattens to a hard-coded length, which would divide images of another size."""
 
     @nn.compact
     def __call__(self, x):
@@ -183,7 +183,7 @@ def test_lenet_whose_flatten_is_a_number():
 
 
 def test_a_flatten_by_a_number_that_divides_other_images_too():
-    """Of 224 x 224 pixels it makes 64 times as many images."""
+    """With images of 224 x 224 pixels, the flatten would give 64 times as many images."""
 
     class Divided(nn.Module):
         @nn.compact
@@ -211,7 +211,7 @@ def test_a_flatten_of_channels_first_stays():
 
 
 class Two(nn.Module):
-    """Two flattened images and a vector, one behind the other."""
+    """Two flattened images and a vector, concatenated."""
 
     @nn.compact
     def __call__(self, x):

@@ -26,7 +26,7 @@ AUTHORS = "resnet56-base.pth.tar"
 
 
 def images(batch):
-    """Noise around a colour of its own per image, so that the logits differ between images."""
+    """Noise around a different colour per image, so that the logits differ between images."""
     rng = np.random.default_rng(0)
     return (rng.normal(size=(batch, 32, 32, 3)) + 2 * rng.normal(size=(batch, 1, 1, 3))).astype(np.float32)
 
@@ -133,7 +133,7 @@ def test_layer_sizes_are_those_of_pytorch():
 
 
 def test_a_saved_network_does_not_go_into_another_one(tmp_path):
-    """The file's own code says which layer is not what it was written for."""
+    """The error of the file's code names the layer that differs."""
     torch_weights.save(tmp_path, tiny(), torch_weights.load(tiny_state(), tiny()))
     namespace = runpy.run_path(str(tmp_path / "pytorch_layers.py"))
     state = load_file(tmp_path / "weights.safetensors")
@@ -157,7 +157,7 @@ def test_load_undoes_export(widths, seed):
 
 
 def test_a_network_for_grey_images_goes_there_and_back_without_their_shape(tmp_path):
-    """As the demonstration's: 8 x 8 pixels in one channel."""
+    """Like the network of the demonstration: 8 x 8 pixels with one channel."""
     variables = tiny().init(jax.random.key(0), np.zeros((1, 8, 8, 1)))
     torch_weights.save(tmp_path, tiny(), variables)
     assert load_file(tmp_path / "weights.safetensors")["conv1.weight"].shape == (16, 1, 3, 3)
@@ -327,7 +327,7 @@ def test_missing_safetensors_says_how_to_install_it(tmp_path, monkeypatch):
 
 
 class Anything:
-    """Stands for a training script's own class in a checkpoint."""
+    """Represents a training script's own class in a checkpoint."""
 
 
 def flip_a_bit(content):
@@ -354,14 +354,14 @@ def test_a_damaged_file_is_named(tmp_path, damage):
 def test_a_file_with_code_is_refused_unopened(tmp_path):
     path = tmp_path / "weights.pth"
     torch.save({"net": tiny_state(), "args": Anything()}, path)
-    with pytest.raises(ValueError, match=r"weights\.pth cannot be read: .* save its state dict alone with torch\.save"):
+    with pytest.raises(ValueError, match=r"weights\.pth cannot be read: .* save only its state dict with torch\.save"):
         torch_weights.load(path, tiny())
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1, 2], r"weights\.pth holds a list; give a state dict, as it is or under one of the keys state_dict, "),
+        ([1, 2], r"weights\.pth holds a list; give a state dict, directly or under one of the keys state_dict, "),
         ({"epoch": 3, "weights": {}}, r"weights\.pth holds 'epoch', which is not a tensor; give a state dict"),
         ({0: torch.zeros(3)}, r"weights\.pth holds 0, which is not a tensor; give a state dict"),
     ],

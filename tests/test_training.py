@@ -266,7 +266,7 @@ def test_recalibration_changes_batch_statistics_alone():
 
 
 def recording_step(state, constants, batch, rng, devices=parallel.ONE_DEVICE):
-    """Changes the state by what it was given, and says what that was."""
+    """Changes the state depending on the step's inputs, and returns these inputs as metrics."""
     images, labels = batch
     seen = devices.mean(jnp.mean(images, (0, 1, 2)))
     draw = jax.random.uniform(rng)
@@ -289,7 +289,7 @@ def run_constants():
 
 
 def indices(steps):
-    """What the run of 40 images in batches of 16 draws in these steps."""
+    """The indices that a run on 40 images in batches of 16 draws in these steps."""
     batches = data.batches(np.arange(40), 16, seed=0)
     return np.stack([batches[step].image for step in steps])
 
@@ -389,7 +389,7 @@ def log_lines(folder):
 
 
 def events_of(folder):
-    """What TensorBoard shows of a run: (step, value) by tag, without the speed."""
+    """The values that TensorBoard shows for a run: (step, value) by tag, without the speed."""
     shown = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     tags = (tag for tag in shown.Tags()["scalars"] if not tag.endswith("/images_per_s"))
     return {tag: [(event.step, event.value) for event in shown.Scalars(tag)] for tag in tags}
@@ -476,7 +476,7 @@ def nan_loss(*arguments):
 
 
 def nan_parameters(*arguments):
-    """A finite loss, but not its gradient: the next step's loss would show it, after the checkpoint."""
+    """A step with a finite loss and a gradient that is not; only the next loss, after a checkpoint, would show it."""
     state, metrics = recording_step(*arguments)
     return state.replace(parameters=jnp.where(state.step == 6, jnp.nan, state.parameters)), metrics
 

@@ -1,4 +1,4 @@
-"""The package as its users get it: what the wheel holds, and that it works where nothing else is installed."""
+"""The package as users install it: the contents of the wheel, and that it works without other packages."""
 
 import importlib.metadata
 import os
@@ -30,7 +30,7 @@ def succeed(*command, cwd):
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A copy, because a build leaves files beside its sources, and finds those of builds before it."""
+    """A copy, because a build leaves files beside its sources and uses those of earlier builds."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -50,7 +50,7 @@ def wheel(checkout):
 
 @pytest.fixture(scope="module")
 def bare(wheel, tmp_path_factory):
-    """The Python of an environment with the wheel and what it asks for, in the versions that the tests have here."""
+    """The Python of an environment with the wheel and its requirements, in the versions installed here."""
     folder = tmp_path_factory.mktemp("bare")
     venv.create(folder / "venv", with_pip=True)
     python = folder / "venv" / "bin" / "python"

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, what its results were made from, and that one run at a time works in it."""
+"""The folder of a run: its owner, the inputs of its results, and that only one run works in it at a time."""
 
 import functools
 import json

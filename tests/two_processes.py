@@ -1,4 +1,4 @@
-"""One process of a small distributed run; test_parallel.py starts it, alone or beside its like, and compares.
+"""One process of a small distributed run; test_parallel.py runs one or two of them and compares the results.
 
 Arguments: port, number of processes, this process's index, folder for the results. Together the processes have two
 devices, so that one process and two must come to the same numbers.

@@ -1,4 +1,4 @@
-"""Flax models that are not part of the library and were written without a thought of pruning.
+"""Flax models that are not part of the library and were written without pruning in mind.
 
 Each one takes its inner channel counts as an attribute, so that a test can build the smaller network; none of the
 attributes is called `widths`, so that the library has to ask for it (`rebuild`).
@@ -123,7 +123,7 @@ class PreActResNet(nn.Module):
 
 
 class Sorted(nn.Module):
-    """Sorts the channels of its second convolution: nothing that a tracer of channels can follow."""
+    """Sorts the channels of its second convolution, which the tracer of channels cannot follow."""
 
     features: tuple = (6, 9)
 
@@ -136,7 +136,7 @@ class Sorted(nn.Module):
 
 
 class Twice(nn.Module):
-    """One convolution called twice between two others: its input and output channels are the same ones."""
+    """One convolution called twice between two others, so that its input and output must keep the same channels."""
 
     features: tuple = (6,)
 
@@ -176,7 +176,7 @@ class OwnKernel(nn.Module):
 
 
 class OwnKernelAndDense(nn.Module):
-    """A module whose own kernel and whose dense layer both read its input, so that two masks would meet there."""
+    """A module whose own kernel and dense layer both read its input, so that the input would be masked twice."""
 
     @nn.compact
     def __call__(self, x):
@@ -225,7 +225,7 @@ def over_rows(x):
 
 
 def blur(x):
-    """A 3x3 box filter of every channel by itself, which learns nothing."""
+    """A fixed 3x3 box filter for every channel."""
     kernel = jnp.broadcast_to(jnp.ones((3, 3, 1, 1)) / 9, (3, 3, 1, x.shape[-1]))
     return jax.lax.conv_general_dilated(
         x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[-1]
@@ -259,7 +259,7 @@ class TwoKernels(nn.Module):
 
 
 def two_kernels(x):
-    """Two stored kernels in place of one."""
+    """A layer with two stored kernels instead of one."""
     return TwoKernels()(x)
 
 
@@ -274,7 +274,7 @@ def grouped(x):
 
 
 class Middle(nn.Module):
-    """conv -> `middle` -> dense: what stands in the middle decides whether the convolution is a gate."""
+    """conv -> `middle` -> dense: `middle` decides whether the convolution is a gate."""
 
     middle: Any
     features: int = 8

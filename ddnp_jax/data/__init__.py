@@ -94,7 +94,7 @@ def load(config: DataConfig) -> Dataset:
             config.data_dir, label(config), preprocessing, held_out, config.test_fraction, section="data."
         )
     with extras.needed_by(f"data.name={config.name!r}"):
-        from ddnp_jax.data import prepared  # here, because arrays and folders do without TFDS
+        from ddnp_jax.data import prepared  # imported here, because arrays and folders do not need TFDS
 
     return prepared.open_prepared(
         config.name, config.data_dir, config.train_split, config.test_split, preprocessing, held_out, label(config)

@@ -77,7 +77,7 @@ def from_arrays(
 
 
 def _images(given: Any, part: str) -> np.ndarray:
-    """Images (N, H, W, C), uint8, uint16 or finite float32."""
+    """Converts images to (N, H, W, C), uint8, uint16 or finite float32."""
     images = _array(given, part)
     if images.ndim == 3:
         images = images[..., None]
@@ -101,7 +101,7 @@ def _images(given: Any, part: str) -> np.ndarray:
 
 
 def _array(given: Any, part: str) -> np.ndarray:
-    """An array of numbers; images of several sizes make none."""
+    """Converts images to an array of numbers; raises if they differ in size."""
     is_array = hasattr(given, "shape")
     is_objects = is_array and given.dtype == np.dtype(object)
     shapes = [np.shape(image) for image in given] if is_objects or not is_array else []
@@ -112,12 +112,12 @@ def _array(given: Any, part: str) -> np.ndarray:
             "size, or use from_folder."
         )
     if is_objects:
-        raise ValueError(f"image 0 of {part} is a Python object in an array of them; stack the images: np.stack.")
+        raise ValueError(f"the images of {part} are an array of Python objects; stack the images with np.stack.")
     return np.asarray(given)
 
 
 def _labels(given: Any, count: int, part: str) -> np.ndarray:
-    """Whole numbers (count,), of any range."""
+    """Converts labels to an array of nonnegative integers (count,)."""
     labels = np.asarray(given)
     if labels.ndim == 2:
         raise ValueError(

@@ -23,7 +23,7 @@ class Cifar10(
     """
 
     TEST_SPLIT = "test"  # its images give the reported accuracies
-    url_infos = tfds.image_classification.Cifar10.url_infos  # the checksum; TFDS would look for it beside this file
+    url_infos = tfds.image_classification.Cifar10.url_infos  # the checksum, which TFDS would look for beside this file
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         source = self._cifar_info
@@ -41,7 +41,7 @@ class Cifar10(
         }
 
     def _generate_examples(self, split: str, data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yields the images of the binary format: per image a byte of label, then the planes R, G, B row by row."""
+        """Yields the images of the binary format: for every image a label byte, then the planes R, G, B by rows."""
         height, width, planes = SHAPE
         records = np.frombuffer(data, np.uint8).reshape(-1, 1 + height * width * planes)
         images = records[:, 1:].reshape(-1, planes, height, width).transpose(0, 2, 3, 1)

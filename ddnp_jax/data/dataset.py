@@ -16,7 +16,7 @@ from ddnp_jax.data.preprocessing import Preprocessing
 from ddnp_jax.fields import check_limits
 
 SMALL_SIDE = 96  # pixels; images of equal size up to this are kept in memory and not resized
-MAX_BYTES = 2**31  # of pixels in memory, and on every device
+MAX_BYTES = 2**31  # limit of the pixels that are kept in memory, and on every device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +164,7 @@ def open_images(
 
 
 def _read_small(records: Sequence[Record], channels: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """All images, uint8 (N, H, W, C), and labels, int32 (N,); None where they are large or of several sizes."""
+    """Returns all images, uint8 (N, H, W, C), and labels, int32 (N,); None if images are large or differ in size."""
     images, labels = np.empty(0, np.uint8), np.empty(len(records), np.int32)
     for i, record in enumerate(tqdm(records, desc="reading images", unit="image", delay=1)):
         with naming(record, i):

@@ -7,16 +7,16 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-SCALE = 2  # 8x8 scans are stored as 16x16 images, so that three stages of a ResNet still have pixels to look at
+SCALE = 2  # 8x8 scans are stored as 16x16 images, large enough for the three stages of a ResNet
 TEST_EVERY = 5
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
     """1,797 scans of handwritten digits, 16x16 grey, in 10 classes: 1,442 train and 355 test images.
 
-    The 8x8 scans with levels 0..16 are repeated 2 x 2 and spread over 0..255, so no resampling filter is involved.
-    Every fifth scan of a class, in the order of the source, is a test image: writers follow one another there, so both
-    splits see all of them. The records keep the order of the source.
+    Every pixel of the 8x8 scans is repeated 2 x 2 times, without a resampling filter, and the levels 0..16 are scaled
+    to 0..255. Every fifth scan of a class, in the order of the source, is a test image. The source is ordered by
+    writer, so both splits contain all writers. The records keep the order of the source.
 
     Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998; `sklearn.datasets.load_digits`.
     """
@@ -40,7 +40,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
-        from sklearn.datasets import load_digits  # here, because only the first use of the data needs it
+        from sklearn.datasets import load_digits  # imported here, because only the preparation of the data needs it
 
         scans = load_digits()
         is_test = np.zeros(len(scans.target), bool)

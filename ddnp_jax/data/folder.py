@@ -17,7 +17,7 @@ from ddnp_jax.data.preprocessing import Preprocessing
 from ddnp_jax.fields import check_limits
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-TEST_FOLDERS = ("test", "val", "validation")  # beside train; the first one counts
+TEST_FOLDERS = ("test", "val", "validation")  # folders of test images beside `train`; the first one found is used
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's
 
 
@@ -127,7 +127,7 @@ class Files(Sequence[Record]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Record:  # type: ignore[override]  # nobody asks for a slice
+    def __getitem__(self, index: int) -> Record:  # type: ignore[override]  # slices are not needed
         path = self.paths[index]
         try:
             content = Path(path).read_bytes()
@@ -138,7 +138,7 @@ class Files(Sequence[Record]):
 
 @dataclass(frozen=True)
 class _Tree:
-    """What a folder of classes holds.
+    """The contents of a folder of classes.
 
     Attributes:
       images: Class -> its files, both sorted.
@@ -150,7 +150,7 @@ class _Tree:
 
 
 def _check_headers(paths: Sequence[str], threads: int) -> None:
-    """Raises for files that are not images, before any work; only the headers are read."""
+    """Checks that all files are images, by reading only their headers."""
 
     def check(path: str) -> None:
         with naming({"source": path}):
@@ -162,7 +162,7 @@ def _check_headers(paths: Sequence[str], threads: int) -> None:
 
 
 def _divide(path: Path, test_fraction: float, seed: int) -> tuple[tuple[str, ...], Files, Files, list[str]]:
-    """Class names, training and test files, and notes."""
+    """Returns the class names, the training files, the test files, and notes for the report."""
     found = [folder for folder in TEST_FOLDERS if (path / folder).is_dir()] if (path / "train").is_dir() else []
     root = path / "train" if found else path
     tree = _classes(root)
@@ -193,7 +193,7 @@ def _classes(root: Path) -> _Tree:
 
 
 def _visible(folder: str | Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, by name, without what is hidden."""
+    """The entries of a folder, sorted by name, without hidden ones."""
     with os.scandir(folder) as entries:
         return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
 
@@ -211,12 +211,12 @@ def _below(folder: str, above: tuple[str, ...]) -> Iterator[str]:
 
 
 def _hold_out(tree: _Tree, fraction: float, seed: int) -> tuple[Files, Files]:
-    """Training and test files, the same part of every class, at least one image in either."""
+    """Divides the files into training and test files, the same fraction of every class and at least one image each."""
     rng = np.random.default_rng(seed)
     train, test = {}, {}
     for name, files in tree.images.items():
         if len(files) < 2:
-            raise ValueError(f"class {name!r} has a single image, {files[0]}; add another, to train on and to test on.")
+            raise ValueError(f"class {name!r} has a single image, {files[0]}; add another one, for testing.")
         count = min(max(round(fraction * len(files)), 1), len(files) - 1)
         drawn = set(rng.permutation(len(files))[:count].tolist())
         test[name] = [file for i, file in enumerate(files) if i in drawn]
@@ -243,7 +243,7 @@ def _check_classes(path: Path, tree: _Tree) -> None:
 
 def _check_test(path: Path, tree: _Tree, classes: tuple[str, ...]) -> None:
     if unknown := [name for name in tree.images if name not in classes]:
-        raise ValueError(f"{path} has a class {unknown[0]!r} that train has not; it has {', '.join(classes)}.")
+        raise ValueError(f"{path} has a class {unknown[0]!r} that train lacks; train has {', '.join(classes)}.")
     if not any(tree.images.values()):
         raise ValueError(f"{path} has no images in folders of classes; fill it or remove it.")
 

@@ -16,7 +16,8 @@ class Imagenet2012(
 ):
     """1,281,167 training and 50,000 validation photographs in 1,000 classes, with TFDS's names, labels and features.
 
-    Files are stored as they are; TFDS converts the 22 CMYK files and the PNG one, this project when it reads them.
+    Files are stored without changes. TFDS converts the 22 CMYK files and the PNG file during preparation; this library
+    converts them when it reads them.
     """
 
     TEST_SPLIT = "validation"  # TFDS's test split has no labels
@@ -43,7 +44,7 @@ class Imagenet2012(
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         try:
             folder = Path(dl_manager.manual_dir)
-        except AssertionError as error:  # TFDS's way to say that the folder is missing
+        except AssertionError as error:  # raised by TFDS if the folder is missing
             raise FileNotFoundError(" ".join(str(error).split())) from error
         for name in (TRAIN_ARCHIVE, VALIDATION_ARCHIVE):
             if not (folder / name).exists():
@@ -59,7 +60,7 @@ class Imagenet2012(
 
 
 def _train_files(path: Path) -> Iterator[tuple[str, IO[bytes], str]]:
-    """Names, files and labels; there is an inner archive per class, named by its WordNet id."""
+    """Yields names, files and labels; the archive contains an archive per class, named by its WordNet id."""
     with tarfile.open(path) as archive:
         for archive_name, class_file in _files(archive):
             with tarfile.open(fileobj=class_file) as class_archive:
@@ -68,7 +69,7 @@ def _train_files(path: Path) -> Iterator[tuple[str, IO[bytes], str]]:
 
 
 def _validation_files(path: Path) -> Iterator[tuple[str, IO[bytes], str]]:
-    """Names, files and labels; TFDS's labels belong to the files in alphabetical order."""
+    """Yields names, files and labels; the labels of TFDS are in the alphabetical order of the files."""
     labels = Path(_tfds_file("validation_labels.txt")).read_text().split()
     with tarfile.open(path) as archive:
         label_of = dict(zip(sorted(name for name, _ in _files(archive)), labels, strict=True))

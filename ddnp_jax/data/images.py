@@ -1,8 +1,8 @@
-"""Indexed images, and how batches reach the devices: from device memory, or streamed from the host.
+"""Labelled images, and their transfer to the devices: kept in device memory, or streamed from the host.
 
-A batch travels in two halves: `read` makes the host's part of it, which is sent to the devices, and `batch` makes of
-that, on a device, what the network sees. Small data sets lie on every device, and only indices are sent; large ones are
-decoded and augmented on the host, ahead of their use, and their pixels are sent. Nobody else knows which.
+A batch is made in two steps: `read` makes the host's part, which is sent to the devices, and `batch` turns it into the
+network's input on a device. Small data sets are kept on every device, and only indices are sent. Large data sets are
+decoded and augmented on the host, ahead of their use, and their pixels are sent. The interface is the same for both.
 """
 
 import abc
@@ -23,7 +23,7 @@ from ddnp_jax.data import photos
 from ddnp_jax.data.order import BatchIndices
 from ddnp_jax.data.preprocessing import Preprocessing
 
-# "image": an encoded image; "label": its class; "source": what messages call it, where that is more than its number.
+# "image": an encoded image; "label": its class; "source": its name in messages, if it has one besides its index.
 Record = Mapping[str, Any]
 
 
@@ -39,7 +39,7 @@ class Images(abc.ABC):
     levels: int | None = 255
 
     def __init__(self, preprocessing: Preprocessing) -> None:
-        """Sets the normalization: mean and std per channel in units of [0, 1], and bgr."""
+        """Takes the normalization from `preprocessing`: mean and std per channel in units of [0, 1], and bgr."""
         self._mean, self._std = tuple(preprocessing.mean), tuple(preprocessing.std)
         self._bgr = preprocessing.bgr
 
@@ -57,20 +57,20 @@ class Images(abc.ABC):
         """Makes the host's part of a batch.
 
         Args:
-          indices: (N,), which images.
-          seed: Seed of the augmentation; None for none.
+          indices: Indices (N,) of the images.
+          seed: Random seed of the augmentation; None for no augmentation.
 
         Returns:
           A pytree of host arrays (N, ...), a pure function of the arguments.
         """
 
     def batch(self, on_devices: Any, host_batch: Any, rng: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """Makes a batch as the network sees it; runs on a device.
+        """Makes the network's input; runs on a device.
 
         Args:
-          on_devices: This object's `on_devices`.
-          host_batch: What `read` made, or a device's share of it.
-          rng: Random key of the augmentation; None for none, as in `read`.
+          on_devices: The attribute `on_devices` of this object.
+          host_batch: The result of `read`, or a device's share of it.
+          rng: Random key of the augmentation; None for no augmentation, as for `read`.
 
         Returns:
           Normalized images, float32 (N, H, W, C), and labels, int32 (N,).
@@ -79,23 +79,23 @@ class Images(abc.ABC):
         return (images if self.levels is None else normalize(images, self._mean, self._std)), labels
 
     def first(self, count: int) -> jax.Array:
-        """The first `count` images as `batch` gives them, without augmentation."""
+        """The first `count` images as returned by `batch`, without augmentation."""
         return self.batch(self._resident(), self._read_plain(np.arange(min(count, len(self)))), None)[0]
 
     def served(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images as they come to an exported network, which normalizes them itself (`Dataset.serving`).
+        """Input images of an exported network, which normalizes them itself (`Dataset.serving`).
 
         Args:
-          indices: (N,), which images.
+          indices: Indices (N,) of the images.
 
         Returns:
-          Pixels (N, H, W, C), not augmented and in the network's order of channels, and labels (N,).
+          Pixels (N, H, W, C), not augmented and in the network's channel order, and labels (N,).
         """
         pixels, labels = self._ordered_pixels(self._resident(), self._read_plain(indices), None)
         return np.asarray(pixels), np.asarray(labels)
 
     def _read_plain(self, indices: np.ndarray) -> Any:
-        """The host's part of a batch that is not augmented."""
+        """Makes the host's part of a batch without augmentation."""
         return self.read(BatchIndices(indices.astype(np.int32), np.zeros(len(indices), np.int32)), None)
 
     def _ordered_pixels(self, on_devices: Any, host_batch: Any, rng: jax.Array | None) -> tuple[Any, Any]:
@@ -104,27 +104,27 @@ class Images(abc.ABC):
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
-        """SHA-256 of the images and labels; of many photographs, of their number and of some."""
+        """SHA-256 of the images and labels; for streamed photographs, of their number and of a sample."""
 
     @abc.abstractmethod
     def _resident(self) -> Any:
-        """`on_devices`, on the host."""
+        """The arrays of `on_devices`, on the host."""
 
     @abc.abstractmethod
     def _pixels(self, on_devices: Any, host_batch: Any, rng: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """`batch` before the normalization."""
+        """The result of `batch` before the channel order and the normalization."""
 
 
 class InMemory(Images):
     """Images of equal size that fit into the memory of every device; augmented there by zero-padded crops and flips.
 
     Attributes:
-      images: uint8 or uint16 (N, H, W, C), which are normalized, or float32, which are not.
-      labels: int32 (N,).
+      images: Images (N, H, W, C): uint8 or uint16, which are normalized, or float32, which are not.
+      labels: Labels (N,), int32.
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, preprocessing: Preprocessing) -> None:
-        """Takes arrays on the host; of `preprocessing`, mean, std, bgr, pad and flip count."""
+        """Takes arrays on the host, and mean, std, bgr, pad and flip from `preprocessing`."""
         super().__init__(preprocessing)
         self.images, self.labels = images, labels
         self.levels = None if images.dtype.kind == "f" else int(np.iinfo(images.dtype).max)
@@ -135,7 +135,7 @@ class InMemory(Images):
 
     def read(self, indices: BatchIndices, seed: int | None) -> np.ndarray:
         """Returns only the indices of the images."""
-        del seed  # the devices augment
+        del seed  # the images are augmented on the devices
         return indices.image
 
     def fingerprint(self) -> str:
@@ -157,16 +157,15 @@ class InMemory(Images):
 class Streamed(Images):
     """Encoded photographs of any size and number, decoded on the host by threads (decoders release the GIL).
 
-    An augmented image is a pure function of (seed, epoch, index): it depends neither on the batch nor on the process
-    that uses it.
+    An augmented image is a pure function of (seed, epoch, index), the same in every batch and every process.
     """
 
     def __init__(self, records: Sequence[Record], preprocessing: Preprocessing) -> None:
         """Takes the records of encoded images.
 
         Args:
-          records: Records with random access, from several threads.
-          preprocessing: Mean, std, bgr, flip, crop_size, resize_size and threads count; one mean is a grey image's.
+          records: Records with random access; they are accessed by several threads.
+          preprocessing: Preprocessing, of which `pad` is not used; with a single mean, images are converted to grey.
         """
         super().__init__(preprocessing)
         self._records = records
@@ -181,10 +180,10 @@ class Streamed(Images):
         return len(self._records)
 
     def read(self, indices: BatchIndices, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """The pixels, uint8, and labels.
+        """Returns the pixels, uint8, and the labels.
 
         Raises:
-          ValueError: A record holds no image that can be decoded.
+          ValueError: An image cannot be decoded.
         """
         images = np.empty((len(indices.image), *self._shape), np.uint8)
         labels = np.empty(len(indices.image), np.int32)
@@ -195,7 +194,8 @@ class Streamed(Images):
                 if seed is None:
                     photos.center_crop(record["image"], self._resize, out=images[i])
                 else:
-                    rng = np.random.default_rng((seed, epoch, 1 + index))  # (seed, epoch, 0) is (seed, epoch)
+                    # The shuffles use (seed, epoch), which numpy treats like (seed, epoch, 0).
+                    rng = np.random.default_rng((seed, epoch, 1 + index))
                     photos.random_crop(record["image"], rng, self._flip, out=images[i])
         return images, labels
 
@@ -212,7 +212,7 @@ class Streamed(Images):
         return ()
 
     def _pixels(self, on_devices: Any, host_batch: Any, rng: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        del on_devices, rng  # `read` has augmented
+        del on_devices, rng  # the images were augmented by `read`
         return host_batch
 
 
@@ -234,17 +234,17 @@ def naming(record: Record, index: int | None = None) -> Iterator[None]:
 def read_ahead(
     batches: grain.MapDataset, read: Callable[[Any], Any], threads: int, length: int
 ) -> Iterator[Iterator[Any]]:
-    """The host's parts of batch after batch, `length` of them stacked for one dispatch.
+    """Reads batches ahead of their use, and stacks them in chunks of `length` batches for one dispatch.
 
     Args:
-      batches: Which images; of `order.batches` or `order.evaluation_batches`.
-      read: Makes the host's part, a pytree of arrays, of an element of `batches`.
-      threads: How many threads call `read` ahead of use, each for another batch; 0 to call it when a chunk is asked
-        for.
-      length: Batches per chunk; the last chunk holds what remains.
+      batches: The images of each batch, from `order.batches` or `order.evaluation_batches`.
+      read: Makes the host's part of a batch, a pytree of arrays, from an element of `batches`.
+      threads: Number of threads that call `read` ahead of use, each for another batch; 0 to call it only when a chunk
+        is requested.
+      length: Number of batches per chunk; the last chunk may have fewer.
 
     Yields:
-      An iterator of pytrees of arrays (length, ...), in order. Leaving the context ends the threads.
+      An iterator over the chunks, pytrees of arrays (length, ...), in order. Leaving the context ends the threads.
     """
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + length if threads else 0)
     with contextlib.closing(iter(batches.map(read).to_iter_dataset(options).batch(length))) as chunks:
@@ -255,13 +255,13 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float], dt
     """Maps images of 8 or 16 bits to (images / levels - mean) / std, computed in float32.
 
     Args:
-      images: uint8 (N, H, W, C), of 255 levels, or uint16, of 65535.
-      mean: C values in units of [0, 1].
-      std: C values in units of [0, 1].
-      dtype: The data type of the result.
+      images: Images (N, H, W, C): uint8 with 255 levels, or uint16 with 65535.
+      mean: Mean per channel, in units of [0, 1].
+      std: Standard deviation per channel, in units of [0, 1].
+      dtype: Data type of the result.
 
     Returns:
-      (N, H, W, C).
+      Normalized images (N, H, W, C).
     """
     center, scale = (jnp.asarray(values, jnp.float32).reshape(1, 1, 1, -1) for values in (mean, std))
     return ((images.astype(jnp.float32) / jnp.iinfo(images.dtype).max - center) / scale).astype(dtype)
@@ -270,18 +270,18 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float], dt
 def augment(rng: jax.Array, images: jax.Array, pad: int, flip: bool) -> jax.Array:
     """Randomly crops each zero-padded image and flips half of them horizontally, every image independently.
 
-    Rows and columns are picked by products with 0/1 matrices, which XLA runs faster than a gather on CPU and which are
-    exact for bytes at any matrix precision, because bytes fit into bfloat16, and for others at the highest. The padding
-    is a row or column of zeros in them.
+    Rows and columns are selected by products with 0/1 matrices, in which rows of zeros stand for the padding. On CPU
+    this is faster than a gather. It is exact for bytes at any matrix precision, because bytes fit into bfloat16, and
+    for other types at the highest precision.
 
     Args:
-      rng: JAX random key; the result is a pure function of it.
-      images: uint8, uint16 or float32 (N, H, W, C).
-      pad: Zero pixels added on each side before the crop of H x W; 0 for no crop.
-      flip: Whether to mirror left and right with probability 1/2.
+      rng: JAX random key.
+      images: Images (N, H, W, C), uint8, uint16 or float32.
+      pad: Zero padding in pixels on each side before the crop of H x W; 0 for no crop.
+      flip: Whether to flip each image horizontally with probability 1/2.
 
     Returns:
-      (N, H, W, C), of the type of `images`.
+      Augmented images (N, H, W, C), of the type of `images`.
     """
     count, height, width, _ = images.shape
     row_rng, column_rng, flip_rng = jax.random.split(rng, 3)

@@ -17,8 +17,8 @@ class BatchIndices(NamedTuple):
     """The images of a batch.
 
     Attributes:
-      image: int32 (...), the numbers of the images.
-      epoch: int32 (...), how many times each image was used before.
+      image: Indices of the images, int32 (...).
+      epoch: How many times each image was used before, int32 (...).
     """
 
     image: np.ndarray
@@ -79,7 +79,7 @@ def batches(
 
 @dataclass(frozen=True)
 class _Batches:
-    """A grain source whose elements are whole batches: grain's own shuffle and batch take 25 us per index."""
+    """A grain source whose elements are whole batches, because grain's own shuffle and batch take 25 us per index."""
 
     indices: np.ndarray
     batch_size: int
@@ -107,7 +107,7 @@ class _Batches:
 
 @functools.lru_cache(maxsize=8)
 def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The shuffle of an epoch, kept for its next batches; no two (seed, epoch) share their random numbers."""
+    """The shuffle of an epoch, cached for its next batches; the random numbers differ between all (seed, epoch)."""
     order = np.random.default_rng((seed, epoch)).permutation(count)
     order.setflags(write=False)
     return order
@@ -119,7 +119,7 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
 
 
 def evaluation_batches(indices: np.ndarray, batch_size: int, *, process: tuple[int, int] = (0, 1)) -> grain.MapDataset:
-    """All images once and in order, the last batch filled up with the first image, so that evaluation is exact.
+    """All images once and in order; the last batch is padded with the first image.
 
     Args:
       indices: int (N,), the images to evaluate.
@@ -127,8 +127,8 @@ def evaluation_batches(indices: np.ndarray, batch_size: int, *, process: tuple[i
       process: The rank of this process and the number of processes.
 
     Returns:
-      Elements are this process' part of the batches: `BatchIndices` (batch_size / processes,) and valid, bool of that
-      shape: False where an image only fills up.
+      Elements are this process' part of the batches: `BatchIndices` (batch_size / processes,), and `valid`, bool of the
+      same shape, which is False for the padding and must exclude it from the evaluation.
     """
     rank, processes = process
     count = steps_per_epoch(len(indices), batch_size) * batch_size

@@ -1,8 +1,8 @@
 """Decoding and cropping of images on the host: torchvision's two transformations for ImageNet.
 
 Every image of every data set is decoded here, to 8 bits, upright and without transparency. JPEGs are decoded by
-simplejpeg (libjpeg-turbo), whose pixels are those of Pillow bit for bit; what it does not know, CMYK and other formats,
-by Pillow itself, which also reads every header.
+simplejpeg (libjpeg-turbo), which gives exactly the same pixels as Pillow. CMYK images and other formats, which it does
+not support, are decoded by Pillow, which also reads every header.
 """
 
 import io
@@ -14,12 +14,12 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-MAX_PIXELS = 2**28 // 3  # of an image: a small file can claim to be of any size; Pillow warns from here on
-AREA = (0.08, 1.0)  # of a random crop, as a fraction of the photograph
-ASPECT_RATIO = (3 / 4, 4 / 3)  # of a random crop, width / height
-ATTEMPTS = 10  # to draw a random crop that fits
+MAX_PIXELS = 2**28 // 3  # limit for an image, because a small file can declare any size; Pillow warns above it
+AREA = (0.08, 1.0)  # range of the area of a random crop, as a fraction of the photograph
+ASPECT_RATIO = (3 / 4, 4 / 3)  # range of the aspect ratio of a random crop, width / height
+ATTEMPTS = 10  # number of attempts to draw a random crop that fits
 
-# EXIF's orientations that turn an image: whether rows and columns change places, then the steps along both.
+# EXIF orientations that turn an image: whether rows and columns are swapped, and the steps along the rows and columns.
 _TURNS = {
     2: (False, 1, -1),
     3: (False, -1, -1),
@@ -30,21 +30,21 @@ _TURNS = {
     8: (True, -1, 1),
 }
 
-cv2.setNumThreads(0)  # the callers are threads already
+cv2.setNumThreads(0)  # images are already decoded by several threads
 
 
 def center_crop(encoded: bytes, resize: int, out: np.ndarray) -> None:
-    """Resizes the shorter side to `resize` and cuts out the middle: torchvision's Resize and CenterCrop, bit for bit.
+    """Resizes the shorter side to `resize` and crops the center, like torchvision's Resize and CenterCrop.
 
-    That is so where torchvision is given Pillow's images; its form for tensors rounds differently.
+    The pixels are exactly those of torchvision for images of Pillow; for tensors, torchvision rounds differently.
 
     Args:
-      encoded: A photograph.
-      resize: Pixels, at least the side of `out`.
-      out: uint8 (S, S, C), RGB or grey; is overwritten.
+      encoded: An encoded photograph.
+      resize: Shorter side in pixels after resizing, at least the side of `out`.
+      out: Array for the result, uint8 (S, S, C), RGB or grey.
 
     Raises:
-      ValueError: It cannot be decoded.
+      ValueError: The photograph cannot be decoded.
     """
     image = decode(encoded, channels=out.shape[-1])
     height, width = image.shape[:2]
@@ -58,21 +58,21 @@ def center_crop(encoded: bytes, resize: int, out: np.ndarray) -> None:
 
 
 def random_crop(encoded: bytes, rng: np.random.Generator, flip: bool, out: np.ndarray) -> None:
-    """Cuts out a part of random size, shape and place and resizes it: torchvision's RandomResizedCrop and flip.
+    """Crops a part of random size, shape and position and resizes it, like torchvision's RandomResizedCrop and flip.
 
-    The distribution is torchvision's. The pixels differ: cv2 interpolates between the four nearest pixels where
-    torchvision averages over all that a smaller pixel covers. A part that is at least twice as large as `out` is
-    decoded at a fraction of its size (libjpeg averages there), which is faster and moves its edges by less than a
-    pixel of that.
+    The crops have the same distribution as in torchvision, but the pixels differ: cv2 interpolates between the four
+    nearest pixels, while torchvision averages over all pixels that a pixel of the result covers. If the crop is at
+    least twice as large as `out`, the photograph is decoded at a fraction of its size (libjpeg averages the pixels).
+    This is faster, and moves the edges of the crop by less than a pixel of the decoded image.
 
     Args:
-      encoded: A photograph.
-      rng: Draws size, shape, place and flip.
-      flip: Whether to mirror left and right with probability 1/2.
-      out: uint8 (S, S, C), RGB or grey; is overwritten.
+      encoded: An encoded photograph.
+      rng: Random generator for size, shape, position and flip.
+      flip: Whether to flip horizontally with probability 1/2.
+      out: Array for the result, uint8 (S, S, C), RGB or grey.
 
     Raises:
-      ValueError: It cannot be decoded.
+      ValueError: The photograph cannot be decoded.
     """
     size = len(out)
     photograph = _Photograph(encoded)
@@ -93,8 +93,8 @@ def random_crop(encoded: bytes, rng: np.random.Generator, flip: bool, out: np.nd
 def draw_crop(rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
     """Draws a part of a photograph as torchvision's RandomResizedCrop does.
 
-    Area and logarithm of the aspect ratio are uniform; what fits is placed uniformly. Where nothing fits in `ATTEMPTS`
-    attempts, it is the middle, at the nearest aspect ratio allowed.
+    The area and the logarithm of the aspect ratio are distributed uniformly, and so is the position of a crop that
+    fits. If no crop fits after `ATTEMPTS` attempts, the center is taken, with the nearest allowed aspect ratio.
 
     Returns:
       Top, left, height and width in pixels.
@@ -112,31 +112,32 @@ def draw_crop(rng: np.random.Generator, height: int, width: int) -> tuple[int, i
 
 
 def decode(encoded: bytes, min_height: int = 0, min_width: int = 0, channels: int = 3) -> np.ndarray:
-    """Decodes an image, turned upright as its EXIF orientation says.
+    """Decodes an image, and turns it upright according to its EXIF orientation.
 
-    Transparent images are laid over white, 16 bits are scaled to 8, palettes are looked up, CMYK becomes RGB; of an
-    animation it is the first frame.
+    Transparent images get a white background, 16 bits are scaled to 8, palettes and CMYK are converted to RGB, and the
+    first frame of an animation is used.
 
     Args:
       encoded: A JPEG, or another format that Pillow reads.
-      min_height: With `min_width`: the result may be smaller than the image, but not than this.
-      min_width: See `min_height`; 0 for the whole image.
-      channels: 3 for RGB, where grey is repeated; 1 for grey, the luma of colors.
+      min_height: Minimum height of the result, which may be decoded at a fraction of the image's size; 0 to decode it
+        at full size.
+      min_width: Minimum width of the result, likewise.
+      channels: 3 for RGB, with grey levels repeated; 1 for grey, with colors converted to their luma.
 
     Returns:
-      uint8 (H, W, channels).
+      The pixels, uint8 (H, W, channels).
 
     Raises:
-      ValueError: It is no image, is damaged, or has more than `MAX_PIXELS`.
+      ValueError: The file is not an image, is damaged, or has more than `MAX_PIXELS`.
     """
     return _Photograph(encoded).pixels(min_height, min_width, channels)
 
 
 def check_header(path: str) -> None:
-    """Checks that a file begins as an image does that `decode` takes; its pixels are not read.
+    """Checks that the header of a file is that of an image that `decode` supports; the pixels are not read.
 
     Raises:
-      ValueError: It cannot be read, is no image, or has more than `MAX_PIXELS`.
+      ValueError: The file cannot be read, is not an image, or has more than `MAX_PIXELS`.
     """
     try:
         with open(path, "rb") as file:
@@ -146,14 +147,14 @@ def check_header(path: str) -> None:
 
 
 def _opened(file: BinaryIO) -> tuple[Image.Image, tuple[bool, int, int]]:
-    """An image whose header has been read, and how to turn it."""
+    """Reads the header of an image; returns the image and the entry of `_TURNS` that turns it upright."""
     try:
         image = Image.open(file)
         _check_size(*image.size)
         return image, _TURNS.get(_orientation(image), (False, 1, 1))
     except UnidentifiedImageError as error:
         raise ValueError("it is not an image in a known format") from error
-    except Exception as error:  # damaged files make Pillow's readers raise anything
+    except Exception as error:  # for damaged files, Pillow may raise any error
         raise ValueError(_sentence(error)) from error
 
 
@@ -181,10 +182,10 @@ class _Photograph:
         return np.ascontiguousarray(image[::row_step, ::column_step])
 
     def _stored(self, min_height: int, min_width: int, channels: int) -> np.ndarray:
-        """As it lies in the file, not turned."""
+        """Decodes the pixels as they are stored, without turning them."""
         image = self._image
         if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
-            # Between 1/2 and 1 libjpeg has no fast form.
+            # libjpeg has no fast implementation for factors between 1/2 and 1.
             scaled = {"min_height": min_height, "min_width": min_width, "min_factor": 2} if min_height else {}
             try:
                 return simplejpeg.decode_jpeg(self._encoded, "RGB" if channels == 3 else "GRAY", **scaled)
@@ -196,10 +197,10 @@ class _Photograph:
 
 
 def _is_damage(warning: str) -> bool:
-    """Whether a warning of libjpeg says that pixels are wrong, of which Pillow says nothing.
+    """Whether a warning of libjpeg means that pixels are damaged, which Pillow does not report.
 
-    Superfluous bytes before the end (marker 0xd9) follow the last pixel; ImageNet has files with some. Pillow refuses
-    truncated files itself.
+    Extraneous bytes before the end (marker 0xd9) are harmless, because they follow the last pixel; some files of
+    ImageNet have them. For truncated files, Pillow itself raises an error.
     """
     return warning.startswith("Corrupt JPEG data") and not warning.endswith("extraneous bytes before marker 0xd9")
 
@@ -207,14 +208,14 @@ def _is_damage(warning: str) -> bool:
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged EXIF data turn nothing; whether the pixels are damaged too is found out later
+    except Exception:  # damaged EXIF data are ignored; damaged pixels are detected when they are decoded
         return 1
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """The image with 8 bits per channel, over white where it is transparent."""
+    """Converts an image to 8 bits per channel, with a white background if it is transparent."""
     if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers, whose range no file states")
+        raise ValueError("its pixels are floating-point numbers of unknown range")
     if image.mode.startswith("I"):
         return _eight_bits(image)
     if not image.has_transparency_data:
@@ -224,7 +225,7 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A grey image of 16 bits; older versions of Pillow open it with 32."""
+    """Converts a grey image of 16 bits to 8 bits; older versions of Pillow open it with 32 bits."""
     levels = np.array(image, np.int64)
     if levels.min() < 0 or levels.max() > 65535:
         raise ValueError("its pixels are whole numbers outside of 0..65535")
@@ -238,7 +239,7 @@ def _without_grey_axis(image: np.ndarray) -> np.ndarray:
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels are more than the {MAX_PIXELS} that are decoded")
+        raise ValueError(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS}")
 
 
 def _sentence(error: Exception) -> str:

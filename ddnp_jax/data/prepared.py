@@ -1,4 +1,4 @@
-"""Data sets that TFDS has prepared, opened by name; three of them are prepared here, without TensorFlow."""
+"""Data sets in TFDS's format, opened by name; three of them can be prepared by this library, without TensorFlow."""
 
 import contextlib
 import itertools
@@ -24,8 +24,8 @@ BUILDERS: Mapping[str, type[tfds.core.GeneratorBasedBuilder]] = {
     "digits": Digits,
     "imagenet2012": Imagenet2012,
 }
-DAMAGE = (RuntimeError, IndexError, DecodeError)  # what the readers of damaged and missing records raise
-READ_BLOCK = 1000  # records per read: one call per record costs more than the decoding
+DAMAGE = (RuntimeError, IndexError, DecodeError)  # errors that TFDS raises for damaged and missing records
+READ_BLOCK = 1000  # records per read: reading records one by one takes longer than decoding them
 
 
 def open_prepared(
@@ -40,13 +40,13 @@ def open_prepared(
     """Opens a data set of TFDS with one image and one label per record; raises as `data.load`.
 
     Args:
-      name: Name of the data set in TFDS, with a configuration and version where it has several.
-      data_dir: The folder of prepared data; None or "" for TFDS's own.
-      train_split: The training images, in TFDS's form.
-      test_split: The test images, in TFDS's form; "" for what is usual.
-      preprocessing: How pixels come to the network.
-      held_out: Which training images are held out.
-      label: How reports call the data set.
+      name: Name of the data set in TFDS, with its configuration and version if there are several.
+      data_dir: The folder of prepared data; None or "" for TFDS's default folder.
+      train_split: The training split, or a slice of a split in TFDS's syntax.
+      test_split: The test split, likewise; "" for the usual one.
+      preprocessing: Preprocessing of the network's input.
+      held_out: The held-out splits of the training images.
+      label: Name of the data set in reports.
 
     Returns:
       The data set.
@@ -74,15 +74,15 @@ def open_prepared(
 
 
 def open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
-    """The TFDS builder of a data set whose files are in place, preparing them where that is allowed.
+    """Returns the TFDS builder of a prepared data set; missing data are prepared if the library can do so.
 
     Args:
-      name: A key of `BUILDERS`, or another name that TFDS knows or that is prepared in `data_dir`.
-      data_dir: Folder as for `open_prepared`, or the very folder of the data set, with its dataset_info.json.
+      name: A key of `BUILDERS`, or the name of a data set that TFDS knows or that is prepared in `data_dir`.
+      data_dir: Folder as for `open_prepared`, or the folder that contains the data set's dataset_info.json.
 
     Raises:
       ValueError: The name is unknown.
-      FileNotFoundError: `data_dir` holds no such data set.
+      FileNotFoundError: `data_dir` does not contain the data set.
       OSError: The data set can be neither found nor prepared.
     """
     data_dir = os.path.expanduser(data_dir or "") or None
@@ -98,7 +98,7 @@ def open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
         try:
             builder.download_and_prepare(file_format="array_record")
         except OSError as error:
-            if not _is_prepared(builder):  # else another process, preparing at the same time, was first
+            if not _is_prepared(builder):  # otherwise another process has prepared it at the same time
                 raise OSError(
                     f"{name} could not be prepared in {builder.data_dir} ({error}); set data.data_dir to a folder "
                     f"{'that can be written' if name == 'digits' else 'that holds its prepared TFDS data'}."
@@ -130,11 +130,11 @@ def _builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
         raise _unknown(name)
     try:
         return tfds.builder(name, data_dir=data_dir)
-    except AssertionError as error:  # of a version that there is not
+    except AssertionError as error:  # for a version that does not exist
         raise ValueError(f"data.name={name!r} cannot be opened by TFDS ({_flat(error)}).") from error
     except tfds.core.registered.DatasetNotFoundError as error:
         raise _unknown(name) from error
-    except (ValueError, RuntimeError) as error:  # no such configuration or version
+    except (ValueError, RuntimeError) as error:  # for a configuration or version that does not exist
         raise ValueError(f"data.name={name!r} cannot be opened by TFDS ({_flat(error)}).") from error
 
 
@@ -151,7 +151,7 @@ def _flat(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _readable(folder: str | os.PathLike, *errors: type[Exception]) -> Iterator[None]:
-    """Lets an error of TFDS or of its readers say which data set it is about.
+    """Adds the folder of the data set to an error of TFDS or of its readers.
 
     Raises:
       ValueError: A file of the data set is damaged or missing.
@@ -165,18 +165,18 @@ def _readable(folder: str | os.PathLike, *errors: type[Exception]) -> Iterator[N
 
 
 def _is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
-    """Whether the files are in place: TFDS writes into a temporary folder and renames it at the end."""
+    """Whether the data set is complete: TFDS writes into a temporary folder and renames it at the end."""
     return os.path.exists(os.path.join(builder.data_dir, "dataset_info.json"))
 
 
 class Features(NamedTuple):
-    """Which features of a data set are the image and the label.
+    """The features of a data set that are the image and the label.
 
     Attributes:
-      image: Name of the image.
-      label: Name of the label.
-      num_classes: How many classes there are; None where only the labels tell.
-      class_names: Their names; None where they have none.
+      image: Name of the feature with the image.
+      label: Name of the feature with the label.
+      num_classes: Number of classes; None if it must be determined from the labels.
+      class_names: Names of the classes; None if there are none.
     """
 
     image: str
@@ -186,14 +186,14 @@ class Features(NamedTuple):
 
 
 def find_features(builder: tfds.core.DatasetBuilder) -> Features:
-    """Finds the one image and the one label of a data set: a ClassLabel, or else a whole number.
+    """Finds the image and the label of a data set; the label is a ClassLabel or, if there is none, an integer.
 
-    Where there are several, those count that the data set declares as its supervised keys.
+    If there are several candidates, the one among the data set's supervised keys is used.
 
     Raises:
-      ValueError: There is none, or more than one.
+      ValueError: There is no image or label, or several candidates.
     """
-    features = dict(sorted(builder.info.features.items()))  # files have them in any order
+    features = dict(sorted(builder.info.features.items()))  # their order in files varies
     keys = tuple(builder.info.supervised_keys or ())
     image = _single(builder, "image", [name for name in features if _is_image(features[name])], keys)
     named = [name for name in features if isinstance(features[name], tfds.features.ClassLabel)]
@@ -212,12 +212,12 @@ def _single(builder: tfds.core.DatasetBuilder, what: str, found: list[str], keys
     known = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in sorted(builder.info.features.items()))
     raise ValueError(
         f"data.name={builder.name!r} has {len(found)} features that can be the {what} "
-        f"({', '.join(found) or 'none'}), where one is wanted; its features are {known}."
+        f"({', '.join(found) or 'none'}); it must have exactly one. Its features are {known}."
     )
 
 
 def _is_image(feature: Any) -> bool:
-    """An image for the network, not a map of labels, and of 8 or 16 bits."""
+    """Whether a feature is an image of 8 or 16 bits, and not a map of labels."""
     is_map = isinstance(feature, tfds.features.LabeledImage)
     return isinstance(feature, tfds.features.Image) and not is_map and feature.np_dtype in (np.uint8, np.uint16)
 
@@ -228,14 +228,14 @@ def _is_whole_number(feature: Any) -> bool:
 
 
 def _channels(stored: int | None, preprocessing: Preprocessing) -> int:
-    """Channels after decoding; images that say nothing are grey where there is a single mean."""
+    """Number of channels after decoding; if the data set does not declare it, one for a single mean, otherwise 3."""
     if stored is None:
         return 1 if len(preprocessing.mean) == 1 else 3
     return 1 if stored == 1 else 3
 
 
 def _splits(builder: tfds.core.DatasetBuilder, train_split: str, test_split: str) -> tuple[str, str]:
-    """Both splits, checked: parts of the data set, and without a common image."""
+    """Returns the training and the test split, after checking that they exist and have no image in common."""
     usual = (getattr(builder, "TEST_SPLIT", "test"), "validation")
     test_split = test_split or next((name for name in usual if name in builder.info.splits), usual[0])
     train, test = (_part(builder, *field) for field in (("train_split", train_split), ("test_split", test_split)))
@@ -256,14 +256,14 @@ class _Part(NamedTuple):
 
 
 def _part(builder: tfds.core.DatasetBuilder, field: str, split: str) -> _Part:
-    """What a split or a slice of one stands for."""
+    """The records that a split, or a slice of a split, refers to."""
     counts = {name: info.num_examples for name, info in builder.info.splits.items()}
     named = re.fullmatch(r"([^\[\]+]+)(\[[^\[\]]*\])?", split)
     if named and named[1] in counts:
-        with contextlib.suppress(ValueError):  # TFDS's messages do not know the field
+        with contextlib.suppress(ValueError):  # replaced by the error below, which names the field
             (part,) = tfds.core.splits.AbstractSplit.from_spec(split).to_absolute(builder.info.splits)
             first, end = part.from_ or 0, counts[named[1]] if part.to is None else part.to
-            if first < end:  # TFDS reads backward slices as others
+            if first < end:  # TFDS accepts slices that end before they begin
                 return _Part(named[1], first, end)
     known = ", ".join(f"{name}: {count} images" for name, count in counts.items())
     raise ValueError(
@@ -273,13 +273,13 @@ def _part(builder: tfds.core.DatasetBuilder, field: str, split: str) -> _Part:
 
 
 def _count_classes(builder: tfds.core.DatasetBuilder, features: Features, split: str) -> int:
-    """Reads every label, because nothing else tells how many classes there are."""
+    """Determines the number of classes by reading all labels."""
     records = _blocks(_source(builder, split, features), builder.data_dir)
     return 1 + max(int(record[features.label]) for record in records)
 
 
 def open_records(builder: tfds.core.DatasetBuilder, split: str) -> "Records":
-    """The records of a split or of a slice of one."""
+    """Opens the records of a split, or of a slice of a split."""
     features = find_features(builder)
     return Records(builder, split, features, features.num_classes or _count_classes(builder, features, split))
 
@@ -294,7 +294,7 @@ class Records(Sequence[Record]):
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: int) -> Record:  # type: ignore[override]  # nobody asks for a slice
+    def __getitem__(self, index: int) -> Record:  # type: ignore[override]  # slices are not needed
         with _readable(self._folder, *DAMAGE):
             stored = self._source[index]
         return self._record(index, stored)
@@ -313,12 +313,12 @@ class Records(Sequence[Record]):
 
 
 def _source(builder: tfds.core.DatasetBuilder, split: str, features: Features) -> Any:
-    # The image stays encoded, because TFDS's choice of a decoder depends on what else is installed.
+    # The image stays encoded, because TFDS's decoder depends on which other packages are installed.
     return builder.as_data_source(split, decoders={features.image: tfds.decode.SkipDecoding()})
 
 
 def _blocks(source: Any, folder: str | os.PathLike) -> Iterator[Mapping[str, Any]]:
-    """All records in order."""
+    """Yields all records in order."""
     for start in range(0, len(source), READ_BLOCK):
         with _readable(folder, *DAMAGE):
             block = source.__getitems__(range(start, min(start + READ_BLOCK, len(source))))

@@ -32,7 +32,7 @@ class Preprocessing:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        """Takes any sequences of numbers as mean and std, arrays too."""
+        """Converts mean and std, which may be any sequences or arrays of numbers, to tuples of floats."""
         for field in ("mean", "std"):
             object.__setattr__(self, field, tuple(map(float, getattr(self, field))))
 
@@ -50,7 +50,7 @@ class Preprocessing:
           section: Prefix of field names in messages, "data." for a configuration.
 
         Raises:
-          ValueError: Names the field and what it may be.
+          ValueError: A value is invalid; the message names the field and its valid values.
         """
         for field in ("mean", "std"):
             if not len(getattr(self, field)):

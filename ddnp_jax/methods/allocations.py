@@ -1,4 +1,4 @@
-"""How many channels each gate keeps, from the scores of all channels and a budget: one function per allocation."""
+"""Allocations: functions of the scores of all channels and a budget that return how many channels each gate keeps."""
 
 import dataclasses
 import math
@@ -11,25 +11,26 @@ from ddnp_jax.cost.budget import Budget
 from ddnp_jax.methods.base import Importance, check_choices
 from ddnp_jax.topology import Topology
 
-_MOST_REMOVED = 0.95  # of a gate's channels, in CC's allocation
+_MOST_REMOVED = 0.95  # largest fraction of a gate's channels that CC's allocation removes
 
 
 def uniform_widths(importance: Importance, budget: Budget, fields: "Fields") -> tuple[int, ...]:
-    """Widths that are the same fraction of every gate."""
+    """Widths that are the same fraction of the channels of every gate."""
     return budget.fit(np.ones(len(importance)))
 
 
 def by_rates(importance: Importance, budget: Budget, fields: "Fields") -> tuple[int, ...]:
-    """Widths that result from given rates, scaled by one factor to the budget."""
+    """Widths that result from given pruning rates, all scaled by one factor to meet the budget."""
     return budget.fit(1 - np.array(fields.rates))
 
 
 def by_fitted_losses(importance: Importance, budget: Budget, fields: "Fields") -> tuple[int, ...]:
-    """CC's widths: they minimize the lost importance, if a gate's loss grows exponentially with its removed fraction.
+    """CC's widths: they minimize the lost importance, which is modelled as an exponential of the removed fraction.
 
-    What gate l loses with a fraction c of its channels is fitted by p1 exp(p2 c), weighted by the root of the loss. The
-    sum over all gates is least where the slopes are the same λ: c = ln(λ / (p1 p2)) / p2, in [0, 0.95]; λ is searched
-    by bisection. The importances must add up, as those of `cc` do.
+    For every gate, the importance that is lost with a fraction c of its channels is fitted by p1 exp(p2 c), weighted
+    by the square root of the loss. The sum over all gates is minimal if all slopes have the same value λ:
+    c = ln(λ / (p1 p2)) / p2, clipped to [0, 0.95]; λ is found by bisection. The importances must be additive, as
+    those of `cc` are.
     """
     fits = [_exponential(np.sort(np.asarray(scores, np.float64))) for scores in importance]
 
@@ -47,11 +48,15 @@ def by_fitted_losses(importance: Importance, budget: Budget, fields: "Fields") -
 
 
 def _exponential(ascending: np.ndarray) -> tuple[float, float]:
-    """The fit p1 exp(p2 c), as (ln p1, p2), of what is lost with channels whose importances are in ascending order."""
+    """Fits p1 exp(p2 c) to the importance that is lost with a fraction c of the channels; returns (ln p1, p2).
+
+    Args:
+      ascending: Importances of the channels, in ascending order.
+    """
     losses = np.cumsum(ascending)
     rates = np.arange(1, len(losses) + 1) / len(losses)
     known = losses > 0
-    if np.unique(losses[known]).size < 2:  # no curve: one that costs what removing everything does
+    if np.unique(losses[known]).size < 2:  # too few values for a fit: a curve that ends at the loss of all channels
         return math.log(max(losses[-1], np.finfo(float).tiny)) - 1.0, 1.0
     weights = np.sqrt(losses[known] / losses[-1])
     p2, log_p1 = np.polyfit(rates[known], np.log(losses[known]), 1, w=weights)
@@ -59,9 +64,9 @@ def _exponential(ascending: np.ndarray) -> tuple[float, float]:
 
 
 def over_all_gates(importance: Importance, budget: Budget, fields: "Fields") -> tuple[int, ...]:
-    """Widths by one ranking of the channels of all gates: the most of the best-ranked that meet the budget.
+    """Widths by a single ranking of the channels of all gates: as many of the best channels as the budget allows.
 
-    Every gate keeps at least its smallest width, and widths are rounded down to multiples where the budget says so.
+    Every gate keeps at least its smallest width, and widths are rounded down to the budget's `multiple`.
     """
     gates = np.repeat(np.arange(len(importance)), [len(scores) for scores in importance])
     order = gates[np.argsort(-np.concatenate(importance), kind="stable")]
@@ -96,10 +101,10 @@ class Fields:
 
     Attributes:
       allocation: How many channels each gate keeps: 'uniform', the same fraction of every gate; 'global', by one
-        ranking of the channels of all gates; 'rates', as `rates` says; 'cc', where the fitted loss of importance is
-        least.
-      rates: Fraction of each gate's channels that is removed, in the order of `topology.gates`, for allocation 'rates':
-        published rates, for example. All widths are then scaled by one factor to the budget.
+        ranking of the channels of all gates; 'rates', as given by `rates`; 'cc', by minimizing the fitted loss of
+        importance.
+      rates: For allocation 'rates': the fraction of each gate's channels to remove, in the order of `topology.gates`,
+        for example published rates. All widths are then scaled by one factor to meet the budget.
     """
 
     allocation: str = "uniform"
@@ -111,10 +116,10 @@ class Fields:
             raise ValueError(f"rates holds {wrong[0]!r}; give fractions of channels to remove, in [0, 1).")
 
     def check(self, topology: Topology) -> None:
-        """Raises for rates of another network.
+        """Checks that the rates match the network.
 
         Raises:
-          ValueError: Their number is not that of the gates.
+          ValueError: The number of rates is not the number of gates.
         """
         if self.allocation == "rates" and len(self.rates) != len(topology.gates):
             raise ValueError(

@@ -34,26 +34,26 @@ class Evidence:
 
     @functools.cached_property
     def leaves(self) -> dict[LeafPath, Any]:
-        """The variables by their path."""
+        """The variables by path."""
         return flatten(self.variables)
 
     def filters(self, gate: int) -> list[np.ndarray]:
-        """The kernels that produce a gate's channels, each as float64 (C_l, weights of a channel)."""
+        """The kernels that produce a gate's channels, each as float64 (C_l, weights per channel)."""
         found = self.topology.gates[gate]
         return [_by_channel(np.float64(self.leaves[piece.path]), piece, found) for piece in found.producers]
 
     def norm_scales(self, gate: int) -> list[np.ndarray]:
-        """The scales of normalizations of a gate's channels, each (C_l,)."""
+        """The scales of the normalization layers of a gate's channels, each (C_l,)."""
         found = self.topology.gates[gate]
         pieces = [piece for piece in found.slices if piece.path[-1] == "scale"]
         return [_by_channel(np.float64(self.leaves[piece.path]), piece, found)[:, 0] for piece in pieces]
 
     def consuming_kernels(self, gate: int, arrays: Mapping[LeafPath, Any] | None = None) -> list[Any]:
-        """The kernels of the layers that read a gate, each (C_l, n); depthwise convolutions left out.
+        """The kernels of the layers that read a gate, each (C_l, n), except those of depthwise convolutions.
 
         Args:
-          gate: Number of the gate.
-          arrays: Arrays of the shapes of all kernels, by path, to take in their place.
+          gate: Index of the gate.
+          arrays: Arrays with the shapes of the kernels, by path, to use instead of the kernels.
         """
         found, arrays = self.topology.gates[gate], self.leaves if arrays is None else arrays
         return [_by_channel(arrays[piece.path], piece, found) for piece in self._consuming_slices(gate)]
@@ -65,7 +65,7 @@ class Evidence:
 
     @functools.cached_property
     def features(self) -> tuple[tuple[jax.Array, ...], ...]:
-        """The features of every gate's channels, each (N, ..., C_l): one of every tensor that layers read."""
+        """The features of every gate's channels, (N, ..., C_l): one array per distinct tensor that layers read."""
         return self._observed[0]
 
     @functools.cached_property
@@ -92,7 +92,7 @@ class Evidence:
 
     @property
     def kernel_effects(self) -> dict[LeafPath, jax.Array]:
-        """The kernels W that read gates times the batch's gradients in them, g ⊙ W, by path."""
+        """The kernels W that read gates, multiplied by the gradient g of the loss with respect to W, by path."""
         return {path: gradient * self.leaves[path] for path, gradient in self._kernel_gradients[0].items()}
 
     @functools.cached_property
@@ -110,7 +110,7 @@ class Evidence:
     @property
     def _problem(self) -> Problem:
         if self.problem is None:
-            raise ValueError("this score needs images; give it the problem and a batch.")
+            raise ValueError("this score needs images; give the problem and a batch.")
         return self.problem
 
     @property
@@ -118,12 +118,12 @@ class Evidence:
         return tuple(jnp.ones(channels) for channels in self.topology.widths)
 
     def measured(self) -> Measured:
-        """Results of the unpruned network on the batch, at no additional cost."""
+        """Results of the unpruned network on the batch, taken from a forward pass that was computed for the score."""
         known = [name for name in ("_differentiated", "_kernel_gradients") if name in self.__dict__]
         return getattr(self, known[0] if known else "_observed")[1]
 
 
 def _by_channel(leaf: Any, piece: Slice, gate: Gate) -> Any:
-    """The part of a leaf that belongs to each of a gate's channels, (C_l, n)."""
+    """The values of a leaf that belong to each channel of a gate, (C_l, n)."""
     others = [axis for axis in range(leaf.ndim) if axis != piece.axis]
     return leaf.transpose(piece.axis, *others)[piece.span.positions(gate.channels)].reshape(gate.channels, -1)

@@ -29,7 +29,7 @@ _LOG_STEP = 0.5  # of the integral in `nuclear_losses`
 def uniform(evidence: Evidence, gate: int) -> np.ndarray:
     """Random numbers: the baseline that every method must beat."""
     if evidence.rng is None:
-        raise ValueError("random numbers need a source; give rng.")
+        raise ValueError("this score draws random numbers; give rng.")
     return evidence.rng.random(evidence.topology.gates[gate].channels)
 
 
@@ -39,7 +39,7 @@ def magnitude(evidence: Evidence, gate: int) -> np.ndarray:
 
 
 def bn_scale(evidence: Evidence, gate: int) -> np.ndarray:
-    """Absolute scale of the channel's batch normalization (Liu et al. 2017); of several, their sum.
+    """Absolute scale of the channel's batch normalization (Liu et al. 2017); if there are several, their sum.
 
     Raises:
       ValueError: The gate has no normalization with a scale.
@@ -63,9 +63,10 @@ def taylor(evidence: Evidence, gate: int) -> jax.Array:
 
 
 def lamp(evidence: Evidence, gate: int) -> np.ndarray:
-    """Squared norm of the filter over the sum of those that are not smaller (LAMP, Lee et al. 2021, of channels).
+    """Squared norm of the filter, divided by the sum of all squared norms that are at least as large (Lee et al. 2021).
 
-    The largest of every gate scores 1, so that one ranking over all gates empties none.
+    This is LAMP, applied to channels. The largest filter of every gate has the score 1, so that a ranking over all
+    gates removes no gate completely.
     """
     squares = np.sum([np.square(kernel).sum(axis=1) for kernel in evidence.filters(gate)], axis=0)
     order = np.argsort(-squares, kind="stable")
@@ -77,10 +78,10 @@ def lamp(evidence: Evidence, gate: int) -> np.ndarray:
 def hrank(evidence: Evidence, gate: int) -> jax.Array:
     """Mean over images of the matrix rank of the channel's feature map (HRank, Lin et al. 2020).
 
-    Of channels that several blocks add to, the mean over the blocks: they share one kept set.
+    If several blocks add to the same channels, the score is the mean over the blocks, which keep the same channels.
 
     Raises:
-      ValueError: The layers read the gate's channels pooled or flattened, so that there is no map.
+      ValueError: The layers read the gate's channels after pooling or flattening, so that there are no feature maps.
     """
     features = evidence.features[gate]
     maps = [each for each in features if each.ndim == 4]
@@ -88,17 +89,17 @@ def hrank(evidence: Evidence, gate: int) -> jax.Array:
         name = evidence.topology.gates[gate].name
         raise ValueError(
             f"the channels of gate {name} are read as {features[0].shape}, without height and width, and have no rank; "
-            "keep= the gate whole, or score by another method."
+            "leave the gate unpruned with keep=, or use another method."
         )
     ranks = [jnp.linalg.matrix_rank(jnp.moveaxis(each, -1, 1)).astype(jnp.float32) for each in maps]
     return jnp.mean(jnp.stack(ranks), axis=(0, 1))
 
 
 def chip(evidence: Evidence, gate: int) -> jax.Array:
-    """Mean over images of how much nuclear norm the feature maps lose without the channel's (CHIP, Sui et al. 2021).
+    """Mean over images of the loss of nuclear norm when the channel's feature map is zero (CHIP, Sui et al. 2021).
 
-    Of channels that several blocks add to, the mean over the blocks: they share one kept set, where the authors' code
-    lets each block choose its own.
+    If several blocks add to the same channels, the score is the mean over the blocks, which keep the same channels. In
+    the authors' code each block keeps its own.
     """
     features = evidence.features[gate]
     maps = [each for each in features if each.ndim == 4] or features
@@ -107,39 +108,42 @@ def chip(evidence: Evidence, gate: int) -> jax.Array:
 
 
 def cc(evidence: Evidence, gate: int) -> list[jax.Array]:
-    """What the channel half of CC (Li et al. 2021) is computed from; see `information_loss`."""
+    """The inputs of `information_loss`, the channel pruning score of CC (Li et al. 2021)."""
     return evidence.consuming_kernels(gate, evidence.kernel_effects)
 
 
 def information_loss(effects: list[jax.Array]) -> np.ndarray:
-    """CC's information loss Σ (g ⊙ (W' - W))² of the layers that read a channel, where W' is W without it.
+    """CC's information loss of every channel: Σ (g ⊙ (W' - W))² over the layers that read the channel.
+
+    W' is the kernel W without the channel.
 
     Args:
       effects: g ⊙ W of each of these layers, (C_l, n), where g is the mean gradient over all images.
 
     Returns:
-      (C_l,).
+      Scores (C_l,).
     """
     return np.sum([np.square(np.float64(each)).sum(axis=1) for each in effects], axis=0)
 
 
 def nuclear_losses(rows: jax.Array) -> jax.Array:
-    """How much the nuclear norm of a matrix loses when each of its rows is set to zero.
+    """Decrease of the nuclear norm of a matrix when a row is set to zero, for every row.
 
-    The nuclear norm is tr(M^½) = 2/π ∫ tr(M (M + t²)⁻¹) dt over t > 0, where M is a Gram matrix. A row changes M by a
-    matrix of rank one, so that the integrand's change has a closed form (Sherman and Morrison) in one decomposition of
-    M, for all rows. In ln t it is smooth and falls like t and 1/t at its ends: the trapezoid rule with steps of 1/2 is
-    exact to float32, and the sums beyond its ends are geometric.
+    The nuclear norm is tr(M^½) = 2/π ∫ tr(M (M + t²)⁻¹) dt over t > 0, where M is a Gram matrix. Setting a row to zero
+    changes M by a matrix of rank one. The change of the integrand therefore has a closed form (Sherman and Morrison),
+    which needs only one decomposition of M for all rows. As a function of ln t it is smooth, and decreases like t and
+    1/t at the two ends: the trapezoid rule with steps of 1/2 is accurate to float32, and the sums beyond the ends are
+    geometric series.
 
     Args:
       rows: Matrix (C, n).
 
     Returns:
-      (C,), at least 0.
+      The decreases (C,), at least 0.
     """
-    t = jnp.exp(_LOG_STEP * jnp.arange(-24, 15))  # relative to the largest singular value
+    t = jnp.exp(_LOG_STEP * jnp.arange(-24, 15))  # in units of the largest singular value
     factors = (rows, rows.T) if rows.shape[0] <= rows.shape[1] else (rows.T, rows)
-    # Only one triangle is read. jaxlib 0.12 cannot compile the symmetrization with the fusion `eltwise`.
+    # eigh reads only one triangle. jaxlib 0.12 cannot compile its symmetrization with the fusion `eltwise`.
     gram = jnp.matmul(*factors, precision=jax.lax.Precision.HIGHEST)
     squares, vectors = jnp.linalg.eigh(gram, symmetrize_input=False)
     largest = jnp.maximum(squares[-1], jnp.finfo(rows.dtype).tiny)
@@ -167,10 +171,11 @@ class Score(NamedTuple):
     """A score.
 
     Attributes:
-      of: (evidence, gate) -> (C_l,).
-      needs_images: Whether it reads features or gradients; it is then a pure JAX function, averaged over all images.
-      like: (evidence, gate) -> arrays of the shapes of what `of` returns, where that is another pytree.
-      of_mean: What is then done to the average over all images: that pytree -> (C_l,).
+      of: The score: (evidence, gate) -> (C_l,), or a pytree from which `of_mean` computes it.
+      needs_images: Whether `of` reads features or gradients; it must then be a pure JAX function, and its results are
+        averaged over all images.
+      like: (evidence, gate) -> arrays with the structure and shapes of what `of` returns.
+      of_mean: Average of the results of `of` over all images -> (C_l,).
     """
 
     of: Callable[[Evidence, int], Any]
@@ -200,8 +205,8 @@ class State(flax.struct.PyTreeNode):
 
     Attributes:
       step: Number of steps taken, int32.
-      images: Number of images seen, float32; on one device of several, its share.
-      sums: What the score is computed from, per gate, summed over these images.
+      images: Number of images seen, float32; if there are several devices, only those seen by one device.
+      sums: Sums of the results of `Score.of` over these images, per gate.
     """
 
     step: jax.Array
@@ -210,7 +215,7 @@ class State(flax.struct.PyTreeNode):
 
 
 def build(score: Score, problem: Problem) -> Search:
-    """The search of a score: of no steps where it needs no images, else one batch per step."""
+    """Builds the search of a score: it has one step per batch, or no steps if the score needs no images."""
     fields = problem.config
     fields.check(problem.topology)
     build_one = _over_images if score.needs_images else _of_weights
@@ -227,7 +232,7 @@ def _of_weights(score: Score, problem: Problem) -> Search:
 
 
 def _no_step(*_: Any, **__: Any) -> Any:
-    raise RuntimeError("a score of weights alone has no search step.")
+    raise RuntimeError("a score that needs no images has no search step.")
 
 
 def _over_images(score: Score, problem: Problem) -> Search:

@@ -1,7 +1,7 @@
 """Backbones: plain flax.linen modules without any pruning code.
 
-A module of this package that defines `MODELS: dict[str, Callable[..., nn.Module]]` registers its names for `create`;
-every architecture is one file.
+Every architecture is a module of this package. Its `MODELS: dict[str, Callable[..., nn.Module]]` registers names for
+`create`.
 """
 
 import importlib

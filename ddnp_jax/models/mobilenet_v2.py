@@ -10,7 +10,7 @@ STAGES = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3
 
 
 def blocks(strides: tuple[int, ...]) -> list[tuple[int, int, int]]:
-    """(expanded channels, output channels, stride) of each block, from the strides of the stages (table 2)."""
+    """Returns (expanded channels, output channels, stride) of each block, from the strides of the stages (table 2)."""
     inputs, rows = STEM, []
     for (expansion, channels, count), stride in zip(STAGES, strides, strict=True):
         for i in range(count):
@@ -20,7 +20,7 @@ def blocks(strides: tuple[int, ...]) -> list[tuple[int, int, int]]:
 
 
 class InvertedResidual(nn.Module):
-    """Expansion, unless `width` is None, then depthwise convolution and linear projection."""
+    """Expansion to `width` channels (none if `width` is None), depthwise convolution and linear projection."""
 
     width: int | None
     channels: int
@@ -43,7 +43,7 @@ class MobileNetV2(Backbone, kw_only=True):
     """MobileNetV2 for images of about 224x224, NHWC; further attributes as for `Backbone`.
 
     Attributes:
-      widths: Expanded channels of each block but the first, whose depthwise convolution is on the stem's output.
+      widths: Expanded channels of each block except the first, which has no expansion.
     """
 
     def whole_widths(self) -> tuple[int, ...]:

@@ -1,8 +1,9 @@
 """MobileNetV2 for 32x32 images in the DDNP and NPPM authors' form.
 
-Only its fourth and sixth stage halve the image: 304.08 million multiply-accumulates. Beside the strides it differs from
-the ImageNet network in its ReLUs (not cut at 6), in the first block, which has an expansion with as many channels as it
-reads, and in the shortcut: every block of stride 1 has one, with a convolution where the channels differ.
+Only its fourth and sixth stage halve the image, which gives 304.08 million multiply-accumulates. Besides the strides,
+it differs from the ImageNet network in three ways: the ReLUs are not limited to 6; the first block has an expansion,
+to as many channels as its input has; and every block of stride 1 has a shortcut, with a convolution if the numbers of
+channels differ.
 """
 
 import flax.linen as nn
@@ -36,7 +37,8 @@ class CifarMobileNetV2(Backbone, kw_only=True):
     """MobileNetV2 for small images, NHWC; further attributes as for `Backbone`.
 
     Attributes:
-      strides: Strides of the seven stages. No weight depends on them, so a checkpoint of other strides loads silently.
+      strides: Strides of the seven stages. The weights do not depend on them, so a checkpoint that was trained with
+        other strides loads without an error.
       widths: Expanded channels of each block.
     """
 

@@ -25,14 +25,14 @@ BLOCKS = (
 
 
 def squeezed_channels(expanded: int) -> int:
-    """A quarter of the expanded channels, to the nearest multiple of 8, but not more than a tenth below."""
+    """A quarter of the expanded channels, rounded to the nearest multiple of 8, but at most a tenth downwards."""
     quarter = expanded // 4
     rounded = max(8, (quarter + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * quarter else rounded
 
 
 class SqueezeExcite(nn.Module):
-    """Scales each channel by a function of the mean of every channel."""
+    """Scales each channel by a function of the means of all channels."""
 
     squeezed: int
     layer: ConvNorm
@@ -46,7 +46,10 @@ class SqueezeExcite(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expansion, unless `width` is None, depthwise convolution, squeeze-excite unless `squeezed` is 0, projection."""
+    """Expansion, depthwise convolution, squeeze-excite and projection.
+
+    There is no expansion if `width` is None, and no squeeze-excite if `squeezed` is 0.
+    """
 
     width: int | None
     channels: int
@@ -75,7 +78,7 @@ class MobileNetV3Small(Backbone, kw_only=True):
     """MobileNetV3-small for images of about 224x224, NHWC; further attributes as for `Backbone`.
 
     Attributes:
-      widths: Expanded channels of each block but the first. What squeeze-excite squeezes them to stays as it is.
+      widths: Expanded channels of each block except the first. The inner channels of squeeze-excite are not pruned.
     """
 
     def whole_widths(self) -> tuple[int, ...]:

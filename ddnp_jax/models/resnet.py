@@ -13,7 +13,7 @@ EXPANSION = 4  # of a bottleneck: output channels per inner channel
 
 
 class Bottleneck(nn.Module):
-    """Convolutions 1x1, 3x3 and 1x1; the first two outputs, `widths` channels, are inside the block."""
+    """Convolutions 1x1, 3x3 and 1x1; the first two have `widths` output channels, which are inside the block."""
 
     widths: tuple[int, int]
     channels: int
@@ -33,9 +33,10 @@ class ResNet(Backbone, kw_only=True):
     """ResNet for images of about 224x224, NHWC; further attributes as for `Backbone`.
 
     Attributes:
-      blocks: Per stage.
-      bottleneck: Whether the blocks are bottlenecks, else basic blocks.
-      widths: Per basic block the channels between its convolutions; per bottleneck those behind conv1 and behind conv2.
+      blocks: Number of blocks per stage.
+      bottleneck: Whether the blocks are bottlenecks; otherwise they are basic blocks.
+      widths: Channels between the convolutions of each block: one number per basic block, and two per bottleneck, the
+        outputs of conv1 and conv2.
     """
 
     blocks: tuple[int, ...]

@@ -12,7 +12,7 @@ STAGES = (16, 32, 64)
 
 
 def shortcut(x: jax.Array, channels: int, stride: int, kind: str, layer: ConvNorm) -> jax.Array:
-    """Shortcut of a block to `channels` channels at 1/`stride` of the resolution; 'projection' alone has parameters."""
+    """Shortcut of a block to `channels` channels at 1/`stride` of the resolution; only 'projection' has parameters."""
     missing = channels - x.shape[-1]
     if stride == 1 and missing == 0:
         return x
@@ -27,7 +27,7 @@ def shortcut(x: jax.Array, channels: int, stride: int, kind: str, layer: ConvNor
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions; only the first one's output, `width` channels, is inside the block."""
+    """Two 3x3 convolutions; the first one has `width` output channels, which are inside the block."""
 
     width: int
     channels: int
@@ -47,7 +47,7 @@ class CifarResNet(Backbone, kw_only=True):
     """ResNet-(6n + 2) for small images, NHWC; further attributes as for `Backbone`.
 
     Attributes:
-      blocks_per_stage: n.
+      blocks_per_stage: Number of blocks per stage, n.
       widths: Channels between the two convolutions of each block.
       shortcut: 'subsample' (He et al. option A), 'avgpool' (the DDNP authors' form), both without parameters, or
         'projection' (option B).

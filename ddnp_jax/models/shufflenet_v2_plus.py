@@ -1,4 +1,4 @@
-"""ShuffleNetV2+ of Megvii: units found by a search, squeeze-excite and hard-swish on ShuffleNetV2 (Ma et al. 2018)."""
+"""ShuffleNetV2+ by Megvii: ShuffleNetV2 (Ma et al. 2018) with searched units, squeeze-excite and hard-swish."""
 
 from functools import partial
 
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from ddnp_jax.models.layers import Backbone, ConvNorm
 
 STEM, HEAD = 16, 1280
-XCEPTION = 0  # a unit of three depthwise separable convolutions, in place of one kernel size
-# Per stage the kernel of each unit, whether the activation is hard-swish, and whether there is squeeze-excite.
+XCEPTION = 0  # used instead of a kernel size, for a unit of three depthwise separable convolutions
+# For each stage: the kernel of each unit, whether the activation is hard-swish, and whether there is squeeze-excite.
 STAGES = (
     ((3, 3, XCEPTION, 5), False, False),
     ((5, 5, 3, 3), True, False),
@@ -20,7 +20,7 @@ STAGES = (
 
 
 class SqueezeExcite(nn.Module):
-    """Scales each channel by a function of the mean of every channel."""
+    """Scales each channel by a function of the means of all channels."""
 
     layer: ConvNorm
 
@@ -34,15 +34,18 @@ class SqueezeExcite(nn.Module):
 
 
 class Unit(nn.Module):
-    """One half of the channels passes by, the other goes through the main branch; at stride 2 both read everything.
+    """A unit with two branches.
+
+    At stride 1, half of the channels skip the unit, and the other half pass through the main branch. At stride 2, both
+    branches read all channels.
 
     Attributes:
-      widths: Inner channels of the main branch, one number, or two of an Xception-like unit.
-      channels: Channels of the output.
+      widths: Inner channels of the main branch: one number, or two for an Xception-like unit.
+      channels: Number of output channels.
       kernel: Side of the depthwise convolution's kernel, or XCEPTION.
       stride: 1 or 2.
-      swish: Whether the activation is hard-swish, else ReLU.
-      excites: Whether the main branch ends in squeeze-excite.
+      swish: Whether the activation is hard-swish; otherwise it is ReLU.
+      excites: Whether the main branch ends with squeeze-excite.
       layer: Convolution and batch norm.
     """
 
@@ -57,7 +60,7 @@ class Unit(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (N, H, W, C) to (N, ceil(H / stride), ceil(W / stride), channels)."""
-        # The shuffle of the last unit's halves and their split are one step: every second channel passes by.
+        # The shuffle of the previous unit's output and the split are one step: every second channel skips this unit.
         passed, x = (x, x) if self.stride == 2 else (x[..., ::2], x[..., 1::2])
         if self.stride == 2:
             passed = self._depthwise("branch_proj", 0, passed, self.kernel, self.stride)
@@ -90,7 +93,7 @@ class ShuffleNetV2Plus(Backbone, kw_only=True):
 
     Attributes:
       stages: Output channels of each stage.
-      widths: Inner channels of the units' main branches; two numbers of an Xception-like unit.
+      widths: Inner channels of the units' main branches; two numbers for an Xception-like unit.
     """
 
     stages: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""What the three kinds of networks have in common."""
+"""The interface of `Network`, and functions that all three kinds of networks share."""
 
 import abc
 import contextlib
@@ -19,7 +19,7 @@ Sizes = tuple[tuple[ModulePath, tuple[tuple[str, Any], ...]], ...]
 
 Outputs = str | int | Callable[[Any], Any] | None  # how to select the outputs to use
 
-# Arguments by which modules are told their mode, with the values of evaluation.
+# Arguments that switch modules between training and evaluation, with their values for evaluation.
 MODES: dict[str, bool] = {
     "train": False,
     "training": False,
@@ -33,8 +33,8 @@ class Resizing(NamedTuple):
     """The new sizes of a network's variables.
 
     Attributes:
-      shapes: Old and new shape of every leaf that changes.
-      groups: Old and new number of feature groups of the convolutions that change them, by the path of the kernel.
+      shapes: Old and new shape of every leaf whose shape changes, by path.
+      groups: Old and new number of feature groups of every grouped convolution that changes, by path of the kernel.
     """
 
     shapes: Mapping[LeafPath, tuple[tuple[int, ...], tuple[int, ...]]]
@@ -52,26 +52,26 @@ class Network(abc.ABC):
     kind: ClassVar[str]
 
     def __init__(self, model: Any, call_kwargs: Mapping[str, Any]) -> None:
-        """Takes a model and the further keyword arguments of its calls."""
+        """Wraps a model; `call_kwargs` are additional keyword arguments for every call."""
         self.model = model
         self._call_kwargs = dict(call_kwargs)
 
     @property
     def name(self) -> str:
-        """What to call it in reports."""
+        """Name of the network in reports and messages."""
         return type(self.model).__name__
 
     @abc.abstractmethod
     def variables(self, given: Any) -> Any:
-        """The variables: `given`, or those inside of the model where it holds them.
+        """Returns the variables: `given`, or those that the model itself holds if `given` is None.
 
         Raises:
-          ValueError: None was given and the model holds none.
+          ValueError: `given` is None, and the model holds no variables.
         """
 
     @abc.abstractmethod
     def initial(self, rng: jax.Array, images: Any) -> Any:
-        """Variables to train from; `images` (N, H, W, C) may be a `jax.ShapeDtypeStruct` under `jax.eval_shape`."""
+        """Initial variables; `images` (N, H, W, C) may be a `jax.ShapeDtypeStruct` under `jax.eval_shape`."""
 
     @abc.abstractmethod
     def evaluate(self, variables: Any, images: jax.Array) -> Any:
@@ -84,15 +84,16 @@ class Network(abc.ABC):
         """The outputs in training mode, and the variables with new batch statistics.
 
         Args:
-          variables: Of the network.
-          images: (N, H, W, C).
-          rng: From which every random stream of the module is drawn.
-          batch_axis: The mapped axis over which batch normalization takes its means; None for this batch alone.
+          variables: Variables of the network.
+          images: Images (N, H, W, C).
+          rng: Random key for all random streams of the module.
+          batch_axis: Name of the mapped axis over which batch normalization averages; None to average only over these
+            images.
         """
 
     @abc.abstractmethod
     def split(self, variables: Any) -> tuple[Any, Any]:
-        """(what the optimizer changes, the rest)."""
+        """Splits variables into (parameters, which the optimizer changes; all others)."""
 
     @abc.abstractmethod
     def merge(self, parameters: Any, rest: Any) -> Any:
@@ -107,12 +108,12 @@ class Network(abc.ABC):
         return path[:-1]
 
     def layer_name(self, path: LeafPath) -> str:
-        """What to call the layer that a kernel belongs to."""
+        """Name of the layer that a kernel belongs to."""
         return "/".join(self.module_of(path)) or path[-1]
 
     @abc.abstractmethod
     def sizes(self, resizing: Resizing, variables: Any, images: Any) -> Sizes:
-        """The attributes of submodules that variables of other sizes need.
+        """Returns the attributes of submodules that must change for variables of other sizes.
 
         Args:
           resizing: The new sizes.
@@ -122,21 +123,21 @@ class Network(abc.ABC):
 
     @abc.abstractmethod
     def with_sizes(self, sizes: Sizes) -> Any:
-        """The model with these attributes."""
+        """Returns the model with other attributes of its submodules."""
 
     @abc.abstractmethod
     def saved_sizes(self) -> Sizes:
-        """What `with_sizes` of the unpruned model needs to become this one."""
+        """Returns the sizes with which `with_sizes` of the unpruned network builds this network."""
 
     @contextlib.contextmanager
     def calling(self, images: Any) -> Iterator[None]:
-        """Around a call of the model: lets an error of the model's own code say what it was called with.
+        """Context for a call of the model, which adds the arguments of the call to the message of any error.
 
         Args:
-          images: (N, H, W, C), or their shape.
+          images: Images (N, H, W, C) of the call, or their shape.
 
         Raises:
-          ValueError: The call raised anything.
+          ValueError: The call raised an error.
         """
         try:
             yield
@@ -148,36 +149,36 @@ class Network(abc.ABC):
             ) from error
 
     def transposed(self, variables: Any, images: Any) -> Mapping[LeafPath, bool]:
-        """Kernels of the transposed convolutions that modules name as such; the others look like convolutions.
+        """Kernels of transposed convolutions whose module is known to be one; others look like ordinary convolutions.
 
         Args:
           variables: Variables of the network, or their shapes.
           images: One batch (N, H, W, C), or its shape.
 
         Returns:
-          Per path, whether the kernel is (*spatial, out, in), that of the convolution that is transposed
+          By path, whether the kernel is (*spatial, out, in), like that of the convolution that is transposed
           (`transpose_kernel`), and not (*spatial, in, out).
         """
         del variables, images
         return {}
 
     def group_norms(self, variables: Any, images: Any) -> Mapping[ModulePath, int]:
-        """Number of groups of the group normalizations that modules name as such; arguments as for `transposed`."""
+        """Number of groups of every group normalization whose module is known; arguments as for `transposed`."""
         del variables, images
         return {}
 
     def bind(self, variables: Any) -> tuple[Any, Any]:
-        """(model, variables) as their user holds them: the variables of an nnx module are inside of it."""
+        """Returns (model, variables) in the form that users work with: an nnx module holds its variables itself."""
         return self.model, variables
 
 
 def mode_kwargs(call: Callable, given: Mapping[str, Any], training: bool) -> dict[str, Any]:
-    """Keyword arguments of a call in evaluation or training mode.
+    """Returns the keyword arguments of a call in evaluation or training mode.
 
     Args:
-      call: What is called; each argument of `MODES` that its signature has is set.
-      given: Further arguments; those of evaluation mode may replace the ones found.
-      training: Whether it is training mode.
+      call: The function to call; every argument of `MODES` in its signature is set.
+      given: Additional arguments; in evaluation mode, they take precedence over `MODES`.
+      training: Whether the call is in training mode.
     """
     parameters = inspect.signature(call).parameters
     modes = {name: value != training for name, value in MODES.items() if name in parameters}
@@ -185,13 +186,13 @@ def mode_kwargs(call: Callable, given: Mapping[str, Any], training: bool) -> dic
 
 
 def flatten(variables: Any) -> dict[LeafPath, Any]:
-    """Path -> leaf of any pytree; boxes of partitioning metadata are opened."""
+    """Returns the leaves of a pytree by path, without flax's boxes for partitioning metadata."""
     flat, _ = jtu.tree_flatten_with_path(variables, is_leaf=_is_box)
     return {tuple(map(_name, path)): meta.unbox(leaf) for path, leaf in flat}
 
 
 def replace_leaves(variables: Any, leaves: Mapping[LeafPath, Any]) -> Any:
-    """The same pytree with other leaves, in the same boxes."""
+    """Returns the same pytree with other leaves, in the same boxes for partitioning metadata."""
 
     def replace(path: Any, leaf: Any) -> Any:
         new = leaves[tuple(map(_name, path))]
@@ -212,7 +213,7 @@ def _name(key: Any) -> str:
 
 
 def layout_note(shape: tuple[int, ...]) -> str:
-    """What to say where a shape of images (N, ...) looks as if channels came first; "" elsewhere."""
+    """Addition to a message if a shape of images (N, ...) seems to have the channels first; otherwise ""."""
     if len(shape) == 4 and shape[1] in (1, 3, 4) and min(shape[2:]) > 4:
         return "; images are (N, H, W, C), and these look like (N, C, H, W)."
     return ""
@@ -227,7 +228,7 @@ def picked(outputs: Any, which: Outputs, name: str = "the network") -> Any:
       name: Name of the network, for the message.
 
     Raises:
-      ValueError: The network returns several arrays and `which` is None, or has nothing under `which`.
+      ValueError: The network returns several arrays and `which` is None, or it has no output `which`.
     """
     if callable(which):
         return which(outputs)
@@ -239,8 +240,7 @@ def picked(outputs: Any, which: Outputs, name: str = "the network") -> Any:
     arrays = jax.tree.leaves(outputs)
     if len(arrays) != 1:
         raise ValueError(
-            f"{name} returns {structure(outputs)}; say with outputs= which of them counts: a key, an index, or a "
-            "function."
+            f"{name} returns {structure(outputs)}; select one of them with outputs=, a key, an index, or a function."
         )
     return arrays[0]
 
@@ -252,7 +252,7 @@ def structure(arrays: Any) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The kind of an error and the first line of its message, for the message of another one."""
+    """The type of an error and the first line of its message, for use in the message of another error."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
@@ -269,13 +269,13 @@ def is_size(name: str) -> bool:
 def size_attributes(
     integers: Mapping[str, int], leaves: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
 ) -> dict[str, int]:
-    """New values of those attributes of a module that are sizes of its own leaves.
+    """Returns new values of the attributes of a module that are sizes of its own leaves.
 
-    An attribute with the old size of an axis gets its new one. Where several axes had that size the last axis counts,
-    which is that of the outputs.
+    If an attribute equals the old size of an axis, its new value is the new size of this axis. If several axes had this
+    size, the last axis counts, which is that of the outputs.
 
     Args:
-      integers: The module's attributes that are whole numbers.
+      integers: The module's integer attributes.
       leaves: Old and new shape of the module's own leaves.
     """
     new: dict[str, int] = {}

@@ -26,7 +26,7 @@ LAYERS = (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Co
 
 @dataclasses.dataclass(frozen=True)
 class _Held:
-    """A module out of flax's sight, which would otherwise make it, and what it holds, a submodule of its holder."""
+    """Hides a module from flax, which would otherwise turn an attribute that is a module into a submodule."""
 
     module: nn.Module
 
@@ -60,10 +60,11 @@ class Resized(nn.Module):
 
         def resize(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
             module = context.module
-            # A module that was made and called by itself has no path; of nested wrappers the outer one comes first.
+            # A module that is created and called independently of the network has no scope. If wrappers are nested,
+            # the outer wrapper takes precedence.
             if module.scope is not None and not hasattr(module, RESIZED):
                 for name, value in (*sizes.get(module.path[outside:], ()), (RESIZED, True)):
-                    object.__setattr__(module, name, value)  # modules are frozen, and this is their own copy
+                    object.__setattr__(module, name, value)  # modules are frozen; this one is a copy
             return next_fun(*args, **kwargs)
 
         with nn.intercept_methods(resize):
@@ -82,7 +83,7 @@ class LinenNetwork(Network):
           ValueError: The module is bound to variables.
         """
         if model.scope is not None:
-            raise ValueError(f"{type(model).__name__} is bound to variables; give it unbound, model.unbind()[0].")
+            raise ValueError(f"{type(model).__name__} is bound to variables; give the unbound model.unbind()[0].")
         super().__init__(model, call_kwargs)
 
     @property
@@ -92,7 +93,7 @@ class LinenNetwork(Network):
 
     @property
     def name(self) -> str:
-        """Of the module's class."""
+        """Name of the module's class."""
         return type(self.module).__name__
 
     def variables(self, given: Any) -> Any:
@@ -102,7 +103,7 @@ class LinenNetwork(Network):
         return given
 
     def initial(self, rng: jax.Array, images: Any) -> Any:
-        """What `model.init` returns."""
+        """The variables that `model.init` returns."""
         return self._in_mode(training=False).init(rng, images, **self._kwargs(training=False))
 
     def evaluate(self, variables: Any, images: jax.Array) -> Any:
@@ -114,8 +115,8 @@ class LinenNetwork(Network):
     ) -> tuple[Any, Any]:
         """The outputs in training mode, and the variables with new batch statistics.
 
-        Every random stream of the module (`dropout`, `drop_path`, ...) is drawn from `rng`: flax takes that of
-        `params` for streams that are not given.
+        Every random stream of the module (`dropout`, `drop_path`, ...) is drawn from `rng`: flax uses the key of
+        `params` for streams without a key of their own.
         """
 
         def over_batch(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
@@ -134,7 +135,7 @@ class LinenNetwork(Network):
         return outputs, {**variables, **updated}
 
     def split(self, variables: Any) -> tuple[Any, Any]:
-        """The collection "params", and the others."""
+        """Splits variables into the collection "params" and all other collections."""
         return variables[PARAMETERS], {name: value for name, value in variables.items() if name != PARAMETERS}
 
     def merge(self, parameters: Any, rest: Any) -> Any:
@@ -142,7 +143,7 @@ class LinenNetwork(Network):
         return {PARAMETERS: parameters, **rest}
 
     def is_parameter(self, path: LeafPath) -> bool:
-        """Whether it is in the collection "params"."""
+        """Whether a leaf is in the collection "params"."""
         return path[0] == PARAMETERS
 
     def module_of(self, path: LeafPath) -> ModulePath:
@@ -150,11 +151,12 @@ class LinenNetwork(Network):
         return path[1:-1]
 
     def sizes(self, resizing: Resizing, variables: Any, images: Any) -> Sizes:
-        """Attributes of the layers, found from their own variables and, of group normalization, from its input."""
+        """New attributes of the layers, from the shapes of their variables and, for group norm, of its input."""
         found: dict[ModulePath, Mapping[str, Any]] = dict(map(_as_mapping, self.saved_sizes()))
         for path, call in self._calls(variables, images).items():
             own = {leaf[-1]: shapes for leaf, shapes in resizing.shapes.items() if self.module_of(leaf) == path}
-            call = call._replace(attributes={**call.attributes, **found.get(path, {})})  # as an earlier cut left them
+            # The sizes of an earlier pruning take precedence.
+            call = call._replace(attributes={**call.attributes, **found.get(path, {})})
             new = _new_sizes(call, own, resizing.groups.get((PARAMETERS, *path, "kernel")))
             if new:
                 found[path] = {**found.get(path, {}), **new}
@@ -187,7 +189,7 @@ class LinenNetwork(Network):
         return self.model.sizes if isinstance(self.model, Resized) else ()
 
     def _calls(self, variables: Any, images: Any) -> dict[ModulePath, "_Call"]:
-        """The first call of every submodule; nothing is computed."""
+        """Records the first call of every submodule; the network is only traced."""
         found: dict[ModulePath, _Call] = {}
 
         def record(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
@@ -202,7 +204,7 @@ class LinenNetwork(Network):
         return found
 
     def _in_mode(self, training: bool) -> nn.Module:
-        """The module, with an attribute that is its mode set where its call takes none."""
+        """The module in evaluation or training mode, set by an attribute if its call has no argument for the mode."""
         call = inspect.signature(type(self.module).__call__).parameters
         own: dict[str, Any] = {name: on != training for name, on in MODES.items() if name in _attributes(self.module)}
         if not own or set(MODES) & set(call):
@@ -224,7 +226,7 @@ class _Call(NamedTuple):
     Attributes:
       kind: Class of the submodule.
       attributes: Its attributes.
-      channels: Last axis of its input; None without an array.
+      channels: Length of the last axis of its input; None if the input is not an array.
     """
 
     kind: type
@@ -241,7 +243,7 @@ def _new_sizes(
     own: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
     groups: tuple[int, int] | None,
 ) -> dict[str, int | None]:
-    """New attributes of one submodule, from the old and new shapes of its own leaves."""
+    """Returns new attributes of a submodule, from the old and new shapes of its own leaves."""
     if issubclass(call.kind, nn.GroupNorm):
         count = call.attributes["num_groups"]
         grouped = count is not None and count > 1 and call.channels is not None
@@ -253,6 +255,6 @@ def _new_sizes(
         new: dict[str, int | None] = {"features": own["kernel"][1][last]}
         return new | ({"feature_group_count": groups[1]} if groups else {})
     if call.kind.__module__.startswith("flax."):
-        return {}  # all of flax's others take the sizes of what they are given
+        return {}  # all other modules of flax infer their sizes from their inputs
     integers = {name: value for name, value in call.attributes.items() if type(value) is int}
     return dict(size_attributes(integers, own))

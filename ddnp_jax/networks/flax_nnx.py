@@ -1,4 +1,4 @@
-"""flax.nnx modules as networks. Their variables, as pure nested dictionaries, are taken out and put back."""
+"""flax.nnx modules as networks; their variables are converted to nested dictionaries of arrays and back."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,22 +23,22 @@ LAYER_SIZES = ("in_features", "out_features", "kernel_shape", "feature_group_cou
 
 
 class NnxNetwork(Network):
-    """An nnx module. It is never changed: what is computed is computed on copies."""
+    """An nnx module. The module itself never changes: all computations use copies."""
 
     kind = "nnx"
 
     def __init__(self, model: nnx.Module, call_kwargs: Mapping[str, Any]) -> None:
-        """Takes a module with its variables."""
+        """Wraps a module with its variables."""
         super().__init__(model, call_kwargs)
         self._graph, self._state = nnx.split(model)
         self._kinds = {tuple(map(str, path)): type(variable) for path, variable in nnx.to_flat_state(self._state)}
 
     def variables(self, given: Any) -> Any:
-        """The module's own variables as nested dictionaries of arrays, unless others were given."""
+        """Returns `given` or, if it is None, the module's own variables as nested dictionaries of arrays."""
         return nnx.to_pure_dict(self._state) if given is None else given
 
     def initial(self, rng: jax.Array, images: Any) -> Any:
-        """The module's own variables: it was built with them."""
+        """The module's own variables, which were initialized when the module was created."""
         return self.variables(None)
 
     def evaluate(self, variables: Any, images: jax.Array) -> Any:
@@ -50,10 +50,10 @@ class NnxNetwork(Network):
     def train(
         self, variables: Any, images: jax.Array, rng: jax.Array, batch_axis: str | None = None
     ) -> tuple[Any, Any]:
-        """The outputs in training mode, and the variables with new batch statistics and counts of random numbers."""
+        """The outputs in training mode, and the variables with new batch statistics and counters of random numbers."""
         leaves = flatten(variables)
         keys = {path: leaf for path, leaf in leaves.items() if issubclass(self._kinds[path], nnx.RngKey)}
-        # The same module on another device, or in another step, draws other numbers; its own keys stay.
+        # On every device and in every step the module draws other random numbers; its own keys do not change.
         drawn = {path: jax.random.fold_in(key, jax.random.bits(rng)) for path, key in keys.items()}
         module = self._module(_nested(variables, {**leaves, **drawn}))
         module.train()
@@ -65,7 +65,7 @@ class NnxNetwork(Network):
         return outputs, _nested(updated, {**flatten(updated), **keys})
 
     def split(self, variables: Any) -> tuple[Any, Any]:
-        """`nnx.Param` variables, and all others."""
+        """Splits variables into those of type `nnx.Param` and all others."""
         flat = flax.traverse_util.flatten_dict(variables)
         parts: tuple[dict, dict] = ({}, {})
         for path, leaf in flat.items():
@@ -78,17 +78,17 @@ class NnxNetwork(Network):
         return flax.traverse_util.unflatten_dict({path: leaf for part in flat for path, leaf in part.items()})
 
     def is_parameter(self, path: LeafPath) -> bool:
-        """Whether it is an `nnx.Param`."""
+        """Whether a leaf is an `nnx.Param`."""
         return issubclass(self._kinds[path], nnx.Param)
 
     def sizes(self, resizing: Resizing, variables: Any, images: Any) -> Sizes:
-        """Attributes of the layers, found from their own variables."""
+        """New attributes of the layers, from the shapes of their variables."""
         modules = _modules(self.model)
         paths = sorted({path[:-1] for path in resizing.shapes})
         return tuple((path, tuple(_new_attributes(modules[path], path, resizing).items())) for path in paths)
 
     def with_sizes(self, sizes: Sizes) -> nnx.Module:
-        """A copy whose layers have these attributes; its variables are still the old ones."""
+        """A copy of the module whose layers have other attributes; its variables do not change."""
         module = nnx.clone(self.model)
         modules = _modules(module)
         for path, attributes in sizes:
@@ -99,7 +99,7 @@ class NnxNetwork(Network):
         return module
 
     def saved_sizes(self) -> Sizes:
-        """Every size of every layer."""
+        """All sizes of all layers."""
         found = ((path, tuple(_sizes_of(module).items())) for path, module in _modules(self.model).items())
         return tuple(sorted((path, own) for path, own in found if own))
 
@@ -122,7 +122,7 @@ class NnxNetwork(Network):
         }
 
     def bind(self, variables: Any) -> tuple[Any, Any]:
-        """(a module with the variables inside, None)."""
+        """Returns (a module that holds the variables, None)."""
         return self._module(variables), None
 
     def _module(self, variables: Any) -> nnx.Module:
@@ -136,7 +136,7 @@ def _modules(model: nnx.Module) -> dict[ModulePath, nnx.Module]:
 
 
 def _sizes_of(module: nnx.Module) -> dict[str, Any]:
-    """Attributes that `_new_attributes` may change."""
+    """The attributes that `_new_attributes` may change."""
     if isinstance(module, nnx.Conv | nnx.Linear | nnx.ConvTranspose):
         return {name: getattr(module, name) for name in LAYER_SIZES if hasattr(module, name)}
     if isinstance(module, nnx.GroupNorm):
@@ -145,13 +145,13 @@ def _sizes_of(module: nnx.Module) -> dict[str, Any]:
 
 
 def _nested(like: Any, leaves: Mapping[LeafPath, Any]) -> Any:
-    """Nested dictionaries with the keys of `like`, which may be numbers, and other leaves."""
+    """Returns nested dictionaries with the keys of `like`, which may be integers, and with other leaves."""
     paths = flax.traverse_util.flatten_dict(like)
     return flax.traverse_util.unflatten_dict({path: leaves[tuple(map(str, path))] for path in paths})
 
 
 def _new_attributes(module: nnx.Module, path: ModulePath, resizing: Resizing) -> dict[str, Any]:
-    """New sizes of one module, from those of its own variables."""
+    """Returns new sizes of a module, from the old and new shapes of its own variables."""
     own = {leaf[-1]: shapes for leaf, shapes in resizing.shapes.items() if leaf[:-1] == path}
     if "kernel" in own and isinstance(module, nnx.Conv | nnx.Linear | nnx.ConvTranspose):
         return _layer_sizes(module, own["kernel"][1], resizing.groups.get((*path, "kernel")))

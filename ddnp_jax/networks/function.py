@@ -1,4 +1,4 @@
-"""Plain functions `(variables, images) -> outputs` as networks: Equinox, Haiku, or code of one's own."""
+"""Plain functions `(variables, images) -> outputs` as networks, for Equinox, Haiku, or custom code."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from ddnp_jax.networks.base import LeafPath, Network, Resizing, Sizes
 
 
 class FunctionNetwork(Network):
-    """A function that computes with arrays of any size; it has one mode."""
+    """A function that accepts variables of any size; training and evaluation mode are the same."""
 
     kind = "function"
 
@@ -25,11 +25,11 @@ class FunctionNetwork(Network):
         return given
 
     def initial(self, rng: jax.Array, images: Any) -> Any:
-        """Raises: a function cannot draw its own variables."""
+        """Raises an error, because a function cannot initialize variables."""
         return self.variables(None)
 
     def evaluate(self, variables: Any, images: jax.Array) -> Any:
-        """What the function returns."""
+        """The outputs of the function."""
         return self.model(variables, images, **self._call_kwargs)
 
     def train(
@@ -40,7 +40,7 @@ class FunctionNetwork(Network):
         return self.evaluate(variables, images), variables
 
     def split(self, variables: Any) -> tuple[Any, Any]:
-        """Floating-point leaves, and all others."""
+        """Splits variables into floating-point leaves and all others."""
         leaves, tree = jax.tree.flatten(variables)
         learned = [jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact) for leaf in leaves]
         parts = [
@@ -54,17 +54,17 @@ class FunctionNetwork(Network):
         return jax.tree.map(lambda a, b: b if a is None else a, parameters, rest, is_leaf=lambda leaf: leaf is None)
 
     def is_parameter(self, path: LeafPath) -> bool:
-        """True: which leaves are statistics cannot be known, except under flax's and Haiku's name of them."""
+        """True for all leaves, except those under "batch_stats": others cannot be recognized as statistics."""
         return "batch_stats" not in path
 
     def sizes(self, resizing: Resizing, variables: Any, images: Any) -> Sizes:
-        """None: the function has to take smaller arrays as they are."""
+        """No sizes: the function must accept smaller arrays without changes."""
         return ()
 
     def with_sizes(self, sizes: Sizes) -> Any:
-        """The same function."""
+        """Returns the same function."""
         return self.model
 
     def saved_sizes(self) -> Sizes:
-        """None."""
+        """No sizes."""
         return ()

@@ -1,4 +1,4 @@
-"""What a run, and each of its results, was made from: contents, not the paths under which they were given."""
+"""Identifies what a run and each of its results were computed from, by the contents of files and not by their paths."""
 
 import dataclasses
 import functools
@@ -23,18 +23,18 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def given(network: Network, dataset: data.Dataset, weights: str) -> dict[str, Any]:
-    """What a run is given besides its configuration, as JSON values.
+    """Describes the inputs of a run other than its configuration, as JSON values.
 
     Args:
       network: The network.
       dataset: The images.
-      weights: Path of the given weights, a file or a folder of `save_pruned`; "" for none.
+      weights: Path of the initial weights, a file or a folder written by `save_pruned`; "" for none.
     """
     return {"model": described(network.model), "data": dataset.fingerprint(), "weights": _content(weights)}
 
 
 def digest(*parts: Any) -> str:
-    """SHA-256 of pytrees of arrays and JSON values, bit for bit."""
+    """SHA-256 of the exact bytes of pytrees of arrays and JSON values."""
     found = hashlib.sha256()
     for part in parts:
         for path, leaf in flatten(part).items():
@@ -45,7 +45,7 @@ def digest(*parts: Any) -> str:
 
 
 def described(value: Any) -> Any:
-    """A module or an attribute of one as JSON values: its class and attributes, functions by their names."""
+    """Describes a module, or an attribute of a module, as JSON values: its class and attributes, functions by name."""
     match value:
         case None | bool() | int() | float() | str():
             return value
@@ -60,7 +60,7 @@ def described(value: Any) -> Any:
         case np.ndarray() | jax.Array():
             return digest(value)
         case types.FunctionType():
-            # Two lambdas have one name; what they call tells them apart.
+            # All lambdas have the same name; the names that they use tell them apart.
             return " ".join([_name(value), *value.__code__.co_names]) if "<lambda>" in _name(value) else _name(value)
         case type() | types.MethodType() | types.BuiltinFunctionType():
             return _name(value)
@@ -80,7 +80,7 @@ def _attributes(module: Any) -> dict[str, Any]:
     return {name: described(found[name]) for name in sorted(names)}
 
 
-_STATE = (nnx.Variable, nnx.Rngs, nnx.RngStream)  # of an nnx module; no attributes
+_STATE = (nnx.Variable, nnx.Rngs, nnx.RngStream)  # the state of an nnx module, which is not part of its description
 
 
 def _name(value: Any) -> str:
@@ -89,7 +89,7 @@ def _name(value: Any) -> str:
 
 
 def _content(path: str) -> str:
-    """SHA-256 of given weights; of a folder that of its description, which holds that of the weights."""
+    """SHA-256 of the initial weights; for a folder, that of its description, which contains the weights' checksum."""
     if not path:
         return ""
     file = Path(path).expanduser()
@@ -98,7 +98,7 @@ def _content(path: str) -> str:
 
 
 def stripped(config: Mapping[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
-    """Nested mappings without some of their fields, 'a.b'."""
+    """Returns nested mappings without the given fields, which are written as 'a.b'."""
     nested = {name: tuple(f.partition(".")[2] for f in fields if f.startswith(f"{name}.")) for name in config}
     return {
         name: stripped(value, nested[name]) if isinstance(value, Mapping) and nested[name] else value
@@ -108,5 +108,5 @@ def stripped(config: Mapping[str, Any], fields: tuple[str, ...]) -> dict[str, An
 
 
 def made_from(identity: Mapping[str, Any], *inputs: Any) -> str:
-    """What a result was made from: the run's identity and the arrays that went in, as a SHA-256."""
+    """SHA-256 of everything that a result was computed from: the run's identity and the input arrays."""
     return digest(files.checksum(identity), *inputs)

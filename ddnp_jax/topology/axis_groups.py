@@ -1,7 +1,7 @@
-"""Groups of axes that must keep the same channels: a union-find whose groups can be divided.
+"""Groups of axes that must keep the same channels: a union-find structure whose groups can be divided.
 
-A reshape divides a group into factors, a product in row-major order; a concatenation makes a group of segments, one
-behind the other. Both may be nested.
+A reshape divides a group into factors, whose product in row-major order it is. A concatenation creates a group from
+consecutive segments. Both may be nested.
 """
 
 import functools
@@ -14,10 +14,10 @@ import numpy as np
 
 
 class Factor(NamedTuple):
-    """A part of an axis.
+    """A factor of an axis.
 
     Attributes:
-      group: Group that it belongs to.
+      group: Group that the factor belongs to.
       size: Length.
     """
 
@@ -26,7 +26,7 @@ class Factor(NamedTuple):
 
 
 class Constant(NamedTuple):
-    """A part of an axis along which the value is the same, because it was broadcast.
+    """A factor of an axis along which the array is constant, because it was broadcast.
 
     Attributes:
       size: Length.
@@ -36,18 +36,20 @@ class Constant(NamedTuple):
 
 
 Part = Factor | Constant
-# The parts in row-major order: an axis of length 1 has none, a flattened (H, W, C) has three.
+# The factors in row-major order: an axis of length 1 has none, a flattened (H, W, C) has three.
 Axis = tuple[Part, ...]
 
 
 class Span(NamedTuple):
-    """Where the channels of a group are on an axis: c at start + o * stride + c * inner + i, for all o and i.
+    """Positions of a group's channels on an axis.
+
+    Channel c is at start + o * stride + c * inner + i, for all o in 0..outer - 1 and all i in 0..inner - 1.
 
     Attributes:
-      start: Position of the first one.
-      outer: Number of o.
-      stride: Distance of two o.
-      inner: Number of i, the neighbouring positions of one channel.
+      start: Position of the first channel.
+      outer: Number of repetitions of the channels.
+      stride: Distance between two repetitions.
+      inner: Number of adjacent positions per channel.
     """
 
     start: int = 0
@@ -56,12 +58,19 @@ class Span(NamedTuple):
     inner: int = 1
 
     def positions(self, channels: int) -> np.ndarray:
-        """Positions on the axis, (channels, outer * inner)."""
+        """Positions of every channel on the axis, (channels, outer * inner)."""
         grid = np.add.outer(np.arange(self.outer) * self.stride, np.arange(self.inner)).reshape(-1)
         return self.start + np.add.outer(np.arange(channels) * self.inner, grid)
 
     def within(self, start: int, outer: int, stride: int, inner: int) -> Iterator["Span"]:
-        """The spans on a larger axis, in which this one's axis begins at `start`, `outer` times, `inner` as coarse."""
+        """Spans of the same channels on a larger axis that contains this axis.
+
+        Args:
+          start: Position at which this axis begins on the larger one.
+          outer: How often this axis is repeated.
+          stride: Distance between two repetitions.
+          inner: Number of adjacent positions of the larger axis per position of this axis.
+        """
         nested = Span(start + self.start * inner, self.outer, self.stride * inner, self.inner * inner)
         if outer == 1:
             yield nested
@@ -72,15 +81,16 @@ class Span(NamedTuple):
                 yield nested._replace(start=nested.start + i * stride)
 
 
-WHOLE_AXIS = Span()  # the channels and nothing else
+WHOLE_AXIS = Span()  # the axis holds only the channels, one position each
 
-# What is known about the meaning of a group. Channels that a reshape divides may become pixels (pixel shuffling): they
-# become features, whose meaning is what is found out about them later, and else channels.
+# What is known about the meaning of a group. When a reshape divides channels, some of them may become pixels (pixel
+# shuffling). The divided channels are therefore marked as features: they count as pixels if they are marked so later,
+# and as channels otherwise.
 PIXELS, CHANNELS, FEATURES = "pixels", "channels", "features"
 
 
 def free(size: int) -> Axis:
-    """An axis along which the value is the same, so that it goes with any group."""
+    """An axis along which the array is constant, so that it can be joined with any group."""
     return (Constant(size),) if size > 1 else ()
 
 
@@ -90,7 +100,7 @@ def length(axis: Axis) -> int:
 
 
 class AxisGroups:
-    """The groups of one network, and the reasons why some of them stay whole."""
+    """The groups of one network, and the reasons why the channels of some of them cannot be removed."""
 
     def __init__(self) -> None:
         self._parent: list[int] = []
@@ -100,7 +110,14 @@ class AxisGroups:
         self._meanings: dict[int, set[str]] = {}
 
     def new(self, size: int, kind: str | None = None, where: str = "", like: Axis = ()) -> Axis:
-        """An axis in a group of its own with the meaning of `like`; it stays whole when a `kind` of reason is given."""
+        """Creates an axis with a new group.
+
+        Args:
+          size: Length of the axis.
+          kind: The reason why its channels cannot be removed; None if they can.
+          where: Name of the module in which the reason occurs.
+          like: Axis whose meanings the new axis takes over.
+        """
         if size == 1:
             return ()
         axis = (self._new_group(size),)
@@ -110,7 +127,7 @@ class AxisGroups:
         return axis
 
     def factors(self, axis: Axis) -> Axis:
-        """The axis in terms of the groups as they are known now."""
+        """The factors of the axis after all divisions and unions of groups so far."""
         known: list[Part] = []
         for part in axis:
             if isinstance(part, Constant):
@@ -121,7 +138,7 @@ class AxisGroups:
         return tuple(known)
 
     def places(self, axis: Axis) -> Iterator[tuple[Factor, Span]]:
-        """Every group on an axis that is not divided itself, and where it is; parts that are constant are left out."""
+        """Yields every undivided group on an axis with its span; constant factors are left out."""
         factors = self.factors(axis)
         for i, factor in enumerate(factors):
             if isinstance(factor, Constant):
@@ -138,7 +155,7 @@ class AxisGroups:
                 yield factor, Span(0, outer, stride if outer > 1 else 0, inner)
 
     def live(self, axis: Axis) -> list[Factor]:
-        """Groups on an axis that nothing speaks against pruning, each once."""
+        """Groups on an axis that can be pruned as far as is known, each once."""
         return list(dict.fromkeys(part for part, _ in self.places(axis) if not self.reasons(part.group)))
 
     def is_product(self, axis: Axis) -> bool:
@@ -146,28 +163,28 @@ class AxisGroups:
         return sum(bool(self.live((factor,))) for factor in self.factors(axis)) > 1
 
     def keep_whole(self, axis: Axis, kind: str, where: str = "") -> None:
-        """Notes why no channel of the axis' groups can be removed."""
+        """Records why no channel of the axis' groups can be removed."""
         for part, _ in self.places(axis):
             self._reasons.setdefault(part.group, {}).setdefault(kind, where)
 
     def reasons(self, group: int) -> dict[str, str]:
-        """Why a group stays whole (kind -> where); empty if nothing speaks against pruning it."""
+        """Reasons why the channels of a group cannot be removed (kind -> where); empty if they can."""
         return self._reasons.get(self._root(group), {})
 
     def mark(self, axis: Axis, meanings: Iterable[str]) -> None:
-        """Notes what the axis' groups are: `PIXELS`, `CHANNELS` or `FEATURES`."""
+        """Records meanings of the axis' groups: `PIXELS`, `CHANNELS` or `FEATURES`."""
         noted = frozenset(meanings)
         for part, _ in self.places(axis):
             self._meanings.setdefault(part.group, set()).update(noted)
 
     def meanings(self, axis: Axis) -> frozenset[str]:
-        """Everything that was noted of the axis' groups."""
+        """All meanings that were recorded for the axis' groups."""
         return frozenset().union(*(self._meanings.get(part.group, ()) for part, _ in self.places(axis)))
 
     def flattened(self, axis: Axis) -> Iterator[tuple[int, tuple[tuple[int, bool | None], ...]]]:
-        """Where an axis has both pixels and channels: (start, parts in row-major order).
+        """Yields the places where an axis holds both pixels and channels: (start, parts in row-major order).
 
-        A part is (length, whether it is pixels; None if that is not known); neighbours of one kind are one part.
+        A part is (length, whether it is pixels; None if unknown). Adjacent factors of the same kind form one part.
         """
         factors = self.factors(axis)
         only = factors[0] if len(factors) == 1 else None
@@ -190,7 +207,7 @@ class AxisGroups:
         return False if meanings else None
 
     def concatenate(self, axes: Sequence[Axis]) -> Axis:
-        """An axis of the given ones, one behind the other."""
+        """Concatenates axes to one axis."""
         if all(isinstance(part, Constant) for axis in axes for part in self.factors(axis)):
             return free(sum(map(length, axes)))
         whole = self._new_group(sum(map(length, axes)))
@@ -198,7 +215,7 @@ class AxisGroups:
         return (whole,)
 
     def join(self, left: Axis, right: Axis) -> Axis:
-        """Makes two axes of one length keep the same channels, dividing groups where their factors differ."""
+        """Unites the groups of two axes of equal length, dividing groups if the axes' factors differ."""
         if length(left) != length(right):
             raise AssertionError(f"axes of {length(left)} and {length(right)} channels were joined")
         joined: list[Part] = []
@@ -217,7 +234,7 @@ class AxisGroups:
         return tuple(joined)
 
     def reshape(self, axes: tuple[Axis, ...], shape: tuple[int, ...]) -> tuple[Axis, ...]:
-        """Axes of a row-major reshape."""
+        """Returns the axes of an array after a row-major reshape."""
         rest = [factor for axis in reversed(axes) for factor in reversed(axis)]
         reshaped = []
         for size in shape:
@@ -236,7 +253,7 @@ class AxisGroups:
         return tuple(reshaped)
 
     def _mixed(self, axes: tuple[Axis, ...], shape: tuple[int, ...]) -> tuple[Axis, ...]:
-        """Axes of a reshape that no factors can describe."""
+        """Returns the axes after a reshape that factors cannot describe; none of their channels can be removed."""
         kind = "a reshape mixes its channels with another axis"
         for old in axes:
             self.keep_whole(old, kind)
@@ -257,7 +274,7 @@ class AxisGroups:
         return first
 
     def _divide(self, factor: Part, size: int) -> Axis:
-        """Divides a part into (size, rest), and its whole group with it."""
+        """Divides a factor, and with it its group, into two factors of lengths `size` and `factor.size // size`."""
         if factor.size == size:
             return (factor,)
         rest = factor.size // size
@@ -275,9 +292,9 @@ class AxisGroups:
         return parts
 
     def _divide_segments(self, segments: tuple[Axis, ...], size: int, rest: int) -> Axis:
-        """(size, rest) of a concatenation: every segment is divided into units of `rest` channels."""
+        """Divides a concatenation into (size, rest): every segment is divided into units of `rest` channels."""
         if any(length(segment) % rest for segment in segments):
-            kind = "a reshape divides it otherwise than its concatenation"
+            kind = "a reshape divides it across the boundaries of its concatenation"
             for segment in segments:
                 self.keep_whole(segment, kind)
             mixed = sum(segments, ())
@@ -285,7 +302,7 @@ class AxisGroups:
         divided = [self.reshape((segment,), (length(segment) // rest, rest)) for segment in segments]
         heads, tails = zip(*divided, strict=True)
         tail = functools.reduce(self.join, tails)
-        if len(tail) > 1:  # a factor has one group
+        if len(tail) > 1:  # a single factor is required, but it has several groups
             self.keep_whole(tail, "a reshape divides it twice")
             tail = self.new(rest, "a reshape divides it twice", like=tail)
         return self.concatenate(heads) + tail
@@ -309,18 +326,18 @@ class AxisGroups:
         return a
 
     def _merge_segments(self, a: Factor, b: Factor) -> None:
-        """Joins two concatenations segment by segment; their boundaries must be the same."""
+        """Joins two concatenations segment by segment; if their boundaries differ, no channel can be removed."""
         pairs = [self._flat_segments(factor.group) for factor in (a, b)]
         boundaries = [list(itertools.accumulate(map(length, segments))) for segments in pairs]
         if boundaries[0] == boundaries[1]:
             self._segments[a.group] = tuple(itertools.starmap(self.join, zip(*pairs, strict=True)))
         else:
             for factor in (a, b):
-                self.keep_whole((factor,), "two concatenations with other boundaries meet")
+                self.keep_whole((factor,), "it joins two concatenations with different boundaries")
         del self._segments[b.group]
 
     def _flat_segments(self, group: int) -> list[Axis]:
-        """The segments of a group, those of nested concatenations too."""
+        """The segments of a group, with nested concatenations replaced by their own segments."""
         flat: list[Axis] = []
         for segment in self._segments[group]:
             factors = self.factors(segment)

@@ -1,7 +1,7 @@
-"""How the program of a network is read: which equations hold programs of their own, and how its layers are numbered.
+"""Reading the program (jaxpr) of a network: which equations hold inner programs, and how its layers are numbered.
 
-Convolutions and matrix products are numbered in the order of the program, through all programs inside of it, so that
-whoever reads the program again, with another batch or other data types, finds the same ones.
+Convolutions and matrix products are numbered in the order of the program, including those of inner programs. The
+numbers are therefore the same when the network is traced again with another batch size or other data types.
 """
 
 from collections import Counter
@@ -13,10 +13,10 @@ from jax.extend import core
 
 CONTRACTIONS = ("conv_general_dilated", "dot_general")
 
-# What a program counts as computing, where it is compared with that of another width.
+# Operations that are counted to compare a program with that of the same network at other widths.
 _ARITHMETIC = (*CONTRACTIONS, "add", "add_any", "concatenate", "div", "exp", "logistic", "max", "mul", "sub", "tanh")
 
-# Equations that hold a program of their own which runs once; with their parameter that holds it.
+# Equations that hold an inner program that runs once, and the parameters that may hold the program.
 REMATERIALIZED = ("checkpoint", "remat", "remat2")
 DIFFERENTIATED = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 _CALLS = ("closed_call", "core_call", "jit", "pjit", *REMATERIALIZED, *DIFFERENTIATED)
@@ -24,7 +24,7 @@ _PROGRAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
 def program_of(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, tuple[Any, ...]] | None:
-    """The program inside an equation that runs it once, with its constants; None for other equations."""
+    """The inner program of an equation that runs it once, with its constants; None for other equations."""
     if eqn.primitive.name not in _CALLS:
         return None
     return _opened(next(eqn.params[name] for name in _PROGRAMS if name in eqn.params))
@@ -42,7 +42,7 @@ def _opened(program: Any) -> tuple[core.Jaxpr, tuple[Any, ...]]:
 
 
 def shape_of(atom: Any) -> tuple[int, ...]:
-    """Shape of an operand or a result of an equation; JAX's own types do not say that these are arrays."""
+    """Shape of an operand or a result of an equation; JAX's type annotations do not say that these are arrays."""
     return atom.aval.shape
 
 
@@ -62,13 +62,13 @@ def contractions(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
 
 
 def count(eqn: core.JaxprEqn) -> int:
-    """Number of convolutions and matrix products of an equation."""
+    """Number of convolutions and matrix products in an equation, including its inner program."""
     inner = program_of(eqn) or default_branch_of(eqn)
     return int(eqn.primitive.name in CONTRACTIONS) if inner is None else sum(1 for _ in contractions(inner[0]))
 
 
 def arithmetic(jaxpr: core.Jaxpr) -> Counter[str]:
-    """How often a program adds, multiplies, ... arrays; what depends on their shapes alone is not counted."""
+    """Number of each arithmetic operation in a program; operations that only rearrange arrays are not counted."""
     found = Counter(eqn.primitive.name for eqn in jaxpr.eqns if eqn.primitive.name in _ARITHMETIC)
     for eqn in jaxpr.eqns:
         for program in _programs(eqn):
@@ -77,13 +77,13 @@ def arithmetic(jaxpr: core.Jaxpr) -> Counter[str]:
 
 
 def _programs(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
-    """All programs inside of an equation, loops and branches included."""
+    """All inner programs of an equation, including loops and branches."""
     found = jax.tree.leaves(list(eqn.params.values()), is_leaf=is_program)
     return [_opened(program)[0] for program in found if is_program(program)]
 
 
 def holds_contractions(eqn: core.JaxprEqn) -> bool:
-    """Whether any program inside of an equation, loops included, has a convolution or matrix product."""
+    """Whether any inner program of an equation, including loops, has a convolution or matrix product."""
     return any(
         inner.primitive.name in CONTRACTIONS or holds_contractions(inner)
         for program in _programs(eqn)

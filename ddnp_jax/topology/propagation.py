@@ -1,6 +1,6 @@
-"""Propagates channel axes through the program of a network: which axes keep the same channels, which layers end them.
+"""Propagates axes through the program of a network, to find which axes must keep the same channels.
 
-The program is evaluated over `Value`, what is known about an array, instead of arrays.
+The program is evaluated on instances of `Value`, which describe arrays, instead of on arrays.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ ELEMENTWISE = """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt
     erfc exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or
     pow rem round rsqrt select_n sign sin sinh sqrt square sub tan tanh xor"""
 
-BY_PLATFORM = "it has another form on each platform"  # why no mask can act in a layer
+BY_PLATFORM = "it has another form on each platform"  # the reason why no mask can be applied inside a layer
 
 Axes = tuple[Axis, ...]
 
@@ -33,10 +33,11 @@ class Value:
 
     Attributes:
       axes: Its axes.
-      sources: Numbers of the layers (0 is the network's input) whose activations flow into it, since the last layer;
-        empty for what depends on variables and constants alone.
+      sources: Numbers of the layers whose activations it is computed from without another layer in between; 0 is the
+        network's input. Empty if it depends only on variables and constants.
       learned: Whether it depends on the network's variables.
-      leaf: Number of the leaf of the variables that it is, or is computed from element by element; None for others.
+      leaf: Number of the leaf of the variables that it is equal to, or computed from element by element; None if there
+        is no such leaf.
       zero: Whether it is the constant 0.
     """
 
@@ -52,18 +53,18 @@ class Contraction:
     """A layer: a convolution or matrix product of an activation with something learned.
 
     Attributes:
-      where: Name of the module in which it happens.
+      where: Name of the module that computes it.
       number: Its number among all contractions of the program.
-      leaf: As of `Value`, of the kernel.
+      leaf: `Value.leaf` of the kernel.
       kernel_shape: Shape of the kernel.
       groups: Feature groups of a convolution.
       positions: Multiply-accumulates per image and kernel entry.
-      inputs: Axis of the kernel's input channels; those of one group in a grouped convolution.
+      inputs: Axis of the kernel's input channels; in a grouped convolution, of those of one group.
       outputs: Axis of the kernel's output channels.
-      operand: Which operand the activation is, 0 or 1.
-      read_axis: Number of the activation's axis that is contracted; None where there are several.
-      read: That axis.
-      unmaskable: Why a mask cannot multiply the activation, or None.
+      operand: Index of the operand that is the activation, 0 or 1.
+      read_axis: Number of the activation's axis that is contracted; None if several are.
+      read: The activation's axis that is contracted; empty if several are.
+      unmaskable: The reason why the activation cannot be multiplied by a mask; None if it can.
     """
 
     where: str
@@ -81,20 +82,20 @@ class Contraction:
 
     @property
     def depthwise(self) -> bool:
-        """Whether every channel stays by itself."""
+        """Whether the convolution is depthwise: every output channel depends on a single input channel."""
         return self.groups > 1 and not self.inputs
 
 
 @dataclasses.dataclass(frozen=True)
 class _Contracted:
-    """What a convolution or matrix product does to the axes.
+    """The axes of a convolution or matrix product.
 
     Attributes:
       axes: Axes of the result.
-      inputs: As of `Contraction`.
-      outputs: As of `Contraction`.
-      groups: As of `Contraction`.
-      read_axis: As of `Contraction`.
+      inputs: As in `Contraction`.
+      outputs: As in `Contraction`.
+      groups: As in `Contraction`.
+      read_axis: As in `Contraction`.
     """
 
     axes: Axes
@@ -105,7 +106,7 @@ class _Contracted:
 
 
 class Propagation:
-    """One evaluation of a program over `Value`.
+    """One evaluation of a program on instances of `Value`.
 
     Attributes:
       groups: All axis groups.
@@ -113,10 +114,10 @@ class Propagation:
     """
 
     def __init__(self, batch: int, residual: bool) -> None:
-        """Prepares.
+        """Creates an evaluation.
 
         Args:
-          batch: Images in the traced batch.
+          batch: Number of images in the traced batch.
           residual: Whether channels that are added to those of other layers may be removed.
         """
         self.groups = AxisGroups()
@@ -155,7 +156,7 @@ class Propagation:
         return OPERATIONS.get(name, Propagation._unknown)(self, eqn, values, where)
 
     def _enter(self, program: Any, values: list[Value], where: str, unmaskable: str, closed: bool) -> list[Value]:
-        """Runs an inner program; in a `closed` one no mask can act."""
+        """Runs an inner program; inside a `closed` one no mask can be applied, for the reason `unmaskable`."""
         before = self._unmaskable
         self._unmaskable = before or (unmaskable if closed else None)
         jaxpr, consts = program
@@ -164,7 +165,7 @@ class Propagation:
         return results
 
     def constant(self, array: Any) -> Value:
-        """An array that is fixed in the network's code: its axes cannot shrink."""
+        """Describes an array that is fixed in the network's code: its axes cannot be shortened."""
         shape = np.shape(array)
         axes = tuple(self.groups.new(n, "a constant array of fixed size") for n in shape)
         is_number = not jnp.issubdtype(jnp.result_type(array), jax.dtypes.prng_key)
@@ -176,7 +177,7 @@ class Propagation:
         axes[i] = self.groups.new(length(axes[i]), "a constant array of fixed size", where)
         return [Value(tuple(axes))]
 
-    # Operations that move or drop values, or add zeros: a channel that is zero stays zero and by itself.
+    # Operations that move, copy or drop values, or add zeros. They do not mix channels, and keep zero channels zero.
 
     def _move(self, eqn: core.JaxprEqn, value: Value, where: str) -> Value:
         axes = MOVES[eqn.primitive.name](self, eqn, value.axes, where)
@@ -215,7 +216,7 @@ class Propagation:
         return self._resize(axes, changed, jaxprs.shape_of(eqn.outvars[0]), "padding adds channels", where)
 
     def _resize(self, axes: Axes, changed: Iterable[int], shape: tuple[int, ...], kind: str, where: str) -> Axes:
-        """Axes of which the `changed` ones have new positions, which no channel axis may have."""
+        """Returns axes with new lengths for the `changed` ones; the channels on these can no longer be removed."""
         resized = list(axes)
         for i in changed:
             self.groups.keep_whole(axes[i], kind, where)
@@ -229,7 +230,7 @@ class Propagation:
         x, kernel = values[1 - side], values[side]
         rule = self._convolution if eqn.primitive.name == "conv_general_dilated" else self._product
         result = rule(eqn, side, x, kernel, where)
-        if not kernel.learned:  # a fixed filter, or a resizing of the image, is no layer
+        if not kernel.learned:  # a fixed filter, or a resizing of the image, and not a layer
             self.groups.keep_whole(result.inputs, "a product with a constant mixes its channels", where)
             self.groups.mark(result.outputs, self.groups.meanings(result.inputs))
             return Value(result.axes, x.sources, x.learned)
@@ -261,7 +262,7 @@ class Propagation:
         if eqn.primitive.name != "conv_general_dilated":
             contracted = math.prod(kernel[i] for i in numbers[0][side])
             return math.prod(outputs) * contracted // (self._batch * math.prod(kernel))
-        if any(dilation > 1 for dilation in eqn.params["lhs_dilation"]):  # transposed: once per position of the input
+        if any(dilation > 1 for dilation in eqn.params["lhs_dilation"]):  # transposed: once per input position
             return math.prod(x) // (self._batch * x[numbers.lhs_spec[1]])
         return math.prod(outputs) // (self._batch * outputs[numbers.out_spec[1]])
 
@@ -269,7 +270,7 @@ class Propagation:
         numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
         if side == 0 or eqn.params["batch_group_count"] != 1:
             raise ValueError(
-                f"a convolution of {where} has its kernel on the left or groups in the batch; not supported."
+                f"a convolution of {where} has its kernel as left operand or batch groups, which is not supported."
             )
         batch, features, *space = (x.axes[i] for i in numbers.lhs_spec)
         outputs, inputs, *window = (kernel.axes[i] for i in numbers.rhs_spec)
@@ -289,7 +290,7 @@ class Propagation:
         return _Contracted(tuple(axes), inputs, outputs, groups, numbers.lhs_spec[1])
 
     def _grouped(self, features: Axis, inputs: Axis, outputs: Axis, groups: int, where: str) -> tuple[Axis, Axis]:
-        """Input and output axis of a grouped convolution: whole groups go from the features to the outputs."""
+        """Input and output axis of a grouped convolution; only whole groups of channels can be removed."""
         group, own = self.groups.reshape((features,), (groups, length(inputs)))
         kind = "it is inside of the groups of a grouped convolution"
         inputs = self.groups.join(inputs, own)
@@ -315,7 +316,7 @@ class Propagation:
                 self.groups.keep_whole(axis, "its kernel has more than an input and an output axis", where)
         return _Contracted(axes, sum((kernel.axes[i] for i in contracting[side]), ()), sum(rest[side], ()), 1, None)
 
-    # Operations that read values.
+    # Operations that compute new values.
 
     def _elementwise(self, eqn: core.JaxprEqn, values: list[Value], where: str) -> list[Value]:
         shape = jaxprs.shape_of(eqn.outvars[0])
@@ -330,7 +331,7 @@ class Propagation:
         return [Value(axes, sources, _learned(values), leaf)]
 
     def _combine(self, values: list[Value], axes: Axes, where: str) -> None:
-        """Notes an addition, or another combination that is no product, of different layers' activations."""
+        """Keeps all channels if activations of different layers are added or combined otherwise than by a product."""
         if not self._residual and len({value.sources for value in values if value.sources}) > 1:
             for axis in axes:
                 self.groups.keep_whole(axis, "a residual addition", where)
@@ -358,7 +359,7 @@ class Propagation:
         return [Value(self._pad(eqn, values[0].axes, where), _sources(values), _learned(values))]
 
     def _gather(self, eqn: core.JaxprEqn, values: list[Value], where: str) -> list[Value]:
-        """Takes positions of some axes; those that are taken whole stay as they are."""
+        """Takes some positions of some axes; the axes that are taken whole do not change."""
         value, numbers, sizes = values[0], eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
         dropped = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
         kind = "a gather takes some of its positions"
@@ -408,7 +409,7 @@ class Propagation:
         return [Value(self._unknown_axes(eqn, values, out, kind, where), sources, learned) for out in eqn.outvars]
 
     def _unknown_axes(self, eqn: core.JaxprEqn, values: list[Value], out: Any, kind: str, where: str) -> Axes:
-        """New axes, which mean what those of the operands of the same shape do: a sort or a sum along one axis."""
+        """New axes with the meanings of those of all operands of the same shape, as for a sort or a cumulative sum."""
         shape = jaxprs.shape_of(out)
         alike = [value.axes for value, atom in zip(values, eqn.invars, strict=True) if jaxprs.shape_of(atom) == shape]
         return tuple(
@@ -430,7 +431,7 @@ def _learned(values: list[Value]) -> bool:
 
 Rule = Callable[[Propagation, core.JaxprEqn, list[Value], str], list[Value]]
 
-# Results' axes from the first operand's.
+# Operations whose result has the axes of the first operand, in another arrangement.
 MOVES: dict[str, Callable[[Propagation, core.JaxprEqn, Axes, str], Axes]] = {
     "broadcast_in_dim": Propagation._broadcast,
     "convert_element_type": Propagation._stay,
@@ -447,7 +448,7 @@ MOVES: dict[str, Callable[[Propagation, core.JaxprEqn, Axes, str], Axes]] = {
     "stop_gradient": Propagation._stay,
     "transpose": Propagation._transpose,
 }
-# A kernel remains itself.
+# Operations after which a kernel still counts as the same leaf of the variables.
 ORDERS = ("convert_element_type", "copy", "copy_p", "name", "reduce_precision", "rev", "transpose")
 OPERATIONS: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE.split(), Propagation._elementwise),

@@ -1,7 +1,7 @@
-"""Parameterizations of importance and width: the generators g_s and g_k, free scalars, and fixed values.
+"""Parameterizations of importance and width: the generators g_s and g_k, scalar parameters, and fixed values.
 
 Importance modules take no input and return a tuple of per-gate scores s̄_l (C_l,); width modules take no input and
-return the fractions k (L,). Learned variables are in the collection "params", fixed ones in "inputs".
+return the fractions k (L,). Learned variables are in the collection "params", fixed variables in "inputs".
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,19 +15,22 @@ WIDTH_SHIFT = 3.0  # b of DDNP eq. (2): the search starts from an almost unprune
 
 
 def weight_norm(layer: nn.Module, name: str | None = None) -> nn.WeightNorm:
-    """`w = g v / ||v||` for every column of the kernels of `layer`."""
+    """Weight-normalizes a layer: `w = g v / ||v||` for every column of its kernels."""
     return nn.WeightNorm(layer, variable_filter={"kernel"}, name=name)
 
 
 def _inputs(module: nn.Module, init: nn.initializers.Initializer, shape: tuple[int, ...], learned: bool) -> jax.Array:
-    """The generator's input, a parameter or a constant of the run."""
+    """The generator's input: a parameter if it is learned, otherwise random and constant during the search."""
     if learned:
         return module.param("x", init, shape)
     return module.variable("inputs", "x", lambda: init(module.make_rng("params"), shape, jnp.float32)).value
 
 
 def gru_cell(features: int, name: str | None = None) -> nn.GRUCell:
-    """A GRU whose recurrent kernels start normal: the fusions on CPU cannot compile flax's orthogonal ones."""
+    """A GRU with a normal initialization of its recurrent kernels.
+
+    XLA's fusions on CPU cannot compile flax's default, the orthogonal initialization.
+    """
     return nn.GRUCell(features, recurrent_kernel_init=nn.initializers.lecun_normal(), name=name)
 
 
@@ -47,8 +50,8 @@ class ImportanceGenerator(nn.Module):
     Attributes:
       widths: C_l, channels per gate.
       learned_inputs: Whether the inputs x_s (L, 64), random rows of about unit length, are learned (Fig. A1 e).
-      bidirectional: A second GRU runs from the last gate to the first (the authors' code, not Table A2).
-      layer_norm: Layer normalization of the GRU's outputs (the authors' code, not Table A2).
+      bidirectional: Whether a second GRU runs from the last gate to the first (in the authors' code, not in Table A2).
+      layer_norm: Whether the GRU's outputs are layer-normalized (in the authors' code, not in Table A2).
     """
 
     widths: Sequence[int]
@@ -82,14 +85,14 @@ class ImportanceGenerator(nn.Module):
 
 
 class ScalarImportance(nn.Module):
-    """One free parameter per channel, "channel-wise-ks" of DDNP Fig. A1 (d)."""
+    """One parameter per channel, "channel-wise-ks" of DDNP Fig. A1 (d)."""
 
     widths: Sequence[int]
 
     @nn.compact
     def __call__(self) -> tuple[jax.Array, ...]:
         """Returns s̄_l, (C_l,) per gate."""
-        init = nn.initializers.normal(0.01)  # no two channels start equal, so that the first ranking is random
+        init = nn.initializers.normal(0.01)  # initial values differ between channels, so the first ranking is random
         return tuple(self.param(f"s{gate}", init, (channels,)) for gate, channels in enumerate(self.widths))
 
 
@@ -97,7 +100,7 @@ class WidthGenerator(nn.Module):
     """g_k (DDNP Table A3) and eq. (2): FC(32, 64), ReLU, FC(64, L), weight-normalized; k = sigmoid(k̄ + 3).
 
     Attributes:
-      gates: L.
+      gates: Number of gates L.
       learned_inputs: Whether the input x_k (32) is learned.
     """
 
@@ -115,12 +118,12 @@ class WidthGenerator(nn.Module):
 
 
 class LinearWidth(nn.Module):
-    """g_k of the authors' published code: k = sigmoid(W x + 3), x (L) at random and W (L, L) alone, not Table A3's two.
+    """g_k of the authors' published code: k = sigmoid(W x + 3), with random x (L) and a single layer W (L, L).
 
-    W starts as PyTorch's linear layers do.
+    Table A3 has two layers. W is initialized like PyTorch's linear layers.
 
     Attributes:
-      gates: L.
+      gates: Number of gates L.
       learned_inputs: Whether the input x is learned.
     """
 
@@ -136,7 +139,7 @@ class LinearWidth(nn.Module):
 
 
 class ScalarWidth(nn.Module):
-    """One free parameter per gate; k = sigmoid(k̄ + 3)."""
+    """One parameter per gate; k = sigmoid(k̄ + 3)."""
 
     gates: int
 
@@ -150,8 +153,8 @@ class Learner(NamedTuple):
     """A parameterization as two pure functions.
 
     Attributes:
-      init: rng -> {"params": what is learned, "inputs": what stays}; either may be missing.
-      apply: Those variables -> the value.
+      init: Random key -> {"params": learned variables, "inputs": fixed variables}; either may be missing.
+      apply: These variables -> the value.
     """
 
     init: Callable[[jax.Array], Mapping[str, Any]]
@@ -159,10 +162,10 @@ class Learner(NamedTuple):
 
 
 def fixed(value: Any) -> Learner:
-    """A value that stays: L1-norm importance ("Fix S") or width 0.5 ("Fix k") of DDNP Fig. A1 (d)."""
+    """A constant value: L1-norm importance ("Fix S") or width 0.5 ("Fix k") of DDNP Fig. A1 (d)."""
     return Learner(init=lambda rng: {}, apply=lambda variables: value)
 
 
 def learned(module: nn.Module) -> Learner:
-    """One of this file's modules as a learner."""
+    """Wraps one of the modules above as a learner."""
     return Learner(init=module.init, apply=module.apply)

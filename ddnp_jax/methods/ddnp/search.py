@@ -1,7 +1,7 @@
 """DDNP: Disentangled Differentiable Network Pruning (Gao et al., ECCV 2022).
 
-g_s learns which channels are important, g_k how many to keep; a soft top-k mask combines them, and the third term of
-the objective, eq. (9), ties them only loosely.
+g_s learns which channels are important, and g_k learns how many to keep. A soft top-k mask combines both, and the third
+term of the objective, eq. (9), couples them only weakly.
 """
 
 import dataclasses
@@ -34,31 +34,34 @@ CHOICES = {
     "resource_loss": losses.RESOURCE,
 }
 
-# A search has not converged whose k is this far from the open part of a gate, or that is this far above its budget.
+# A search has not converged if k differs from the open part of a gate by more than FAR, or if the cost exceeds the
+# budget by more than the factor ABOVE.
 FAR, ABOVE = 0.1, 1.05
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fields(ResourceFields):
-    """The fields of DDNP, in the form of Tables A2 and A3.
+    """The fields of DDNP; the defaults follow Tables A2 and A3.
 
     Attributes:
-      importance: s: 'generator' (g_s), 'scalar' per channel, or 'l1' (norms, fixed).
-      width: k: 'generator' (g_k), 'linear' (authors' form of g_k), 'scalar' per gate, or 'half' (0.5, fixed).
-      output: Importance from s̄: 'sigmoid', 'abs' or 'square'.
+      importance: Parameterization of s: 'generator' (g_s), 'scalar' (one parameter per channel), or 'l1' (fixed norms).
+      width: Parameterization of k: 'generator' (g_k), 'linear' (g_k of the authors' code), 'scalar' (one parameter per
+        gate), or 'half' (fixed at 0.5).
+      output: Function that maps s̄ to the importance: 'sigmoid', 'abs' or 'square'.
       learned_inputs: Whether the inputs x_s and x_k are learned.
-      bidirectional: Authors' form: g_s also runs backward over the gates.
-      layer_norm: Authors' form: layer norm of the GRU's outputs.
-      energy_weight: Authors' form 0.5: share of the feature energy E in the importance; the rest is that of
-        sigmoid(s̄ + g + 3), where g is the noise of the gates.
-      importance_average: Authors' form 0.99: decay of the average that ranks channels for evaluation.
-      tie_weight: ρ; 0 disentangles importance and width completely.
-      tie_noise: Half the range of u.
+      bidirectional: Whether g_s also runs backward over the gates, as in the authors' code.
+      layer_norm: Whether the GRU's outputs are layer-normalized, as in the authors' code.
+      energy_weight: Weight of the feature energy E in the importance, 0.5 in the authors' code; the remaining weight
+        is that of sigmoid(s̄ + g + 3), where g is the noise of the gates.
+      importance_average: Decay of the running average that ranks channels for evaluation, 0.99 in the authors' code.
+      tie_weight: ρ, the weight of the tie; 0 disentangles importance and width completely.
+      tie_noise: Half the range of u, the noise of the tie.
       band: Half-width of the soft top-k's edge, as a fraction of the channels.
-      floor: Smallest mask during the search.
-      importance_optimizer: AdamW of the importance; scalars need a rate of about 5e-2.
-      width_optimizer: AdamW of the widths, the rate with cosine decay to 0. A search of a few hundred steps needs a
-        rate of 2e-3 to 3e-3: the widths first rise with the tie and must come back through a saturated sigmoid.
+      floor: Smallest value of a mask during the search.
+      importance_optimizer: AdamW of the importance; scalars need a learning rate of about 5e-2.
+      width_optimizer: AdamW of the widths; the learning rate has a cosine decay to 0. A search of a few hundred steps
+        needs a rate of 2e-3 to 3e-3, because the tie first increases the widths, which must then decrease through a
+        saturated sigmoid.
     """
 
     importance: str = "generator"
@@ -90,7 +93,7 @@ class State(flax.struct.PyTreeNode):
       params: {"importance", "width"}: the learned variables of g_s and g_k.
       inputs: {"importance", "width"}: their fixed variables.
       opt_state: State of AdamW.
-      ranking: (C_l,) per gate: the running average of the importance, which ranks channels outside of the search.
+      ranking: Running average of the importance, (C_l,) per gate; it ranks the channels when the search is evaluated.
     """
 
     step: jax.Array
@@ -101,7 +104,7 @@ class State(flax.struct.PyTreeNode):
 
 
 def importance_learner(problem: Problem) -> Learner:
-    """g_s, one scalar per channel, or the L1 norms ("Fix S"): a gate is open if its norm is above the mean."""
+    """g_s, one scalar per channel, or the L1 norms ("Fix S"), where a channel is open if its norm is above the mean."""
     config, widths = problem.config, problem.topology.widths
     match config.importance:
         case "generator":
@@ -118,7 +121,7 @@ def importance_learner(problem: Problem) -> Learner:
 
 
 def width_learner(problem: Problem) -> Learner:
-    """g_k in either form, one scalar per gate, or 0.5 everywhere ("Fix k")."""
+    """g_k of Table A3 or of the authors' code, one scalar per gate, or 0.5 everywhere ("Fix k")."""
     config, gates = problem.config, len(problem.topology.gates)
     match config.width:
         case "generator":
@@ -131,7 +134,7 @@ def width_learner(problem: Problem) -> Learner:
 
 
 def make_optimizer(config: Fields, steps: int) -> optax.GradientTransformation:
-    """AdamW for both learners, the rate of the widths with cosine decay to 0."""
+    """AdamW for both learners; the learning rate of the widths has a cosine decay to 0."""
     importance, width = config.importance_optimizer, config.width_optimizer
     return optax.partition(
         {
@@ -163,7 +166,8 @@ def feature_energies(problem: Problem, variables: Any, images: jax.Array) -> tup
 
     def observe(gate: int, activation: jax.Array) -> None:
         squares = jnp.square(activation.astype(jnp.float32))
-        found.setdefault(gate, jnp.sum(squares, range(1, squares.ndim - 1)))  # of the first layer that reads the gate
+        # Only the input of the first layer that reads the gate counts.
+        found.setdefault(gate, jnp.sum(squares, range(1, squares.ndim - 1)))
 
     ones = tuple(jnp.ones(channels) for channels in problem.topology.widths)
     apply_masked(problem.model, variables, images, ones, problem.topology, observe=observe)
@@ -175,11 +179,11 @@ class _DDNP:
     """The pure functions of one search.
 
     Attributes:
-      problem: What is to be pruned, and how.
-      learners: {"importance", "width"}.
+      problem: The input of the method.
+      learners: {"importance", "width"}: their parameterizations.
       optimizer: Optimizer of their parameters.
-      energy: E, (C_l,) per gate in [0, 1], of the authors' form: the mean over all images of `feature_energies`,
-        divided by the gate's largest; None of Table A2's form.
+      energy: Feature energies E of the authors' code, (C_l,) per gate in [0, 1]: the mean of `feature_energies` over
+        all images, divided by the largest one of the gate; None if they are not used, as in Table A2.
     """
 
     problem: Problem
@@ -189,7 +193,7 @@ class _DDNP:
 
     @property
     def learns_from_data(self) -> bool:
-        """False for "Fix S", which uses only the second and third term of eq. (9)."""
+        """Whether the search uses images; False for "Fix S", which has only the second and third term of eq. (9)."""
         return self.problem.config.importance != "l1"
 
     def learned_values(self, params: Any, inputs: Any) -> tuple[tuple[jax.Array, ...], jax.Array]:
@@ -200,7 +204,9 @@ class _DDNP:
         return scores, k
 
     def importance(self, scores: tuple[jax.Array, ...], noisy: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """What ranks the channels, detached: the output function of s̄, or the authors' mean of gate and energy.
+        """The importance that ranks the channels, without a gradient.
+
+        It is the output function of s̄ or, as in the authors' code, the weighted mean of gate and energy.
 
         Args:
           scores: s̄_l, (C_l,) per gate.
@@ -211,14 +217,15 @@ class _DDNP:
             weight = config.energy_weight
             pairs = zip(noisy, self.energy, strict=True)
             ranking = tuple((1.0 - weight) * jax.nn.sigmoid(s) + weight * energy for s, energy in pairs)
-        else:  # L1 norms are importances already: they keep their order
+        else:  # for L1 norms always the sigmoid, which keeps their order
             ranking = tuple(map(OUTPUTS[config.output if self.learns_from_data else "sigmoid"], scores))
         return jax.lax.stop_gradient(ranking)
 
     def widths(self, gates: tuple[jax.Array, ...], k: jax.Array) -> jax.Array:
-        """The mean of the two estimates of each width, the open gates and k_l C_l, in channels (L,).
+        """The mean of two estimates of each width, the number of open channels and k_l C_l, in channels (L,).
 
-        With k_l C_l alone nothing would close a gate, and the tie would keep every k at 1. Fixed gates have no say.
+        With k_l C_l alone nothing would close the channels, and the tie would keep every k at 1. For fixed importances
+        ("Fix S") only k_l C_l counts.
         """
         widths = k * np.asarray(self.problem.topology.widths, np.float32)
         if not self.learns_from_data:
@@ -228,7 +235,7 @@ class _DDNP:
     def objective(
         self, values: tuple[tuple[jax.Array, ...], jax.Array], variables: Any, batch: Any, rng: jax.Array
     ) -> tuple[jax.Array, Any]:
-        """Eq. (9) at the learned values (s̄, k); returns the loss and (metrics, importance)."""
+        """Evaluates eq. (9) at the learned values (s̄, k); returns the loss and (metrics, importance)."""
         config = self.problem.config
         scores, k = values
         *gate_rngs, tie_rng = jax.random.split(rng, len(scores) + 1)
@@ -247,17 +254,17 @@ class _DDNP:
         return loss, (metrics | {"loss": loss}, importance)
 
     def gaps(self, scores: tuple[jax.Array, ...], k: jax.Array) -> jax.Array:
-        """How far k_l is from the expected part of gate l that is open, (L,)."""
+        """Absolute difference between k_l and the expected open fraction of gate l, (L,)."""
         return jnp.abs(self.open_parts(scores) - k)
 
     def open_parts(self, scores: tuple[jax.Array, ...]) -> jax.Array:
-        """The expected part of every gate that is open, (L,)."""
+        """The expected fraction of open channels of every gate, (L,)."""
         return jnp.stack([jnp.mean(masks.open_probability(s)) for s in scores])
 
     def ended(self, state: State) -> tuple[str, ...]:
-        """Whether the search has converged, by how much, and what helps where it has not.
+        """Reports whether the search has converged, with numbers, and gives advice if it has not.
 
-        Nothing is said of a search without the tie, or one of whose sides is fixed: there the two need not meet.
+        Empty for a search without the tie or with fixed importance or width: its k need not match the open channels.
         """
         config, topology = self.problem.config, self.problem.topology
         if config.tie_weight == 0 or not self.learns_from_data or config.width == "half":
@@ -276,14 +283,19 @@ class _DDNP:
         return (f"The search has converged: {found}",)
 
     def remedies(self, gap: float, remaining: float) -> list[str]:
-        """Advice for a search that ended with this largest gap and this fraction of the cost; empty if it converged."""
+        """Advice for a search that has not converged; empty if it has.
+
+        Args:
+          gap: The largest value of `gaps` after the search.
+          remaining: The remaining fraction of the cost.
+        """
         config, found = self.problem.config, []
         rate, is_above = config.width_optimizer.learning_rate, remaining > ABOVE * self.problem.budget.p
         if gap > FAR and rate < 2e-3:
             found.append(f"width_optimizer.learning_rate={rate:g} raised to 2e-3 or 3e-3")
         if gap > FAR or is_above:
             found.append("more steps")
-        if is_above:  # gates far from 1/2 feel no gradient, so that R can stand still above its goal
+        if is_above:  # gates far from 1/2 have almost no gradient, so R may stop decreasing above the budget
             found.append(f"resource_weight={config.resource_weight:g} raised, where R has stopped falling")
         return found
 
@@ -300,10 +312,11 @@ class _DDNP:
     def step(
         self, state: State, variables: Any, batch: Any, rng: jax.Array, devices: Devices = ONE_DEVICE
     ) -> tuple[State, dict[str, jax.Array]]:
-        """One step of the search, seen from one device."""
+        """One step of the search on one device."""
         values, generators_vjp = jax.vjp(lambda params: self.learned_values(params, state.inputs), state.params)
-        # On CPU the generators' small operations wait long behind the backbone's large ones, so the backbone starts
-        # after them, and their gradient is formed after the mean over devices, of one vector.
+        # On CPU the generators' small operations wait long behind the backbone's large ones. The backbone therefore
+        # starts after them, and the generators' gradients are computed after the mean over devices, which is taken of
+        # a single vector.
         values, batch = jax.lax.optimization_barrier((values, batch))
         gradient = jax.grad(self.objective, has_aux=True)
         gradients, (metrics, importance) = gradient(values, variables, batch, rng)
@@ -320,12 +333,12 @@ class _DDNP:
         ), metrics
 
     def propose(self, state: State) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-        """Returns the running importance and the current widths."""
+        """Returns the running average of the importance and the current widths."""
         return tuple(map(np.asarray, state.ranking)), np.asarray(self.learned_values(state.params, state.inputs)[1])
 
 
 def build(problem: Problem) -> Search:
-    """The search of `problem.config`, a `Fields`; in the authors' form it first surveys the feature energies."""
+    """Builds the search that `problem.config`, a `Fields`, describes; it surveys the feature energies if they count."""
     learners = {"importance": importance_learner(problem), "width": width_learner(problem)}
     ddnp = _DDNP(problem, learners, make_optimizer(problem.config, problem.steps))
     if not problem.config.energy_weight:
@@ -345,6 +358,6 @@ def _search(ddnp: _DDNP) -> Search:
 
 def _too_early(*_: Any, **__: Any) -> Any:
     raise RuntimeError(
-        "this search ranks by feature energies of all images: go on with `search.survey.then(sums)`, where `sums` are "
-        "those of `search.survey.of`, or run it by `methods.run_search`, which takes the survey."
+        "this search needs the feature energies of all images first: continue with `search.survey.then(sums)`, where "
+        "`sums` are those of `search.survey.of`, or use `methods.run_search`, which computes them."
     )

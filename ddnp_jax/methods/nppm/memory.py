@@ -4,19 +4,19 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-BINS = 10  # equal parts of the stored accuracies' range, for sampling
+BINS = 10  # equal parts of the range of stored accuracies, for balanced sampling
 
 
 class Memory(flax.struct.PyTreeNode):
     """Pairs of a sub-network and its accuracy; K is the capacity and D = Σ C_l.
 
     Attributes:
-      gates: (K, D), means of zeros and ones.
-      accuracy: (K,) in [0, 1].
-      count: Pairs stored, int32; those are the first ones.
-      pending_gates: (D,), sum over the steps that are not stored yet.
-      pending_accuracy: Sum over the same steps.
-      pending: Their number, int32.
+      gates: Sub-networks (K, D), as means of zeros and ones.
+      accuracy: Their accuracies (K,) in [0, 1].
+      count: Number of stored pairs, int32; they occupy the first places.
+      pending_gates: Sum of the gates (D,) over the steps that are not stored yet.
+      pending_accuracy: Sum of the accuracies over the same steps.
+      pending: Number of these steps, int32.
     """
 
     gates: jax.Array
@@ -28,7 +28,7 @@ class Memory(flax.struct.PyTreeNode):
 
 
 def empty(capacity: int, size: int) -> Memory:
-    """A memory for `capacity` pairs of networks with `size` gated channels."""
+    """Returns an empty memory for `capacity` pairs, of networks with `size` prunable channels in total."""
     zero = jnp.int32(0)
     return Memory(jnp.zeros((capacity, size)), jnp.zeros(capacity), zero, jnp.zeros(size), jnp.float32(0), zero)
 
@@ -36,14 +36,14 @@ def empty(capacity: int, size: int) -> Memory:
 def add(memory: Memory, gates: jax.Array, accuracy: jax.Array, steps: int) -> Memory:
     """Adds one search step.
 
-    The mean of `steps` consecutive steps makes a pair. A full memory averages it into the stored pair of the nearest
-    accuracy (the first of equals).
+    A pair is the mean of `steps` consecutive steps. If the memory is full, the pair is averaged into the stored pair
+    with the nearest accuracy (the first one of several).
 
     Args:
       memory: Episodic memory so far.
-      gates: (D,) zeros and ones, the sub-network of the step.
+      gates: The sub-network of the step, zeros and ones (D,).
       accuracy: Accuracy on the step's batch, in [0, 1].
-      steps: Per pair.
+      steps: Number of steps per pair.
     """
     memory = memory.replace(
         pending_gates=memory.pending_gates + gates,
@@ -54,7 +54,7 @@ def add(memory: Memory, gates: jax.Array, accuracy: jax.Array, steps: int) -> Me
 
 
 def _store(memory: Memory, steps: int) -> Memory:
-    """Makes a pair of what is pending."""
+    """Stores the mean of the pending steps as a pair."""
     capacity = len(memory.accuracy)
     gates, accuracy = memory.pending_gates / steps, memory.pending_accuracy / steps
     full = memory.count == capacity
@@ -73,9 +73,10 @@ def _store(memory: Memory, steps: int) -> Memory:
 def weights(memory: Memory, balanced: bool) -> jax.Array:
     """Relative frequency (K,) with which `sample` draws each pair.
 
-    Balanced, 1 / (number of pairs in the same bin), so that rare accuracies are seen as often as common ones; otherwise
-    the same for all. Places that hold no pair have 0. The bins are 10 equal parts from the lowest to the highest stored
-    accuracy, as in the authors' code; the paper does not say of what. Of [0, 1] a late search fills four or fewer.
+    If balanced, it is 1 / (number of pairs in the same bin), so that rare accuracies are drawn as often as common ones;
+    otherwise it is the same for all pairs. Empty places have 0. The bins are 10 equal parts from the lowest to the
+    highest stored accuracy, as in the authors' code; the paper does not state the range. With 10 equal parts of [0, 1],
+    a late search would fill four bins or fewer.
     """
     is_stored = jnp.arange(len(memory.accuracy)) < memory.count
     stored = is_stored.astype(jnp.float32)
@@ -89,6 +90,6 @@ def weights(memory: Memory, balanced: bool) -> jax.Array:
 
 
 def sample(memory: Memory, rng: jax.Array, count: int, balanced: bool) -> tuple[jax.Array, jax.Array]:
-    """Draws gates (count, D) and accuracies (count,) by `weights`, with replacement."""
+    """Draws gates (count, D) and accuracies (count,) with replacement, according to `weights`."""
     drawn = jax.random.categorical(rng, jnp.log(weights(memory, balanced)), shape=(count,))
     return memory.gates[drawn], memory.accuracy[drawn]

@@ -1,7 +1,7 @@
-"""PN, which predicts the accuracy of a sub-network from its gates, in the forms of NPPM and its supplement.
+"""The performance prediction network PN of NPPM, which predicts the accuracy of a sub-network from its gates.
 
-Every form maps gates (N, Σ C_l), concatenated over l, to logits (N,). The accuracy is their sigmoid, left to the caller
-because log(sigmoid(x)) is finite only in one piece.
+Every variant maps gates (N, Σ C_l), concatenated over l, to logits (N,). The predicted accuracy is the sigmoid of the
+logit. The caller computes it, because log(sigmoid(x)) is numerically stable only as a single function.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from ddnp_jax.methods.masks import split_gates
 class Predictor(nn.Module):
     """PN of NPPM Table 2: FC_l(C_l, 16), batch norm, ReLU; GRU(16, 16) over the gates; average; FC(16, 1).
 
-    Batch norm has statistics per gate and feature.
+    Batch normalization has separate statistics for every gate and feature.
 
     Attributes:
       widths: C_l, channels per gate.
@@ -29,12 +29,12 @@ class Predictor(nn.Module):
 
     @nn.compact
     def __call__(self, gates: jax.Array, train: bool = False) -> jax.Array:
-        """Maps gates (N, Σ C_l) to logits (N,); in training mode by the batch's own statistics."""
+        """Maps gates (N, Σ C_l) to logits (N,); in training mode with the statistics of the batch."""
         parts = split_gates(gates, self.widths)
         x = jnp.stack([nn.Dense(self.features, name=f"fc{gate}")(part) for gate, part in enumerate(parts)], axis=1)
-        axes: Any = (1, 2)  # flax takes several, which its types do not say
+        axes: Any = (1, 2)  # flax accepts several axes, although its type annotation does not say so
         x = nn.relu(nn.BatchNorm(use_running_average=not train, axis=axes, momentum=0.9)(x))
-        states: Any = nn.RNN(gru_cell(self.features, "gru"))(x)  # an array, without `return_carry`
+        states: Any = nn.RNN(gru_cell(self.features, "gru"))(x)  # an array, because `return_carry` is False
         x = jnp.mean(states, axis=1)
         return nn.Dense(1, name="head")(x)[:, 0]
 
@@ -66,7 +66,7 @@ class AuthorsPredictor(nn.Module):
 
 
 class LinearRegression(nn.Module):
-    """LR of NPPM suppl. Fig. 1: a linear function of all gates.
+    """Linear regression, LR of NPPM suppl. Fig. 1: a linear function of all gates.
 
     Attributes:
       widths: C_l, channels per gate.

@@ -1,21 +1,26 @@
 """NPPM: Network Pruning via Performance Maximization (Gao et al., CVPR 2021).
 
-One parameter per channel opens or closes it ("differentiable gates", DG). In addition to the classification loss, the
-gates follow a network PN that predicts the accuracy of sub-networks and learns from an episodic memory of the search.
+One parameter per channel decides whether the channel is kept ("differentiable gates", DG). The gates minimize the
+classification loss and also maximize the prediction of a network PN, which predicts the accuracy of sub-networks and
+is trained on an episodic memory of the search.
 
-Details that the paper leaves open:
+Details that the paper does not specify:
 
-- The classification loss is that of the rounded sub-network, so that the accuracy in the memory is the stored one's,
-  and one forward pass gives both. (The authors' code takes the loss of the relaxed gates, and stores another sample.)
-- What is proposed has the gates that are open more often than not, so that it costs what the sub-networks of the search
-  cost. Gates without noise are open less often: 0.44 of the FLOPs were proposed where the search had 0.50.
-- PN judges gates by its running batch statistics, as at test time; until the memory holds more pairs than a batch of
-  PN, PN neither learns nor influences the gates.
-- θ starts at N(0, 1), and the bins of the memory are those of the accuracies in it: both as in the authors' code.
+- The classification loss is computed with the rounded sub-network. The accuracy in the memory is then that of the
+  stored sub-network, and one forward pass gives both. (The authors' code computes the loss with the relaxed gates, and
+  stores another sample.)
+- The proposed network keeps the channels whose gates are open with a probability of at least 1/2, so that it costs as
+  much as the sub-networks of the search. Without the noise fewer gates are open: the proposed network then had 0.44 of
+  the FLOPs when the search had 0.50.
+- PN evaluates gates with its running batch statistics, as at test time. Until the memory holds more pairs than a batch
+  of PN, PN neither learns nor influences the gates.
+- θ is initialized with N(0, 1), and the bins of the memory cover the range of the stored accuracies, both as in the
+  authors' code.
 
-With their σ = 15 most entries of a' are 0 or 1 by chance, so PN is evaluated on random half networks. Its quality on
-the sub-networks of the search is logged: "predicted_top1", before PN has seen the step's sub-network, to compare with
-its accuracy on the batch ("top1" of the default loss), and their absolute difference, "prediction_error", in points.
+With the authors' σ = 15 most entries of a' are randomly 0 or 1, so PN is evaluated on random networks with half of the
+channels. Its quality on the sub-networks of the search is logged: "predicted_top1", predicted before PN has seen the
+step's sub-network, to compare with the accuracy on the batch ("top1" of the default loss), and "prediction_error", the
+absolute difference between both, in percentage points.
 """
 
 import dataclasses
@@ -45,20 +50,20 @@ CHOICES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fields(ResourceFields):
-    """The fields of NPPM; values are the authors' for CIFAR-10.
+    """The fields of NPPM; the defaults are the authors' values for CIFAR-10.
 
     Attributes:
-      optimizer: AdamW of the gates, the rate x0.1 at `decay_at`.
-      decay_at: Fraction of the search.
-      initial_deviation: Standard deviation of θ at the start, around 0.
-      predictor: PN: 'gru' (Table 2), 'authors' (their code), 'linear' (LR), or 'none' (DG).
-      predictor_loss: 'absolute' or 'squared'.
-      predictor_batch_size: Pairs per step of PN; PN takes part once the memory has more.
+      optimizer: AdamW of the gates; its learning rate is multiplied by 0.1 at `decay_at`.
+      decay_at: When the learning rate decays, as a fraction of the search.
+      initial_deviation: Standard deviation of the initial θ; the mean is 0.
+      predictor: PN: 'gru' (Table 2), 'authors' (the authors' code), 'linear' (LR), or 'none' (DG).
+      predictor_loss: Loss of PN: 'absolute' or 'squared'.
+      predictor_batch_size: Number of pairs per step of PN; PN is used as soon as the memory holds more.
       predictor_optimizer: AdamW of PN.
-      predictor_noise: σ, the noise on the gates that PN judges.
+      predictor_noise: σ, the noise on the gates that PN evaluates.
       projection: Whether PN's gradient is made orthogonal to that of the classification loss.
-      memory_size: K, pairs in the episodic memory.
-      memory_steps: Consecutive search steps that make a pair.
+      memory_size: K, the number of pairs in the episodic memory.
+      memory_steps: Number of consecutive search steps per pair.
       memory_balanced: Whether rare accuracies are drawn as often as common ones.
     """
 
@@ -101,11 +106,11 @@ class State(flax.struct.PyTreeNode):
 
     Attributes:
       step: Number of steps taken, int32.
-      gates: (D,), θ of all channels.
+      gates: θ of all channels, (D,).
       opt_state: State of the gates' AdamW.
-      predictor: Variables of PN, {} without one.
-      predictor_opt_state: State of PN's AdamW.
-      memory: Sub-networks and their accuracies, None without PN.
+      predictor: Variables of PN; {} without PN.
+      predictor_opt_state: State of PN's AdamW; {} without PN.
+      memory: Sub-networks and their accuracies; None without PN.
     """
 
     step: jax.Array
@@ -117,9 +122,9 @@ class State(flax.struct.PyTreeNode):
 
 
 def project(gradient: jax.Array, onto: jax.Array, widths: tuple[int, ...]) -> jax.Array:
-    """Removes from a gradient (D,), gate by gate, what is parallel to another: NPPM suppl. C eq. (1).
+    """Removes from a gradient (D,), gate by gate, its component parallel to another gradient: NPPM suppl. C eq. (1).
 
-    `ĝ_p = g_p - (g_Lᵀ g_p / ||g_L||²) g_L`; a gate where `g_L` is zero keeps its gradient.
+    `ĝ_p = g_p - (g_Lᵀ g_p / ||g_L||²) g_L`; the gradient of a gate where `g_L` is zero does not change.
     """
 
     def one(g: jax.Array, base: jax.Array) -> jax.Array:
@@ -135,7 +140,7 @@ class _NPPM:
     """The pure functions of one search.
 
     Attributes:
-      problem: What is to be pruned, and how.
+      problem: The input of the method.
       predictor: PN, or None for DG.
       optimizer: Optimizer of the gates.
       predictor_optimizer: Optimizer of PN.
@@ -148,13 +153,13 @@ class _NPPM:
 
     @property
     def network(self) -> nn.Module:
-        """PN, of a search that has one."""
+        """PN; raises if the search has none."""
         if self.predictor is None:
             raise ValueError("a search without PN predicts nothing.")
         return self.predictor
 
     def sub_network(self, gates: jax.Array, rng: jax.Array) -> tuple[jax.Array, ...]:
-        """The relaxed gates a rounded, (C_l,) per gate, with a's gradient."""
+        """The relaxed gates a, rounded, (C_l,) per gate; they have the gradient of a."""
         rounded = masks.straight_through(masks.relaxed_bernoulli(gates, rng))
         return masks.split_gates(rounded, self.problem.topology.widths)
 
@@ -164,14 +169,14 @@ class _NPPM:
         return measured.loss, measured
 
     def resource(self, gates: jax.Array, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """λ R(T, p T_total) with T of the sub-network."""
+        """λ R(T, p T_total), where T is the cost of the sub-network."""
         metrics = self.problem.resource(jnp.stack([jnp.sum(gate) for gate in self.sub_network(gates, rng)]))
         return self.problem.config.resource_weight * metrics["resource_loss"], metrics
 
     def performance(
         self, gates: jax.Array, predictor: Any, rng: jax.Array, noise_rng: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """log(1 / PN(a')), a' = clip(a + σ n, 0, 1); and the accuracy that PN predicts of the sub-network."""
+        """log(1 / PN(a')) with a' = clip(a + σ n, 0, 1), and the accuracy that PN predicts for the sub-network."""
         relaxed = masks.relaxed_bernoulli(gates, rng)
         noise = self.problem.config.predictor_noise * jax.random.normal(noise_rng, relaxed.shape)
         rounded = jax.lax.stop_gradient(masks.straight_through(relaxed))
@@ -180,7 +185,7 @@ class _NPPM:
         return -jax.nn.log_sigmoid(logits[0]), jax.nn.sigmoid(logits[1])
 
     def init(self, rng: jax.Array) -> State:
-        """The state before the first step: almost every gate open, the memory empty."""
+        """The state before the first step: almost all gates are open, and the memory is empty."""
         gate_rng, predictor_rng = jax.random.split(rng)
         size = sum(self.problem.topology.widths)
         gates = self.problem.config.initial_deviation * jax.random.normal(gate_rng, (size,))
@@ -197,10 +202,10 @@ class _NPPM:
     def step(
         self, state: State, variables: Any, batch: Any, rng: jax.Array, devices: Devices = ONE_DEVICE
     ) -> tuple[State, dict[str, jax.Array]]:
-        """One step of the search, seen from one device; after the first mean all devices do the same."""
+        """One step of the search on one device; after the first mean, all devices compute the same."""
         gate_rng, noise_rng, sample_rng = jax.random.split(rng, 3)
         of_task = jax.grad(self.task, has_aux=True)(state.gates, variables, batch, gate_rng)
-        # On CPU small operations wait long behind large ones: the rest starts after the backbone.
+        # On CPU small operations wait long behind large ones. The others therefore start after those of the backbone.
         state, (gradient, measured) = jax.lax.optimization_barrier((state, devices.mean(of_task)))
         (resource, remaining), resource_gradient = jax.value_and_grad(self.resource, has_aux=True)(
             state.gates, gate_rng
@@ -231,10 +236,10 @@ class _NPPM:
     def learn(
         self, state: State, memory: Memory, gate_rng: jax.Array, sample_rng: jax.Array, accuracy: jax.Array
     ) -> tuple[State, jax.Array]:
-        """Adds the step's sub-network to the memory and, once it has enough, takes one step of PN.
+        """Adds the step's sub-network to the memory and, once it holds enough pairs, trains PN for one step.
 
         Returns:
-          The state, and PN's loss on its batch, NaN before it learns.
+          The state, and PN's loss on its batch; NaN as long as PN is not trained.
         """
         config = self.problem.config
         stored = jnp.concatenate(self.sub_network(state.gates, gate_rng))
@@ -256,7 +261,7 @@ class _NPPM:
     def predictor_objective(
         self, params: Any, variables: Any, gates: jax.Array, accuracy: jax.Array
     ) -> tuple[jax.Array, Any]:
-        """Mean absolute or squared error of PN; returns it with PN's new batch statistics."""
+        """Returns the mean absolute or squared error of PN, and PN's new batch statistics."""
         logits, statistics = self.network.apply(
             {**variables, "params": params}, gates, train=True, mutable=["batch_stats"]
         )
@@ -264,20 +269,20 @@ class _NPPM:
         return jnp.mean(error(jax.nn.sigmoid(logits) - accuracy)), statistics
 
     def propose(self, state: State) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-        """Importance θ, and the fraction of gates that are open more often than not."""
+        """The importance θ, and the fraction of channels that are open with a probability of at least 1/2, per gate."""
         importance = tuple(map(np.asarray, masks.split_gates(state.gates, self.problem.topology.widths)))
         is_open = (np.maximum(np.sum(theta >= masks.OPEN_FROM), 1) / theta.size for theta in importance)
         return importance, np.array([*is_open])
 
 
 def make_optimizer(config: Fields, steps: int) -> optax.GradientTransformation:
-    """AdamW of the gates, the rate x0.1 from `decay_at` of the steps on."""
+    """AdamW of the gates, whose learning rate is multiplied by 0.1 after the fraction `decay_at` of the steps."""
     rate = optax.piecewise_constant_schedule(config.optimizer.learning_rate, {round(config.decay_at * steps): 0.1})
     return optax.adamw(rate, weight_decay=config.optimizer.weight_decay)
 
 
 def build(problem: Problem) -> Search:
-    """The search of `problem.config`, a `Fields`."""
+    """Builds the search that `problem.config`, a `Fields`, describes."""
     config, steps = problem.config, problem.steps
     search = _NPPM(
         problem,
@@ -293,6 +298,6 @@ def _notes(config: Fields, steps: int) -> tuple[str, ...]:
     if config.predictor == "none" or pairs > needed:
         return ()
     return (
-        f"The search was too short for PN, which takes part once the memory has more than {needed} pairs (before the "
-        f"last step it had {pairs}): the gates are those of DG.",
+        f"The search was too short for PN, which is used once the memory holds more than {needed} pairs (before the "
+        f"last step it held {pairs}): the result is that of DG.",
     )

@@ -1,6 +1,7 @@
 # `make demo` and `make test` are the project's two commands; both install everything that they need into .venv.
 PYTHON ?= python3
 VENV ?= .venv
+TESTS ?= tests
 BIN := $(VENV)/bin
 
 .PHONY: demo test lint docs clean
@@ -18,9 +19,9 @@ $(VENV)/dev: $(VENV)/demo
 demo: $(VENV)/demo
 	$(BIN)/python -m experiments.digits_r20 --config=configs/digits_r20.py --workdir=runs/demo
 
-# A file of tests stays in one process, because its tests share what takes long to make.
+# A file of tests stays in one process, because its tests share what takes long to make. TESTS takes a part of them.
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(TESTS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from ddnp_jax import parallel, pipeline
-from tests.test_pipeline import Own, interrupt_at, tiny
+from tests.small_job import Own, interrupt_at, tiny
 
 
 def main(port, num_processes, process_id, data_dir, workdir, stop):
@@ -20,7 +20,7 @@ def main(port, num_processes, process_id, data_dir, workdir, stop):
     with pytest.MonkeyPatch.context() as patch:
         if process_id == num_processes - 1:
             interrupt_at(patch, "search", stop, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        pipeline.run(tiny(data_dir), workdir, model=Own((20, 12)), rebuild=Own)
+        pipeline.run(tiny(data_dir, "scalar"), workdir, model=Own((20, 12)), rebuild=Own)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import jaxlib
+import numpy as np
 import pytest
 
 from ddnp_jax import cpu
+from tests import fused_searches
 
+ROOT = Path(__file__).parents[1]
 FUSION = "--xla_cpu_experimental_ynn_fusion_type="
 
 
@@ -50,6 +53,20 @@ def test_the_installed_jaxlib_computes_with_the_flags(tmp_path):
     assert jaxlib.__version__ in kept.name
     assert json.loads(kept.read_text()) == {"knows_fusions": True}
     assert flags.split() == cpu.flags("auto")
+
+
+def test_every_method_compiles_with_the_fusions_and_finds_the_same():
+    """jaxlib can compile less with them: `eigh` not as it is called usually, in 0.12."""
+    if not cpu.knows_fusions():
+        pytest.skip("this jaxlib has no fusions")
+    command = [sys.executable, "-m", "tests.fused_searches"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    fused, plain = json.loads(done.stdout), fused_searches.found()
+    assert fused.keys() == plain.keys()
+    for name, gates in plain.items():
+        for ours, theirs in zip(fused[name], gates, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 _FAULTS = """

@@ -15,7 +15,7 @@ from ddnp_jax.networks import as_network
 from ddnp_jax.pipeline import exporting, report
 from ddnp_jax.pipeline.results import Results
 from ddnp_jax.saved import load_pruned
-from tests.test_pipeline import Own, tiny
+from tests.small_job import Own, tiny
 
 FILES = ("network.onnx", "network_int8.onnx", "network.stablehlo", "network.stablehlo.json")
 

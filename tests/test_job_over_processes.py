@@ -12,8 +12,8 @@ import pytest
 
 from ddnp_jax import ending, pipeline
 from ddnp_jax.saved import load_pruned
+from tests.small_job import Own, tiny
 from tests.test_parallel import free_port
-from tests.test_pipeline import Own, tiny
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,7 +49,8 @@ def run_processes(data_dir, workdir, stop):
 
 def test_two_processes_stopped_and_resumed_do_the_job_of_one(tmp_path):
     one, two, data_dir = tmp_path / "one", tmp_path / "two", str(tmp_path / "tfds")
-    expected = pipeline.run(tiny(data_dir), one, model=Own((20, 12)), rebuild=Own)  # eight devices in this process
+    # Eight devices in this process; scalars, because the processes would spend most of their time compiling generators.
+    expected = pipeline.run(tiny(data_dir, "scalar"), one, model=Own((20, 12)), rebuild=Own)
     for output in run_processes(data_dir, two, stop=2):  # one got SIGTERM, both said so and left
         assert "stage 'search' is saved at step 3; the same command resumes it." in output
     assert not (two / "selection.json").exists()

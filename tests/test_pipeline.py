@@ -22,29 +22,16 @@ from ddnp_jax.cost import latency
 from ddnp_jax.cost.network_times import NetworkTimer
 from ddnp_jax.pipeline import stages
 from ddnp_jax.saved import load_pruned, save_pruned
-from ddnp_jax.training import loop
 from experiments import launch
+from tests.small_job import Own, P, interrupt_at, tiny
 from tests.test_training import events_of
 
-P = 0.5
 TUNED = ("finetune", "control")
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     return str(tmp_path_factory.mktemp("tfds"))
-
-
-def tiny(data_dir, argument=""):
-    config = digits_r20.get_config(argument)
-    config.data.data_dir = data_dir
-    config.data.search_fraction = 0.6  # few training images: the base takes 4 steps
-    config.base.update(epochs=1, warmup_epochs=0.5, batch_size=128, chunk_steps=1, save_every=2)
-    config.search.update(epochs=1, batch_size=256, chunk_steps=1, save_every=2)
-    config.finetune.update(epochs=1, batch_size=256, chunk_steps=2, save_every=1, distillation_weight=0.5)
-    config.finetune.update(control=False, recalibration_steps=0)
-    config.budget.p = P
-    return config
 
 
 @pytest.fixture
@@ -77,21 +64,6 @@ def log_of(workdir):
     return [{name: value for name, value in line.items() if name not in ("images_per_s", "crc")} for line in lines]
 
 
-def interrupt_at(monkeypatch, section, step, action):
-    """Calls `action` before the stage takes `step`."""
-    fit_stage = loop.fit_stage
-
-    def run_with_end(stage, chunk, *args):
-        def chunk_with_end(state, *batches):
-            if (stage.name, int(state.step)) == (section, step):
-                action()
-            return chunk(state, *batches)
-
-        return fit_stage(stage, chunk_with_end, *args)
-
-    monkeypatch.setattr(loop, "fit_stage", run_with_end)
-
-
 class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
@@ -112,7 +84,7 @@ def test_report_says_what_the_pruned_network_does(finished, config):
     assert report["notes"][0].startswith("The search has not converged: k and the open part of its gate differ by 0.0")
     assert report["delta_top1"] == pytest.approx(report["pruned_top1"] - report["base_top1"])
     assert 0.97 * P < report["flops_prunable_after"] / report["flops_prunable_before"] <= P
-    kernels = [variables["params"][f"layer{1 + i // 3}_{i % 3}"]["conv1"]["kernel"] for i in range(9)]
+    kernels = [variables["params"][f"layer{stage}_0"]["conv1"]["kernel"] for stage in (1, 2, 3)]
     assert [kernel.shape[-1] for kernel in kernels] == report["widths"]
     assert report["verification"]["argmax_agreement"] == 1.0
     for name in (
@@ -131,7 +103,7 @@ def test_report_says_what_the_pruned_network_does(finished, config):
 
 
 def test_a_run_that_is_stopped_in_every_stage_resumes_bit_for_bit(finished, config, tmp_path, monkeypatch):
-    def stop(section, step, action, error, message=""):
+    def stop(section, step, action, error, message=None):
         with monkeypatch.context() as patch, pytest.raises(error, match=message):
             interrupt_at(patch, section, step, action)
             pipeline.run(config, tmp_path)
@@ -178,20 +150,6 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(config, tmp_path):
     with pytest.raises(FloatingPointError, match=r"stage 'base' is (nan at|no longer finite after) step 2"):
         pipeline.run(config, tmp_path)
     assert (tmp_path / "base" / "1").is_dir()
-
-
-class Own(nn.Module):
-    """A user's network that knows nothing of this library."""
-
-    channels: tuple
-
-    @nn.compact
-    def __call__(self, x, train):
-        x = nn.Conv(self.channels[0], (3, 3), strides=2, name="first")(x)
-        x = nn.relu(nn.BatchNorm(not train, name="norm")(x))
-        return nn.Dense(10, name="classes")(
-            nn.relu(nn.Conv(self.channels[1], (3, 3), strides=2, name="second")(x)).mean((1, 2))
-        )
 
 
 def test_own_model_is_pruned_through_rebuild(config, tmp_path):

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import flax.linen as nn
 import numpy as np
 import pytest
-from test_pipeline import Own, tiny
 
 from configs import digits_r20
 from ddnp_jax import models
 from ddnp_jax.training import loop
 from ddnp_jax.training.log import MetricsLog
 from experiments import ddnp_figures, nppm_figures, shared, sweep
+from tests.small_job import Own, tiny
 
 CURVES = {
     ("PN", 0): [{"stage": "search", "step": 10, "loss": 2.0}, {"stage": "search", "step": 10, "test_top1": 50.0}],

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 from ml_collections import config_flags
-from test_pipeline import tiny
 from test_report import CONTROL, REPORT
 from test_sweep import Sized
 
@@ -16,6 +15,7 @@ from ddnp_jax.cost import flops
 from ddnp_jax.topology import trace
 from ddnp_jax.training import loop
 from experiments import launch, table_a4
+from tests.small_job import tiny
 
 
 def changed(**changes):

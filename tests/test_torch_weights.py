@@ -12,11 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_pipeline import Own
 
 from ddnp_jax import models, torch_weights
 from ddnp_jax.models.resnet_cifar import CifarResNet as FlaxCifarResNet
 from experiments.pytorch_resnet import CifarResNet, randomize
+from tests.small_job import Own
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
@@ -195,26 +195,27 @@ def cifar10_test(shared):
     return tuple(np.stack([record[key] for record in records]) for key in ("image", "label"))
 
 
-# Accuracies in percent on the 8,000 JPEG test images. The base checkpoint's is 90.2 on all 10,000: the check
-# that `shortcut="avgpool"` is the form that network was trained in. ResNet-20's is 81.0 there.
+# Accuracies in percent on every fourth of the 8,000 JPEG test images; on all of them 90.275 and 81.275. The base
+# checkpoint's is 90.2 on all 10,000: the check that `shortcut="avgpool"` is the form that network was trained in.
+# ResNet-20's is 81.0 there.
 @pytest.mark.parametrize(
-    ("file", "normalization", "accuracy"), [(AUTHORS, CIFAR, 90.275), (IDELBAYEV[20], IMAGENET, 81.275)]
+    ("file", "normalization", "accuracy"), [(AUTHORS, CIFAR, 89.95), (IDELBAYEV[20], IMAGENET, 80.9)]
 )
-def test_predictions_on_every_test_image_are_those_of_pytorch(shared, cifar10_test, file, normalization, accuracy):
+def test_predictions_on_test_images_are_those_of_pytorch(shared, cifar10_test, file, normalization, accuracy):
     pixels, labels = cifar10_test
     assert pixels.shape == (8000, 32, 32, 3)
     mean, std = np.array(normalization, np.float32)
     model, variables, reference = checkpoint(shared, file)
     apply = jax.jit(model.apply)
     ours, theirs = [], []
-    for batch in np.split(pixels, 16):
+    for batch in np.split(pixels[::4], 4):
         x = (batch / np.float32(255) - mean) / std
         theirs.append(torch_logits(reference, x))
         ours.append(np.asarray(apply(variables, x)))
         np.testing.assert_allclose(ours[-1], theirs[-1], atol=1e-4, rtol=0)
     predictions = np.concatenate(ours).argmax(axis=1)
     np.testing.assert_array_equal(predictions, np.concatenate(theirs).argmax(axis=1))
-    assert 100 * np.mean(predictions == labels) == pytest.approx(accuracy, abs=0.05)
+    assert 100 * np.mean(predictions == labels[::4]) == pytest.approx(accuracy, abs=0.05)
 
 
 # Forms of a checkpoint

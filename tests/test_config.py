@@ -40,7 +40,7 @@ def refused(config, message):
             Config(budget=BudgetConfig(kind="latency", p=2)),
             "budget.p=2.0 must be in (0, 1]: the fraction of the cost that remains.",
         ),
-        (Config(budget=BudgetConfig(multiple=0)), "budget.multiple=0 must be at least 1."),
+        (Config(budget=BudgetConfig(multiple=-1)), "budget.multiple=-1 must be at least 0."),
         (Config(budget=BudgetConfig(latency_points=1)), "budget.latency_points=1 must be at least 2."),
         (
             Config(budget=BudgetConfig(kind="macs")),

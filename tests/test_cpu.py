@@ -96,7 +96,7 @@ def test_memory_of_a_step_is_kept_for_the_next_one(tmp_path, chosen):
 
 
 _RESIDENT = """
-import jax, jax.numpy as jnp, ddnp_jax
+import time, jax, jax.numpy as jnp, ddnp_jax
 from ddnp_jax import cpu
 ddnp_jax.configure_cpu()
 def resident():
@@ -104,8 +104,9 @@ def resident():
     return pages * 4096 / 2**20
 step = jax.jit(lambda x: jnp.sum(jnp.sort(x * 2.0, axis=0)))
 step(jnp.ones((4096, 16384))).block_until_ready()  # 256 MiB and more
-kept = resident()
-cpu.hand_back_freed_memory()
+kept, until = resident(), time.monotonic() + 60
+while kept - resident() < 400 and time.monotonic() < until:  # XLA frees the memory a little after the result is there
+    cpu.hand_back_freed_memory()
 print(kept, resident())
 """
 
@@ -114,7 +115,7 @@ print(kept, resident())
 def test_kept_memory_is_handed_back_when_a_stage_ends(tmp_path):
     done = in_a_process(_RESIDENT, tmp_path)
     kept, left = map(float, done.stdout.split())
-    assert kept - left > 400, (kept, left)
+    assert kept - left >= 400, (kept, left)  # MiB
 
 
 def test_memory_is_left_alone_beside_an_accelerator(monkeypatch):

@@ -127,7 +127,7 @@ def check_devices() -> None:
     except (RuntimeError, AssertionError) as error:  # AssertionError for a known platform without a driver
         said = str(error).partition(". (set JAX_PLATFORMS=")[0]
         reason = f" ({said})" if said else ""
-        asked = jax.config.jax_platforms  # type: ignore[attr-defined]  # added when JAX is imported
+        asked = jax.config.values["jax_platforms"]
         raise ValueError(
             f"JAX finds no device of JAX_PLATFORMS={asked!r}{reason}; leave it unset to use the "
             "available devices, or install JAX for this platform."

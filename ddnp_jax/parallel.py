@@ -6,6 +6,7 @@ receives `Devices`.
 
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -220,6 +221,17 @@ def on_first_process(write: Callable[[], Any]) -> None:
             error = caught
     if any_process(error is not None):
         raise error or OSError("the first process could not write; see its own message.")
+
+
+def write_once(path: Path, write: Callable[[], Any]) -> None:
+    """Calls `write` in the first process if `path` does not exist, after making its folder. Every process must call.
+
+    Raises:
+      OSError: As for `on_first_process`.
+    """
+    if any_process(not path.exists()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        on_first_process(write)
 
 
 def check_mode(mode: str) -> None:

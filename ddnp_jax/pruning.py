@@ -140,8 +140,8 @@ def prune(
         traced = trace(model, shape, variables=own, residual=residual, keep=kept, **(call_kwargs or {}))
         exact = 1 if multiple == "auto" else multiple
         budget = Budget(traced, p, multiple=exact, floors=floors_of(traced, floors))
-        budget.check()
         if multiple == "auto":
+            budget.check()  # before anything is measured
             timer = NetworkTimer(model, traced, len(images), variables=own, rebuild=rebuild)
             budget = dataclasses.replace(budget, multiple=multiples.measure(timer).fastest)
     budget.check()

@@ -355,3 +355,9 @@ def test_a_traced_cost_is_the_integer_one_and_its_slope(kind):
         value, slope = cost(jnp.array(widths, jnp.float32))
         assert float(value) == pytest.approx(budget.cost(widths), rel=1e-6)
         assert slope.tolist() == slopes[kind]
+
+
+def test_a_budget_in_latency_is_checked_before_it_is_measured(monkeypatch):
+    monkeypatch.setattr(budgets.latency, "measure", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(ValueError, match=r"p=1\.5 must be in"):
+        budgets.latency_budget(NetworkTimer(None, TWO, 32), 1.5)

@@ -204,7 +204,11 @@ def latency_budget(
       floors: As for `Budget`.
       table: Latency table of the network; None to measure it, which takes a minute or so. What a search proposes is
         timed only if the table is of the device of `timer`.
+
+    Raises:
+      ValueError: p or `multiple` is invalid, or there is nothing to prune; raised before anything is measured.
     """
+    _check_fields(timer.topology, p, multiple)
     table = latency.measure(timer, multiple=multiple) if table is None else table
     cost = Cost(table.ms, f"ms (batch {table.batch}, {table.device})", ",.4g")
     return Budget(timer.topology, p, cost, multiple, floors, timer if table.device == timer.device else None)

@@ -197,9 +197,7 @@ def measured_once(path: Path, timer: NetworkTimer, points: int, multiple: int) -
     Raises:
       ValueError: The file holds no table of this network, or one of another batch or runtime.
     """
-    if parallel.any_process(not path.exists()):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        parallel.on_first_process(lambda: measure(timer, points, multiple).save(path))
+    parallel.write_once(path, lambda: measure(timer, points, multiple).save(path))
     table = LatencyTable.load(path, timer.topology)
     if (table.batch, table.runtime) != (timer.batch, timer.runtime):
         raise ValueError(

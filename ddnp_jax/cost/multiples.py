@@ -88,9 +88,7 @@ def fastest(path: Path, timer: NetworkTimer) -> int:
     Raises:
       ValueError: The file holds no times of multiples.
     """
-    if parallel.any_process(not path.exists()):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        parallel.on_first_process(lambda: files.write_json(path, dataclasses.asdict(measure(timer))))
+    parallel.write_once(path, lambda: files.write_json(path, dataclasses.asdict(measure(timer))))
     return load(path).fastest
 
 

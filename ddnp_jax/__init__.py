@@ -15,7 +15,7 @@ from ddnp_jax.networks import Resized
 from ddnp_jax.pruning import Pruned, prune
 from ddnp_jax.saved import load_pruned, save_pruned
 from ddnp_jax.topology import Selection, Topology, trace
-from ddnp_jax.training.fitting import Fitted, fit
+from ddnp_jax.training.fitting import Fitted, evaluate, fit
 
 if TYPE_CHECKING:
     from ddnp_jax import data as data
@@ -37,6 +37,7 @@ __all__ = [
     "compact",
     "config",
     "configure_cpu",
+    "evaluate",
     "export",
     "fit",
     "flops",

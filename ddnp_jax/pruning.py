@@ -12,7 +12,7 @@ import numpy as np
 
 from ddnp_jax import methods
 from ddnp_jax.compact import Rebuild, Verification, check_finite, compact, rehearse, verify
-from ddnp_jax.cost import multiples
+from ddnp_jax.cost import flops, multiples
 from ddnp_jax.cost.budget import Budget, floors_of
 from ddnp_jax.cost.correction import correct
 from ddnp_jax.cost.network_times import NetworkTimer
@@ -36,7 +36,9 @@ class Pruned:
       variables: Its variables; None for an nnx module, which holds them.
       selection: The channels that were kept.
       topology: Topology of the unpruned network.
-      history: Every metric over the steps of the search, (steps,); empty for methods that need no images.
+      history: Every metric over the steps of the search, (steps,); empty for methods that need no images. "loss" is the
+        objective; of the masked network on the step's batch, "top1" is the accuracy in percent and "cross_entropy" the
+        default loss, or "task_loss" a custom one; DDNP and NPPM have "remaining", the fraction of the prunable cost.
       budget: The budget that was met.
       verification: How close the smaller network's outputs are to the masked network's.
       notes: Remarks on the search, for example whether it has converged.
@@ -50,6 +52,11 @@ class Pruned:
     budget: Budget
     verification: Verification
     notes: tuple[str, ...]
+
+    @property
+    def flops_kept(self) -> float:
+        """Fraction of all the network's FLOPs that are kept, in (0, 1]; the budget counts only the prunable ones."""
+        return flops.total(self.topology, self.selection.widths) / flops.total(self.topology)
 
     def __repr__(self) -> str:
         """As `describe`; a complete representation would fill pages."""

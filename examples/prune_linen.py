@@ -31,12 +31,12 @@ scans = load_digits()
 order = np.random.default_rng(0).permutation(len(scans.target))
 images, labels = np.float32(scans.images[order, ..., None] / 16), scans.target[order]
 batches = [(images[i : i + 64], labels[i : i + 64]) for i in range(0, 1408, 64)]
+held_out = [(images[1408:], labels[1408:])]
 
 
 def accuracy(model: nn.Module, variables: dict) -> str:
     """Top-1 accuracy on the held-out images."""
-    found = model.apply(variables, images[1408:]).argmax(1)
-    return f"{100 * np.mean(found == labels[1408:]):.1f} %"
+    return f"{ddnp_jax.evaluate(model, variables, held_out)['top1']:.1f} %"
 
 
 model = Network()

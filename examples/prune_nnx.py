@@ -38,8 +38,7 @@ class Network(nnx.Module):
 
 def accuracy(model: nnx.Module) -> str:
     """Top-1 accuracy on the held-out images."""
-    model.eval()
-    return f"{100 * np.mean(model(images[1408:]).argmax(1) == labels[1408:]):.1f} %"
+    return f"{ddnp_jax.evaluate(model, None, [(images[1408:], labels[1408:])])['top1']:.1f} %"
 
 
 scans = load_digits()

@@ -16,7 +16,7 @@ from ddnp_jax.cost.budget import Budget
 from ddnp_jax.methods.ddnp import search as ddnp
 from ddnp_jax.methods.nppm import search as nppm
 from ddnp_jax.training import fitting
-from ddnp_jax.training.fitting import fit
+from ddnp_jax.training.fitting import evaluate, fit
 
 BATCHES = [batch(0), batch(1)]
 
@@ -64,6 +64,40 @@ def test_fit_is_sgd_of_pytorch(taught):
     np.testing.assert_allclose(fitted.variables["batch_stats"]["bn"]["mean"], net[1].running_mean, atol=1e-5)
     assert isinstance(fitted.model, Net)
     jax.tree.map(np.testing.assert_array_equal, variables, random_variables(Net()))  # as they were
+
+
+def test_evaluation_is_the_mean_of_pytorch_over_all_images():
+    variables = random_variables(Net())
+    images, labels = map(np.concatenate, zip(*BATCHES, strict=True))
+    found = evaluate(Net(), variables, [(images[:25], labels[:25]), (images[25:], labels[25:])])  # 25 and 7
+    logits = torch_net(variables).eval()(torch.tensor(images).permute(0, 3, 1, 2))
+    assert found == {
+        "loss": pytest.approx(functional.cross_entropy(logits, torch.tensor(labels).long()).item(), rel=1e-5),
+        "top1": pytest.approx(100 * np.mean(logits.argmax(1).numpy() == labels), rel=1e-6),
+    }
+    assert evaluate(as_nnx(variables, dropout=0.5), None, BATCHES) == pytest.approx(found, rel=1e-5)
+
+
+def test_an_evaluation_with_a_loss_of_its_own_weighs_batches_by_their_images():
+    def double(variables, x):
+        return {"value": x * variables["factor"], "unused": x}
+
+    batches = [(np.float32([[1], [2]]), np.float32([[0], [0]])), (np.float32([[4]]), np.float32([[1]]))]
+    found = evaluate(double, {"factor": np.float32(2)}, batches, loss=squared_error, outputs="value")
+    assert found == {"loss": pytest.approx((2**2 + 4**2 + 7**2) / 3)}
+
+
+@pytest.mark.parametrize(
+    "batches, variables, message",
+    [
+        ([], random_variables(Net()), "batches is empty"),
+        ([(BATCHES[0][0], BATCHES[0][1] + 10)], random_variables(Net()), "of batch 0 is outside 0..9"),
+        (BATCHES, jax.tree.map(lambda x: x * np.float32("nan"), random_variables(Net())), "values that are NaN"),
+    ],
+)
+def test_evaluations_that_would_be_wrong_are_refused(batches, variables, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(Net(), variables, batches)
 
 
 class NnxNet(nnx.Module):

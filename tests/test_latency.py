@@ -345,3 +345,19 @@ def test_a_depthwise_layer_in_onnx_runtime():
     x, kernel = (np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in (call.x, call.kernel))
     [found] = network_times.compiled("onnx", lambda kernel, x: call(x, kernel), kernel, jnp.asarray(x))()
     np.testing.assert_allclose(found, call(x, kernel), rtol=1e-5, atol=1e-5)
+
+
+def test_threads_of_onnx_runtime_stop_after_each_run(monkeypatch):
+    """Threads that keep spinning would take the cores from the network that is timed next."""
+    pytest.importorskip("jax2onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    opened, session = [], onnxruntime.InferenceSession
+
+    def open_session(content, options, **arguments):
+        opened.append(options)
+        return session(content, options, **arguments)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
+    [found] = network_times.compiled("onnx", lambda factor, x: factor * x, np.float32(2), jnp.ones((1, 3)))()
+    np.testing.assert_array_equal(found, [[2, 2, 2]])
+    assert [options.get_session_config_entry("session.force_spinning_stop") for options in opened] == ["1"]

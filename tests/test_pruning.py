@@ -103,6 +103,9 @@ def test_the_same_network_of_three_kinds_is_pruned_to_the_same_channels(method):
     for kind, found in pruned.items():
         assert found.selection == pruned["linen"].selection, kind
         assert flops.prunable(found.topology, found.selection.widths) <= 0.5 * flops.prunable(found.topology)
+        first, second = found.selection.widths
+        kept = 64 * 9 * (3 * first + first * second) + 7 * second
+        assert found.flops_kept == kept / (64 * 9 * (3 * 8 + 8 * 12) + 7 * 12)
         np.testing.assert_allclose(outputs[kind], outputs["linen"], atol=1e-4)
     small = jax.tree.leaves(pruned["linen"].variables["params"])
     counted = flops.parameters(pruned["linen"].topology, pruned["linen"].selection.widths)

@@ -56,9 +56,12 @@ class NetworkTimer:
 
     def fraction(self, widths: Sequence[int]) -> float:
         """The fraction of the unpruned network's time that it takes at `widths`: the median over interleaved rounds."""
-        calls = [self._compiled(each) for each in (self.topology.widths, widths)]
-        whole, cut = timing.rounds(calls, SECONDS).T
+        whole, cut = timing.rounds([self._unpruned, self._compiled(widths)], SECONDS).T
         return float(np.median(cut / whole))
+
+    @functools.cached_property
+    def _unpruned(self) -> Callable[[], Any]:
+        return self._compiled(self.topology.widths)
 
     def _compiled(self, widths: Sequence[int]) -> Callable[[], Any]:
         model, variables = self._drawn

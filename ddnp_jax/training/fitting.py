@@ -1,4 +1,4 @@
-"""Training without the pipeline: any network, on any batches, on one device."""
+"""Training and evaluation without the pipeline: any network, on any batches, on one device."""
 
 import contextlib
 import sys
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddnp_jax import losses, parallel
+from ddnp_jax.compact import check_finite
 from ddnp_jax.losses import Loss
 from ddnp_jax.networks import Network, Outputs, as_network, picked
 from ddnp_jax.training.steps import Batch, Distillation, Metrics, Step, init_state, sgd, step_rngs, train_step
@@ -99,6 +100,49 @@ def fit(
     state, history = take_steps(step, state, constants, batches, steps, seed, "fit" if progress else "", check)
     fitted = jax.tree.map(jnp.asarray, state.variables(network))
     return Fitted(*network.bind(fitted), history)
+
+
+def evaluate(
+    model: Any,
+    variables: Any,
+    batches: Iterable[Batch],
+    *,
+    loss: Loss | None = None,
+    outputs: Outputs = None,
+) -> dict[str, float]:
+    """Evaluates a network in evaluation mode; every image counts once, whatever the sizes of the batches.
+
+    Args:
+      model: A flax.linen or flax.nnx module, or a function `(variables, images) -> outputs`.
+      variables: Its variables; None for a flax.nnx module, which holds them.
+      batches: Batches (images, targets) of arrays, each read once.
+      loss: Loss `(outputs, targets) -> scalar`, the mean over the images; None for the cross-entropy with integer
+        labels.
+      outputs: Which of the network's outputs to use, if there are several: a key, an index or a function.
+
+    Returns:
+      Means over all images: "loss" and, with the default loss, the accuracy "top1" in percent.
+
+    Raises:
+      ValueError: There are no batches, a batch does not match the network or the loss, or a variable is not finite.
+    """
+    network = as_network(model)
+    own = network.variables(variables)
+    check_finite(own, network.name)
+    check = TargetsCheck(network, own, loss, outputs)
+
+    @jax.jit
+    def measure(own: Any, images: jax.Array, targets: Any) -> Metrics:
+        return losses.measure(network.evaluate(own, images), targets, loss, outputs, name=network.name)
+
+    counts, found = [], []
+    for number, batch in enumerate(batches):
+        images, targets = check(batch, number)
+        counts.append(len(images))
+        found.append(jax.device_get(measure(own, images, targets)))
+    if not found:
+        raise ValueError("batches is empty; give batches (images, targets) of arrays.")
+    return {name: float(np.average([each[name] for each in found], weights=counts)) for name in found[0]}
 
 
 def take_steps(

@@ -60,8 +60,7 @@ def test_every_method_compiles_with_the_fusions_and_finds_the_same():
     if not cpu.knows_fusions():
         pytest.skip("this jaxlib has no fusions")
     command = [sys.executable, "-m", "tests.fused_searches"]
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}  # as for users
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     fused, plain = json.loads(done.stdout), fused_searches.found()
     assert fused.keys() == plain.keys()

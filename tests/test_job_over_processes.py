@@ -28,7 +28,7 @@ def run_processes(data_dir, workdir, stop):
             cwd=ROOT,
             env={
                 **os.environ,
-                "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+                "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4"),
                 "JAX_PLATFORMS": "cpu",
             },
             stdout=subprocess.PIPE,

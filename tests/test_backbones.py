@@ -176,10 +176,11 @@ def network(name):
     return reference, model, variables, topology, functools.partial(masked, variables, images(shape_of(name)))
 
 
-def selection_of(name):
-    """Kept channels: of each gate a random choice of one, all, or any number of them."""
+def selection_of(name, kind):
+    """Kept channels: one of each gate, or a random choice of one, all, or any number of them."""
     topology, rng = network(name)[3], np.random.default_rng(zlib.crc32(name.encode()))
-    kept = [rng.choice(n, rng.choice([1, n, rng.integers(1, n)]), replace=False) for n in topology.widths]
+    counts = {"one": lambda n: 1, "mixed": lambda n: int(rng.choice([1, n, rng.integers(1, n)]))}
+    kept = [rng.choice(n, counts[kind](n), replace=False) for n in topology.widths]
     return Selection(tuple(tuple(sorted(map(int, each))) for each in kept))
 
 
@@ -209,10 +210,11 @@ def rebuild_in_pytorch(folder, name):
     return module.load(pytorch_models.create(name, CLASSES), load_file(folder / "weights.safetensors"))
 
 
+@pytest.mark.parametrize("kind", ["mixed", "one"])
 @pytest.mark.parametrize("name", BACKBONES)
-def test_the_cut_network_is_the_masked_one_also_in_pytorch(tmp_path, name):
+def test_the_cut_network_is_the_masked_one_also_in_pytorch(tmp_path, name, kind):
     _, model, variables, topology, masked = network(name)
-    x, selection = images(shape_of(name)), selection_of(name)
+    x, selection = images(shape_of(name)), selection_of(name, kind)
     expected = np.asarray(masked(selection.masks(topology)))
     small_model, small_variables = compact(model, variables, selection, topology)
     torch_weights.save(tmp_path, small_model, small_variables, shape_of(name))

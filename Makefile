@@ -21,7 +21,7 @@ demo: $(VENV)/demo
 
 # A file of tests stays in one process, because its tests share what takes long to make. TESTS takes a part of them.
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(TESTS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -7,7 +7,8 @@ A row is given by the words that it adds to the argument of --config: `--row=hra
 every row is a separate run of the pipeline in `workdir/ROW/SEED`. The same command resumes an unfinished table, and a
 command with more rows or seeds extends it. Every row removes the same fraction of all FLOPs, which --config sets, even
 if rows can prune different channels. `table.md` and `table.json` are written after every run. With `finetune.control`,
-the base network is fine-tuned too, once for all rows.
+the base network is fine-tuned too, once for all rows. A finished run needs only its `config.json` and `report.json` to
+stay in the table, so its weights may be deleted.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from ml_collections import ConfigDict
 from ddnp_jax import data, files, parallel, pipeline
 from ddnp_jax.config import FinetuneConfig, typed
 from ddnp_jax.cost import flops
+from ddnp_jax.fields import listed
 from ddnp_jax.pipeline import report
 from ddnp_jax.pipeline.report import Report
 from ddnp_jax.topology import trace
@@ -98,8 +100,8 @@ def make(config: ConfigDict, workdir: str) -> str:
             for name in names:
                 own = _row_config(configs[name], config, job, weights)
                 own.seed, own.finetune.control = seed, config.finetune.control and name == names[0]
-                pipeline.run(own, run := folder / re.sub(r"\W+", "-", name) / str(seed))
-                finished.setdefault(name, []).append(report.read(run / "report.json"))
+                found = _run(own, folder / re.sub(r"\W+", "-", name) / str(seed))
+                finished.setdefault(name, []).append(found)
                 jax.clear_caches()  # other rows do not need the compiled programs of this row's network
                 rows = [
                     Row(name, tuple(runs), published.get(configs[name].search.method))
@@ -107,6 +109,18 @@ def make(config: ConfigDict, workdir: str) -> str:
                 ]
                 parallel.on_first_process(lambda rows=rows: _write(folder, config, rows))
     return f"table: {folder}/table.md"
+
+
+def _run(config: ConfigDict, workdir: Path) -> Report:
+    """Runs or resumes one run; a finished one is not repeated unless more is asked of it: a control, an export."""
+    path = workdir / "report.json"
+    if path.exists():
+        pipeline.prepare(config, workdir)  # raises if the report is that of another configuration
+        found = report.read(path)
+        if set(listed(config.export)) <= set(found.exports) and (found.control or not config.finetune.control):
+            return found
+    pipeline.run(config, workdir)
+    return report.read(path)
 
 
 def _row_config(row: ConfigDict, config: ConfigDict, job: pipeline.Run, weights: Path) -> ConfigDict:

@@ -22,7 +22,28 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# The files that take longest, most of them with few tests: started first, so that the workers of a run end together.
+LONGEST = (
+    "test_backbones",
+    "test_pipeline",
+    "test_examples",
+    "test_torch_weights",
+    "test_docs",
+    "test_benchmark",
+    "test_public_zoo",
+    "test_pruning",
+    "test_compact",
+    "test_wheel",
+    "test_job_over_processes",
+)
+
 SHARED = Path(__file__).parents[1] / ".." / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Moves the files of `LONGEST` to the front."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

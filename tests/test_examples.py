@@ -18,6 +18,8 @@ import ddnp_jax
 from ddnp_jax import flops
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+# As for users, but with few optimizations, as for the other tests.
+ONE_DEVICE = os.environ.get("XLA_FLAGS", "").replace("device_count=8", "device_count=1")
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 
 
@@ -93,7 +95,7 @@ def test_own_training_loop(run):
 def test_image_folder(tmp_path):
     """In a separate process, because the job uses all devices, and eight devices on few cores may time out."""
     command = [sys.executable, str(EXAMPLES / "image_folder.py")]
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": ONE_DEVICE}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     printed = done.stdout
     assert "576 training and 144 test images of class 0, class 1, class 2, class 3" in printed, done.stderr[-2000:]
@@ -132,7 +134,7 @@ def test_a_notebook_is_valid_and_kept_without_outputs(path):
 
 def test_tour(tmp_path, monkeypatch):
     """Runs the notebook completely in a separate kernel with one device, as for its users."""
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", ONE_DEVICE)
     monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel's own, which puts plots into the notebook
     notebook = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
     resources = {"metadata": {"path": str(tmp_path)}}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -92,8 +93,16 @@ def test_a_table_resumes_and_takes_further_rows(tmp_path, monkeypatch):
         return json.loads((tmp_path / "run" / "table.json").read_text())
 
     (first,) = make(1, "magnitude")
+    finished = tmp_path / "run" / "magnitude" / "0"
+    for path in finished.iterdir():
+        if path.name not in ("config.json", "report.json"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     monkeypatch.setattr(loop, "_dispatch", None)  # no step is taken again
     assert make(1, "magnitude") == [first]
+    config.finetune.control = True  # which the report lacks
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        make(1, "magnitude")
+    config.finetune.control = False
     monkeypatch.undo()
     monkeypatch.setattr(models, "create", lambda name, classes, **attributes: Sized((20, 12)))
     monkeypatch.setattr(launch, "with_arguments", lambda words: tiny(data, words))

@@ -1,0 +1,117 @@
+"""Gradients of convolution kernels on a CPU: equal to PyTorch's and to JAX's, and used where they are meant to be."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax import lax
+
+from ddnp_jax.training.kernel_gradients import kernel_gradient, with_fast_kernel_gradients
+
+rng = np.random.default_rng(0)
+
+
+def drawn(*shape):
+    return rng.normal(size=shape).astype(np.float32)
+
+
+def conv(x, kernel, stride=1, padding="SAME", **arguments):
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), **arguments
+    )
+
+
+@pytest.mark.parametrize(
+    ("images", "map_size", "channels", "size", "padding"),
+    [
+        (6, (32, 32), (3, 5), (3, 3), ((1, 1), (1, 1))),  # one image at a time
+        (6, (9, 7), (4, 6), (3, 3), ((1, 1), (1, 1))),  # all images in one product
+        (12, (12, 12), (5, 2), (3, 3), ((0, 0), (2, 1))),  # two images at a time
+        (7, (16, 17), (2, 3), (5, 3), ((0, 2), (3, 0))),  # a number of images that has no divisor
+        (4, (8, 8), (3, 90), (1, 1), ((0, 0), (0, 0))),
+        (4, (8, 8), (3, 4), (1, 1), ((1, 0), (0, 2))),
+        (2, (6, 5), (1, 1), (1, 5), ((0, 0), (2, 2))),
+        (2, (5, 6), (2, 3), (5, 6), ((0, 0), (0, 0))),  # one pixel remains
+    ],
+)
+def test_gradient_of_a_kernel_against_pytorch(images, map_size, channels, size, padding):
+    x = drawn(images, *map_size, channels[0])
+    (top, bottom), (left, right) = padding
+    padded = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    out = [padded.shape[i + 1] - size[i] + 1 for i in (0, 1)]
+    gradient = drawn(images, *out, channels[1])
+    expected = torch.nn.grad.conv2d_weight(
+        torch.tensor(padded.transpose(0, 3, 1, 2)).double(),
+        (channels[1], channels[0], *size),
+        torch.tensor(gradient.transpose(0, 3, 1, 2)).double(),
+    )
+    found = kernel_gradient(x, gradient, size, padding)
+    np.testing.assert_allclose(found, expected.numpy().transpose(2, 3, 1, 0), rtol=1e-4, atol=2e-5 * np.sqrt(x.size))
+
+
+@jax.custom_vjp
+def doubled(x, kernel):
+    """A convolution whose kernel's gradient is twice the true one."""
+    return conv(x, kernel)
+
+
+def _doubled_backward(saved, gradient):
+    of_x, of_kernel = jax.vjp(conv, *saved)[1](gradient)
+    return of_x, 2 * of_kernel
+
+
+doubled.defvjp(lambda x, kernel: (conv(x, kernel), (x, kernel)), _doubled_backward)
+
+
+def network(kernels, x):
+    """Every kind of convolution: covered ones plain, inside jit and checkpoint; and those that are left as they are."""
+    x = jax.nn.relu(conv(x, kernels["plain"]))
+    x = jax.jit(conv)(x, kernels["jit"]) + jax.checkpoint(conv)(x, kernels["checkpoint"])
+    x = jax.nn.relu(conv(x, kernels["strided"], stride=2))
+    x = conv(x, kernels["grouped"], feature_group_count=2)
+    x = conv(x, kernels["dilated"], rhs_dilation=(2, 2))
+    x = jnp.tanh(conv(x, kernels["pointwise"], padding="VALID"))
+    x, _ = lax.scan(lambda carry, _: (conv(carry, kernels["loop"]), None), x, length=2)
+    x = conv(x.astype(jnp.bfloat16), kernels["half"].astype(jnp.bfloat16)).astype(jnp.float32)
+    x = doubled(x, kernels["own"])
+    return jnp.sum(jnp.sin(x.mean((1, 2)) @ kernels["dense"]))
+
+
+def kernels():
+    shapes = {
+        "plain": (3, 3, 3, 4),
+        "jit": (3, 3, 4, 6),
+        "checkpoint": (5, 5, 4, 6),
+        "strided": (3, 3, 6, 4),
+        "grouped": (3, 3, 2, 4),
+        "dilated": (3, 3, 4, 4),
+        "pointwise": (1, 1, 4, 4),
+        "loop": (3, 3, 4, 4),
+        "half": (3, 3, 4, 4),
+        "own": (3, 3, 4, 4),
+        "dense": (4, 5),
+    }
+    return {name: 0.3 * drawn(*shape) for name, shape in shapes.items()}
+
+
+def test_a_network_has_the_same_value_and_gradient():
+    weights, x = kernels(), drawn(4, 12, 12, 3)
+    value, expected = jax.jit(jax.value_and_grad(network, (0, 1)))(weights, x)
+    same, found = jax.jit(jax.value_and_grad(with_fast_kernel_gradients(network), (0, 1)))(weights, x)
+    np.testing.assert_allclose(same, value, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, expected)
+
+
+def test_only_covered_convolutions_have_another_gradient():
+    weights, x = kernels(), drawn(4, 12, 12, 3)
+
+    def convolutions_over_maps(function):
+        """Convolutions whose window is as large as a map, which is XLA's form of a kernel's gradient."""
+        text = jax.jit(jax.grad(function)).lower(weights, x).as_text()
+        return text.count("stablehlo.convolution(") - jax.jit(function).lower(weights, x).as_text().count(
+            "stablehlo.convolution("
+        )
+
+    # The four covered ones have no convolution for their kernel's gradient: plain, jit, checkpoint and pointwise.
+    assert convolutions_over_maps(network) - convolutions_over_maps(with_fast_kernel_gradients(network)) == 4

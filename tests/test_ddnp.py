@@ -394,6 +394,22 @@ def test_the_resource_term_alone_leads_to_the_budget(width, p):
 # Whether it has converged
 
 
+@pytest.mark.parametrize("kind", ["log_abs", "abs", "square"])
+def test_the_resource_of_a_network_of_billions_of_flops(kind):
+    """ResNet-50 at 224 pixels has more FLOPs than the largest int32."""
+    side = 4096
+    budget = Budget(ddnp_jax.trace(Tiny(), (side, side, 3)), 0.25)
+    assert budget.total > 2**31
+    config = make_config(resource_loss=kind)
+    problem = methods.Problem(Tiny(), VARIABLES, budget.topology, budget, config, 10)
+    found = jax.jit(problem.resource)(jnp.float32(WIDTHS) / 2)
+    first, second = WIDTHS
+    left = (3 * first / 2 + first * second / 4) / (3 * first + first * second)  # the classifier is too small to count
+    expected = {"log_abs": np.log(left / 0.25), "abs": left - 0.25, "square": (left - 0.25) ** 2}[kind]
+    np.testing.assert_allclose(found["remaining"], left, rtol=1e-5)
+    np.testing.assert_allclose(found["resource_loss"], expected, rtol=1e-4)
+
+
 def ended(k, opened, p, **fields):
     """The remark of the search on widths k and fractions of open channels, (2,) each."""
     search = ddnp.build(make_problem(p=p, **fields))

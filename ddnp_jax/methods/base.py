@@ -106,7 +106,8 @@ class Problem(NamedTuple):
 
     def resource(self, widths: jax.Array) -> dict[str, jax.Array]:
         """Returns the "resource_loss" R of widths (L,), in channels, and the "remaining" fraction of the cost."""
-        remaining, total = self.budget.cost(widths), self.budget.total
+        remaining = self.budget.cost(widths)
+        total = float(self.budget.total)  # an integer above 2^31, as ResNet-50's FLOPs, is too large for JAX
         return {
             "remaining": remaining / total,
             "resource_loss": losses.resource(self.config.resource_loss, remaining, total, self.budget.p),

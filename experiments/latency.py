@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 import ddnp_jax
 from ddnp_jax import files, models
@@ -27,7 +28,7 @@ from ddnp_jax.cost.network_times import RUNTIMES, NetworkTimer
 from ddnp_jax.pipeline.report import table
 from ddnp_jax.topology import trace
 from experiments import launch
-from experiments.benchmark import NETWORKS
+from experiments.benchmark import NETWORKS, Network
 
 HEADER = {
     "network": "network",
@@ -48,11 +49,9 @@ POINTS = 4  # widths per gate at which layers are timed
 
 def rows(name: str, runtime: str, batch: int, p: float, residual: bool) -> list[dict[str, Any]]:
     """Measures one network in one runtime at one batch: a row for each budget."""
-    network = NETWORKS[name]
-    config = importlib.import_module(f"configs.{network.experiment}").get_config("")
-    model = models.create(config.model.name, network.classes, **config.model.attributes)
-    topology = trace(model, network.image_shape, residual=residual)
-    timer = NetworkTimer(model, topology, batch, runtime)
+    config = _config(NETWORKS[name])
+    timer = timer_of(NETWORKS[name], batch, runtime, residual)
+    topology = timer.topology
     fastest = multiples.measure(timer).fastest
     k = np.random.default_rng(0).uniform(0.3, 1.0, len(topology.gates))
     (ms,) = timer.ms([topology.widths])
@@ -70,6 +69,17 @@ def rows(name: str, runtime: str, batch: int, p: float, residual: bool) -> list[
     widths = budget.with_savings(found_correction.savings).fit(k)
     predicted = 100 * budget.cost(widths) / budget.total
     return [*found, row | {"predicted": predicted} | _measured(timer, widths)]
+
+
+def timer_of(network: Network, batch: int, runtime: str, residual: bool = False) -> NetworkTimer:
+    """Times a network of the benchmark, as its experiment builds it."""
+    config = _config(network)
+    model = models.create(config.model.name, network.classes, **config.model.attributes)
+    return NetworkTimer(model, trace(model, network.image_shape, residual=residual), batch, runtime)
+
+
+def _config(network: Network) -> ConfigDict:
+    return importlib.import_module(f"configs.{network.experiment}").get_config("")
 
 
 def _measured(timer: NetworkTimer, widths: tuple[int, ...]) -> dict[str, float]:

@@ -53,14 +53,15 @@ def plots(lines: Sequence[Sequence[Report]], styles: Mapping[str, Style]) -> Ite
     yield Plot(f"{caption} FLOPs", _figure(lines, styles, _flops_kept, "FLOPs kept (%)"))
     for where in dict.fromkeys(run.latency_measured_on for run in itertools.chain(*lines)):
         those = [found for runs in lines if (found := [run for run in runs if run.latency_measured_on == where])]
-        yield Plot(f"{caption} latency of {where}", _figure(those, styles, _latency_kept, "latency kept (%)"))
+        yield Plot(f"{caption} latency of {where}", _figure(those, styles, latency_kept, "latency kept (%)"))
 
 
 def _flops_kept(run: Report) -> float:
     return 100 - run.flops_reduction
 
 
-def _latency_kept(run: Report) -> float:
+def latency_kept(run: Report) -> float:
+    """The pruned network's latency in percent of the unpruned one's."""
     return 100 / run.latency_ms.speedup
 
 
@@ -68,16 +69,42 @@ def _figure(
     lines: Sequence[Sequence[Report]], styles: Mapping[str, Style], cost: Callable[[Report], float], label: str
 ) -> Figure:
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")
-    axes = figures.plain_axes(figure)
+    draw(figures.plain_axes(figure), lines, styles, cost, label)
+    add_legend(figure)
+    return figure
+
+
+def draw(
+    axes: Axes,
+    lines: Sequence[Sequence[Report]],
+    styles: Mapping[str, Style],
+    cost: Callable[[Report], float],
+    label: str,
+) -> None:
+    """Draws the methods, the unpruned network and the Pareto front.
+
+    Args:
+      axes: Where to.
+      lines: Runs of one network on one data set; those of a line differ in the seed alone.
+      styles: Color and marker of every method.
+      cost: What a run costs, in percent of the unpruned network.
+      label: Label of the cost.
+    """
     points = [_draw_line(axes, runs, styles[runs[0].method_name], cost) for runs in lines]
     points += _draw_bases(axes, list(itertools.chain(*lines)))
     best = front(points)
     axes.plot(*zip(*best, strict=True), color=figures.TEXT, linewidth=1, drawstyle="steps-post", zorder=1)
     axes.set_xlabel(label)
     axes.set_ylabel("top-1 accuracy (%)")
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # each method once
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    return figure
+
+
+def add_legend(figure: Figure, columns: int = 3) -> None:
+    """Adds a legend below all plots of a figure, with each method once."""
+    entries = itertools.chain(*(zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes))
+    handles = {label: handle for handle, label in entries}
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+    )
 
 
 def _draw_line(

@@ -17,7 +17,7 @@ import numpy as np
 from ddnp_jax import cpu, methods, parallel
 from ddnp_jax.cost import flops, network_times
 from ddnp_jax.export import FILES
-from ddnp_jax.fields import check_limits, choice, filled, names, number, several
+from ddnp_jax.fields import advice, check_limits, choice, filled, names, number, several
 from ddnp_jax.training.steps import SCHEDULES
 
 if TYPE_CHECKING:
@@ -147,6 +147,9 @@ class SearchConfig:
         """
         chosen = methods.find(method)
         common, own = _parted({**chosen.job_fields, **values})
+        known = [*names(cls), *methods.default_fields(method)]
+        if unknown := [name for name in own if name not in known]:
+            raise ValueError(f"search.{unknown[0]} is not a field of {method!r}; {advice(unknown[0], known)}")
         filled(chosen.fields(), own, "search.")
         return filled(cls(method=method), {**common, "fields": own}, "search.")
 

@@ -13,10 +13,11 @@ the limits. `built` makes a dataclass from the values of a file.
 """
 
 import dataclasses
+import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -94,6 +95,12 @@ class _Several:
 def listed(value: str) -> tuple[str, ...]:
     """The names in the value of a field that `several` made, each once."""
     return tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
+
+
+def advice(name: str, known: Collection[str]) -> str:
+    """What to use instead of a name that is unknown: the closest of the known names, or else one of all."""
+    close = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}."
 
 
 def _given(limits: Iterable[float | None]) -> float | None:
@@ -183,7 +190,7 @@ def filled(section: T, values: Mapping[str, Any], prefix: str = "") -> T:
     """
     kinds = _kinds(type(section))
     if unknown := [name for name in values if name not in kinds]:
-        raise ValueError(f"{prefix}{unknown[0]} is not a field of the configuration; there are {', '.join(kinds)}.")
+        raise ValueError(f"{prefix}{unknown[0]} is not a field of the configuration; {advice(unknown[0], kinds)}")
     taken = {name: _taken(kinds[name], value, getattr(section, name), prefix + name) for name, value in values.items()}
     return dataclasses.replace(typing.cast(Any, section), **taken)
 

@@ -135,6 +135,9 @@ def _variables(network: Network, like: Any, leaves: Mapping[LeafPath, Any], file
 
 def _description(file: Path) -> dict[str, Any]:
     if not file.exists():
+        inner = file.parent / "pruned"  # of a run
+        if (inner / file.name).exists():
+            raise ValueError(f"{file} does not exist; give {inner}.")
         raise ValueError(f"{file} does not exist; load_pruned reads a folder that save_pruned wrote.")
     found = _DEFAULTS | files.read_sealed(file)
     try:

@@ -90,12 +90,20 @@ def test_values_beyond_the_limits_are_refused(config, message):
             Config(search=SearchConfig(fields={"tie_wieght": 1.0})),
             "search.tie_wieght is not a field of the method 'ddnp'; its fields are resource_loss, resource_weight, ",
         ),
-        ({"serach": {}}, "serach is not a field of the configuration; there are seed, variant, precision,"),
-        ({"base": {"epoch": 3}}, "base.epoch is not a field of the configuration; there are epochs, batch_size,"),
+        ({"serach": {}}, "serach is not a field of the configuration; did you mean 'search'?"),
+        ({"xyz": {}}, "xyz is not a field of the configuration; there are seed, variant, precision,"),
+        ({"base": {"epoch": 3}}, "base.epoch is not a field of the configuration; did you mean 'epochs'?"),
     ],
 )
 def test_wrong_types_and_names_are_refused(config, message):
     refused(config, message)
+
+
+def test_a_field_of_the_search_is_looked_for_among_common_ones_and_those_of_the_method():
+    with pytest.raises(ValueError, match=r"^search\.epoch is not a field of 'ddnp'; did you mean 'epochs'\?$"):
+        SearchConfig.of("ddnp", epoch=5)
+    with pytest.raises(ValueError, match=r"^search\.tie_wieght is not a field of 'ddnp'; did you mean 'tie_weight'\?$"):
+        SearchConfig.of("ddnp", tie_wieght=5)
 
 
 def test_a_configuration_of_the_command_line_may_change_its_method_where_the_fields_are_there():

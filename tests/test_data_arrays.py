@@ -182,6 +182,10 @@ WRONG_IMAGES = {
     "bool": (BYTES > 9, "the images of train are of type bool; give uint8"),
     "complex": (BYTES + 1j, "the images of train are of type complex128; give uint8"),
     "flat": (BYTES.reshape(40, -1), "the images of train have shape (40, 90); give (N, H, W, C) or (N, H, W)."),
+    "channels first": (
+        BYTES.transpose(0, 3, 1, 2),
+        "the images of train have shape (40, 3, 6, 5); images are (N, H, W, C), and these look like (N, C, H, W).",
+    ),
     "none": (BYTES[:0], "the images of train have shape (0, 6, 5, 3); give (N, H, W, C) or (N, H, W)."),
 }
 

@@ -98,7 +98,7 @@ def test_report_says_what_the_pruned_network_does(finished, config):
     ):
         assert (workdir / name).stat().st_size > 0, name
     assert json.loads((workdir / "pruned" / "serving.json").read_text()) == dataset.serving()
-    usual = "Pixels, times 0.003922, minus the mean (0.3), are divided by the standard deviation (0.35)."
+    usual = "Pixels are multiplied by 0.003922 and normalized by the mean (0.3) and the standard deviation (0.35)."
     assert usual in (workdir / "report.md").read_text()
 
 

@@ -319,8 +319,29 @@ def test_images_that_are_not_finite_and_variables_of_another_network():
             refuse(Small(), variables, [(x * np.nan, y) for x, y in given], steps=1)
     with pytest.raises(ValueError, match=r"variable batch_stats/BatchNorm_0/mean has shape \(6,\), and \(8,\) in"):
         prune(Small(), zoo.randomized(Numbers(), SHAPE), given)
-    with pytest.raises(ValueError, match="variable batch_stats/BatchNorm_0/mean has shape None"):
+    with pytest.raises(ValueError, match=r"^variable batch_stats/BatchNorm_0/mean of Small is missing; give all"):
         prune(Small(), {"params": variables["params"]}, given)
+
+
+class Switched(nn.Module):
+    """A network whose argument for the mode has a name of its own."""
+
+    @nn.compact
+    def __call__(self, x, in_training=False):
+        x = nn.BatchNorm(use_running_average=not in_training)(nn.Conv(8, (3, 3))(x))
+        return nn.Dense(7)(nn.relu(x).mean((1, 2)))
+
+
+def test_a_mode_of_another_name_is_named_instead_of_training_in_evaluation_mode():
+    variables, given = zoo.randomized(Switched(), SHAPE), batches(labels)
+    with pytest.raises(ValueError, match=r"^Switched is called with 'in_training', which is not known .* train, train"):
+        ddnp_jax.fit(Switched(), variables, given, steps=1)
+    assert prune(Switched(), variables, given, p=0.5, method="magnitude").selection.widths[0] < 8  # needs no training
+
+
+def test_a_class_is_no_network():
+    with pytest.raises(TypeError, match=r"^Small is a class and not a network; create one, as in Small\(\)\.$"):
+        prune(Small, None, batches(labels))
 
 
 def test_images_with_channels_first_are_named():

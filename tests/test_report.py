@@ -255,7 +255,7 @@ def test_markdown_tables_of_stages_and_widths():
     [
         (19_000_000, "Reached: p = 0.5000, 19.000 M. The difference is less than one channel of average cost."),
         (18_300_000, "The difference is less than one channel"),  # a channel is 38 M / 48 = 0.792 M
-        (17_000_000, "by more than one channel's rounding**: 2.000 M are unused, 2.5 times an average channel"),
+        (17_000_000, "**The budget is not fully used**: 2.000 M are left, 2.5 times an average channel"),
         (19_500_000, "Reached: p = 0.5132, 19.500 M. **The budget is exceeded by 0.500 M.**"),
     ],
 )

@@ -126,6 +126,9 @@ def test_damaged_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"model\.json does not exist"):
         load_pruned(tmp_path / "nothing")
     model = zoo.Sorted()
+    save_pruned(tmp_path / "run" / "pruned", model, zoo.randomized(model, SHAPE))
+    with pytest.raises(ValueError, match=r"run/model\.json does not exist; give .*run/pruned\.$"):
+        load_pruned(tmp_path / "run")
     save_pruned(tmp_path, model, zoo.randomized(model, SHAPE))
     description = tmp_path / "model.json"
     (weights,) = tmp_path.glob("weights-*")

@@ -8,6 +8,7 @@ import numpy as np
 from ddnp_jax.data.dataset import Dataset, HeldOut, check_labels
 from ddnp_jax.data.images import InMemory
 from ddnp_jax.data.preprocessing import Preprocessing
+from ddnp_jax.networks import layout_note
 
 _BLOCK = 1000  # images per block when computing statistics
 
@@ -83,6 +84,8 @@ def _images(given: Any, part: str) -> np.ndarray:
         images = images[..., None]
     if images.ndim != 4 or not images.size:
         raise ValueError(f"the images of {part} have shape {np.shape(given)}; give (N, H, W, C) or (N, H, W).")
+    if note := layout_note(images.shape):
+        raise ValueError(f"the images of {part} have shape {images.shape}{note}")
     if images.dtype in (np.uint8, np.uint16):
         return images
     if images.dtype.kind != "f":

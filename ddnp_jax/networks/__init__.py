@@ -61,6 +61,8 @@ def as_network(model: Any, **call_kwargs: Any) -> Network:
         return NnxNetwork(model, call_kwargs)
     if callable(model) and not isinstance(model, type):
         return FunctionNetwork(model, call_kwargs)
+    if isinstance(model, type):
+        raise TypeError(f"{model.__name__} is a class and not a network; create one, as in {model.__name__}().")
     raise TypeError(
         f"{model!r} is not a network; give a flax.linen module, a flax.nnx module, or a function "
         "(variables, images) -> outputs."

@@ -24,6 +24,7 @@ MODES: dict[str, bool] = {
     "train": False,
     "training": False,
     "is_training": False,
+    "is_train": False,
     "deterministic": True,
     "use_running_average": True,
 }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -124,6 +125,7 @@ class LinenNetwork(Network):
                 object.__setattr__(context.module, "axis_name", batch_axis)
             return next_fun(*args, **kwargs)
 
+        self._check_mode(variables)
         with nn.intercept_methods(over_batch):
             outputs, updated = self._in_mode(training=True).apply(
                 variables,
@@ -211,6 +213,18 @@ class LinenNetwork(Network):
             return self.model
         module = self.module.clone(**own)
         return Resized.of(module, self.model.sizes) if isinstance(self.model, Resized) else module
+
+    def _check_mode(self, variables: Mapping[str, Any]) -> None:
+        """Raises for a mode argument with another name, with which training would not change batch statistics."""
+        arguments = inspect.signature(type(self.module).__call__).parameters
+        if "batch_stats" not in variables or set(MODES) & {*arguments, *_attributes(self.module)}:
+            return
+        for name in arguments:
+            if name not in self._call_kwargs and re.search("train|infer|eval|determin", name):
+                raise ValueError(
+                    f"{self.name} is called with {name!r}, which is not known to switch between training and "
+                    f"evaluation; rename it to one of {', '.join(MODES)}."
+                )
 
     def _kwargs(self, training: bool) -> dict[str, Any]:
         return mode_kwargs(type(self.module).__call__, self._call_kwargs, training)

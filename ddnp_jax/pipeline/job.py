@@ -305,7 +305,9 @@ def _check_splits(config: Config, dataset: data.Dataset) -> None:
 
 def _check_weights_exist(path: str) -> None:
     if path and not Path(path).expanduser().exists():
-        raise ValueError(f"base.weights={path!r} does not exist; give a PyTorch checkpoint, or '' to train.")
+        raise ValueError(
+            f"base.weights={path!r} does not exist; give a PyTorch checkpoint, a folder of save_pruned, or '' to train."
+        )
 
 
 def _given_weights(path: str, network: Network, topology: Topology) -> Any:

@@ -117,11 +117,14 @@ def _check_fit(
     network: Network, leaves: Mapping[LeafPath, Any], expected: Mapping[LeafPath, Any], images: tuple[int, ...]
 ) -> None:
     for path, leaf in expected.items():
-        found = leaves[path].shape if path in leaves else None
-        if found != leaf.shape:
+        name = "/".join(path)
+        if path not in leaves:
+            raise ValueError(f"variable {name} of {network.name} is missing; give all variables of this network.")
+        if leaves[path].shape != leaf.shape:
+            advice = "; give the variables of this network and the shape (H, W, C) of its images."
             raise ValueError(
-                f"variable {'/'.join(path)} has shape {found}, and {leaf.shape} in {network.name} for images of shape "
-                f"{images[1:]}; give the variables of this network{layout_note(images) or '.'}"
+                f"variable {name} has shape {leaves[path].shape}, and {leaf.shape} in {network.name} for images of "
+                f"shape {images[1:]}{layout_note(images) or advice}"
             )
 
 

@@ -159,7 +159,7 @@ def _budget(report: Report) -> str:
     unused = wanted - budget.after
     if unused > channel:
         return text + (
-            f"**The budget is missed by more than one channel's rounding**: {amount(unused)} are unused, "
+            f"**The budget is not fully used**: {amount(unused)} are left, "
             f"{unused / channel:.1f} times an average channel of the unpruned network."
         )
     return text + "The difference is less than one channel of average cost."
@@ -207,7 +207,8 @@ def _pixels(report: Report) -> list[str]:
         return []
     mean, std = (", ".join(f"{value:.4g}" for value in done[name]) for name in ("mean", "std"))
     return [
-        f"Pixels, times {done['scale']:.4g}, minus the mean ({mean}), are divided by the standard deviation ({std})."
+        f"Pixels are multiplied by {done['scale']:.4g} and normalized by the mean ({mean}) and the standard deviation "
+        f"({std})."
     ]
 
 

@@ -12,7 +12,7 @@ $(VENV)/demo: setup.cfg
 	touch $@
 
 $(VENV)/dev: $(VENV)/demo
-	$(BIN)/python -m pip install -q -e '.[dev]'
+	$(BIN)/python -m pip install -q -e '.[dev,docs]'
 	$(BIN)/python -m pip install -q --no-deps 'jax2onnx==0.17.1'
 	touch $@
 

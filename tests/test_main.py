@@ -77,7 +77,7 @@ layers: 3
   first: kernel (3, 3, 3, 8), 64 positions, to gate 0
   second: kernel (3, 3, 8, 12), 64 positions, from gate 0, to gate 1
   head: kernel (12, 5), 1 positions, from gate 1
-stays whole: 1
+stays unpruned: 1
   head: it is the network's output
 summary: 2 gates with 20 channels; 100.0 % of the 0.07 M multiply-accumulates are in layers that can be pruned.
   smallest reachable: 0.00 M multiply-accumulates (3.3 %), 0.000 M of 0.001 M parameters (4.1 %).
@@ -278,7 +278,7 @@ def test_a_network_without_gates_is_described_and_has_no_budget(folder, capsys):
     arguments = ("describe", "own_networks:dense", "--input_shape=4")
     main(arguments)
     assert "gates: 0\n" in capsys.readouterr().out
-    assert refused(*arguments, "--p=0.5").startswith("error: the network has no gate to prune; these stay whole: ")
+    assert refused(*arguments, "--p=0.5").startswith("error: the network has no gate to prune; these stay unpruned: ")
 
 
 def test_ctrl_c_ends_without_a_traceback(monkeypatch, capsys):

@@ -230,7 +230,7 @@ def test_another_budget_and_residual_streams():
         ({"steps": 0}, "steps=0 must be a whole number of at least 1: ddnp searches on batches"),
         ({"p": "0.5"}, r"p='0\.5' must be in \(0, 1\]"),
         ({"multiple": 2.5}, r"multiple=2\.5 must be a whole number of at least 1"),
-        ({"keep": lambda gate: True}, r"has no gate to prune; these stay whole: first \(`keep` names it\); second"),
+        ({"keep": lambda gate: True}, r"has no gate to prune; these stay unpruned: first \(`keep` names it\); second"),
         (
             {"loss": lambda outputs, targets: outputs["logits"]},
             r"loss= cannot be computed from the outputs \(an array \(8, 7\)\) of Small and targets \(an array",

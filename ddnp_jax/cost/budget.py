@@ -293,6 +293,6 @@ def _check_fields(topology: Topology, p: Any, multiple: Any) -> None:
         reasons = "; ".join(f"{producers} ({reason})" for producers, reason in topology.unprunable[:3])
         more = f"; and {len(topology.unprunable) - 3} more" if len(topology.unprunable) > 3 else ""
         raise ValueError(
-            f"the network has no gate to prune; these stay whole: {reasons or 'no layer was found'}{more}. "
+            f"the network has no gate to prune; these stay unpruned: {reasons or 'no layer was found'}{more}. "
             "`trace(...).describe()` shows all."
         )

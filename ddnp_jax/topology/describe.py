@@ -9,14 +9,14 @@ LISTED = 60  # layers up to which each one is listed
 
 
 def describe(topology: Topology) -> str:
-    """Gates, layers, what stays whole and why, and a summary.
+    """Gates, layers, what stays unpruned and why, and a summary.
 
     Long networks get a line per reason instead of a line per layer.
     """
     is_long = len(topology.layers) > LISTED
     lines = [f"gates: {len(topology.gates)}", *_gates(topology)]
     lines += [f"layers: {len(topology.layers)}", *(() if is_long else _layers(topology))]
-    lines += [f"stays whole: {len(topology.unprunable)}", *_whole(topology, is_long)]
+    lines += [f"stays unpruned: {len(topology.unprunable)}", *_whole(topology, is_long)]
     return "\n".join([*lines, *_summary(topology)])
 
 

@@ -180,7 +180,7 @@ class _Assembly:
         self.paths = list(leaf_axes)
 
     def result(self) -> tuple[tuple[Gate, ...], tuple[Layer, ...], tuple[tuple[str, str], ...]]:
-        """Gates, layers, and (producers, reasons) of what stays whole."""
+        """Gates, layers, and (producers, reasons) of what stays unpruned."""
         self._keep_divided_whole()
         producers: dict[Part, list[Contraction]] = {}
         for layer in self.layers:

@@ -10,7 +10,7 @@ To expect (not reproduced here): DDNP Table A4, base 76.13 / 92.86 %, 62.0 % rem
 Hardware and time: 8 H100 or a TPU v4-16; the hours are arithmetic in docs/scaling.md.
 
 Arguments, joined by commas: a search as in configs/cifar10_r56.py; `55` and `62` choose the
-budget by the FLOPs removed (`imagenet_r50.py:62`), of networks whose residual streams stay whole; `hrank,hrank_rates`
+budget by the FLOPs removed (`imagenet_r50.py:62`), of networks with unpruned residual streams; `hrank,hrank_rates`
 and `chip,chip_rates` prune the streams too, at the rates of their authors, scaled to the budget; `tiny` runs the full
 pipeline at 64 pixels on the first 500 training images, in minutes on a CPU where few test images are prepared. What is
 the authors' and what is ours, and why: configs/imagenet.py.

@@ -147,7 +147,7 @@ class SearchConfig:
         """
         chosen = methods.find(method)
         common, own = _parted({**chosen.job_fields, **values})
-        known = [*names(cls), *methods.default_fields(method)]
+        known = [name for name in (*names(cls), *methods.default_fields(method)) if name not in ("method", "fields")]
         if unknown := [name for name in own if name not in known]:
             raise ValueError(f"search.{unknown[0]} is not a field of {method!r}; {advice(unknown[0], known)}")
         filled(chosen.fields(), own, "search.")

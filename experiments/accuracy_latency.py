@@ -11,15 +11,17 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from matplotlib.figure import Figure
 
 import ddnp_jax
 from ddnp_jax import files
-from ddnp_jax.cost.network_times import ONNX, RUNTIMES
+from ddnp_jax.cost.network_times import ONNX, RUNTIMES, XLA
 from ddnp_jax.pipeline import report
 from ddnp_jax.pipeline.report import Report, pareto
+from ddnp_jax.pipeline.report.compare import all_but_the_seed
 from experiments import benchmark, launch
 from experiments.latency import timer_of
 
@@ -57,9 +59,12 @@ def about(runs: Sequence[Report]) -> str:
     """What all runs of a plot have in common."""
     removed = sorted({round(run.flops_reduction) for run in runs})
     epochs = sorted({run.epochs.finetune for run in runs})
-    tuning = f"{epochs[-1]:g} epochs of fine-tuning" if epochs[-1] else "before fine-tuning"
-    fewer = " to ".join(dict.fromkeys(f"{each}" for each in (removed[0], removed[-1])))
-    return f"{runs[0].model} on {runs[0].dataset}\n{fewer} % fewer FLOPs, {tuning}"
+    tuning = f"{_range(epochs)} epochs of fine-tuning" if epochs[-1] else "before fine-tuning"
+    return f"{runs[0].model} on {runs[0].dataset}\n{_range(removed)} % fewer FLOPs, {tuning}"
+
+
+def _range(values: Sequence[float]) -> str:
+    return " to ".join(dict.fromkeys(f"{each:g}" for each in (values[0], values[-1])))
 
 
 def table(runs: Iterable[Report]) -> str:
@@ -87,8 +92,10 @@ def figure(panels: Sequence[Sequence[Report]], where: str) -> Figure:
     styles = pareto.styles(run.method_name for runs in panels for run in runs)
     for place, runs in enumerate(panels):
         axes = report.plain_axes(drawn, 1, len(panels), place)
-        lines = [[run for run in runs if run.method_name == method] for method in styles]
-        pareto.draw(axes, [line for line in lines if line], styles, pareto.latency_kept, f"latency kept (%), {where}")
+        lines: dict[Any, list[Report]] = {}
+        for run in runs:
+            lines.setdefault(all_but_the_seed(run), []).append(run)
+        pareto.draw(axes, [*lines.values()], styles, pareto.latency_kept, f"latency kept (%), {where}")
         axes.set_title(about(runs), fontsize=10)
     pareto.add_legend(drawn, columns=4 * len(panels))
     return drawn
@@ -112,9 +119,9 @@ def main() -> None:
         for kind in kinds
     ]
     images = "one image" if given.batch == 1 else f"{given.batch} images"
-    where = f"{images} in {'ONNX Runtime' if given.runtime == ONNX else 'XLA'}"
+    where = f"{images} in {'ONNX Runtime' if given.runtime == ONNX else f'XLA (JAX {jax.__version__})'}"
     given.workdir.mkdir(parents=True, exist_ok=True)
-    device = f"{jax.devices()[0].device_kind}, JAX {jax.__version__}"
+    device = jax.devices()[0].device_kind if given.runtime == XLA else "cpu"
     text = f"Latency of {where} on {device}; all networks of a kind in turn.\n\n{table(itertools.chain(*panels))}\n"
     files.write_text(given.workdir / "accuracy_latency.md", text)
     report.write_figure(given.workdir / "accuracy_latency.png", figure(panels, where))

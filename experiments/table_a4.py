@@ -8,7 +8,7 @@ every row is a separate run of the pipeline in `workdir/ROW/SEED`. The same comm
 command with more rows or seeds extends it. Every row removes the same fraction of all FLOPs, which --config sets, even
 if rows can prune different channels. `table.md` and `table.json` are written after every run. With `finetune.control`,
 the base network is fine-tuned too, once for all rows. A finished run needs only its `config.json` and `report.json` to
-stay in the table, so its weights may be deleted.
+stay in the table, and `latency.json` or `multiple.json` where its budget is measured; its weights may be deleted.
 """
 
 import dataclasses
@@ -114,7 +114,7 @@ def make(config: ConfigDict, workdir: str) -> str:
 def _run(config: ConfigDict, workdir: Path) -> Report:
     """Runs or resumes one run; a finished one is not repeated unless more is asked of it: a control, an export."""
     path = workdir / "report.json"
-    if path.exists():
+    if path.exists() and (workdir / "config.json").exists():
         pipeline.prepare(config, workdir)  # raises if the report is that of another configuration
         found = report.read(path)
         if set(listed(config.export)) <= set(found.exports) and (found.control or not config.finetune.control):

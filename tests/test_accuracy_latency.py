@@ -13,9 +13,9 @@ from experiments import accuracy_latency
 from experiments.benchmark import NETWORKS
 from experiments.latency import timer_of
 
-TIMER = timer_of(NETWORKS["resnet56"], 1, "onnx")
-GATES, WHOLE = tuple(gate.name for gate in TIMER.topology.gates), TIMER.topology.widths
+WHOLE = (16,) * 9 + (32,) * 9 + (64,) * 9
 HALF = tuple(width // 2 for width in WHOLE)
+GATES = tuple(f"layer{stage}_{block}/conv1" for stage in (1, 2, 3) for block in range(9))
 
 
 def report_of(folder, **changes):
@@ -59,12 +59,19 @@ def test_networks_are_timed_together_and_each_once(tmp_path, monkeypatch, capsys
         ["resnet56", "taylor", "3", "92.00", "90.00", "52.5"],
         ["resnet56", "uniform", "3", "92.00", "85.00", "52.5"],
     ]
+    topology = timer_of(NETWORKS["resnet56"], 1, "onnx").topology
     for line, widths in zip(lines, (HALF, HALF, ones), strict=True):
-        kept = flops.total(TIMER.topology, widths) / flops.total(TIMER.topology)
+        kept = flops.total(topology, widths) / flops.total(topology)
         assert float(line[6]) == pytest.approx(50 + 50 * kept, abs=0.051)
         assert float(line[7]) == pytest.approx(4 + 4 * kept, abs=0.0051)
     assert (tmp_path / "out" / "accuracy_latency.png").read_bytes()[:4] == b"\x89PNG"
     assert f"table: {tmp_path}/out/accuracy_latency.md" in capsys.readouterr().out
+
+
+def test_runs_with_other_budgets_have_points_of_their_own():
+    runs = [dataclasses.replace(REPORT, seed=seed, p=p) for p in (0.5, 0.3) for seed in (0, 1)]
+    (axes,) = accuracy_latency.figure([runs], "one image in XLA").axes
+    assert len(axes.containers) == 2
 
 
 def test_a_plot_has_the_base_at_full_latency_and_every_method():
@@ -94,5 +101,9 @@ def test_runs_of_other_networks_are_refused(changes, message, tmp_path, monkeypa
     folder = report_of(tmp_path / "run", **changes)
     with pytest.raises(ValueError, match=message):
         command(monkeypatch, f"--workdir={tmp_path / 'out'}", folder)
+
+
+def test_a_batch_has_at_least_one_image(tmp_path, monkeypatch):
+    folder = report_of(tmp_path / "run")
     with pytest.raises(SystemExit, match="--batch=0 must be at least 1"):
         command(monkeypatch, f"--workdir={tmp_path / 'out'}", "--batch=0", folder)

@@ -183,8 +183,8 @@ WRONG_IMAGES = {
     "complex": (BYTES + 1j, "the images of train are of type complex128; give uint8"),
     "flat": (BYTES.reshape(40, -1), "the images of train have shape (40, 90); give (N, H, W, C) or (N, H, W)."),
     "channels first": (
-        BYTES.transpose(0, 3, 1, 2),
-        "the images of train have shape (40, 3, 6, 5); images are (N, H, W, C), and these look like (N, C, H, W).",
+        np.zeros((40, 3, 6, 6), np.uint8),
+        "the images of train have shape (40, 3, 6, 6); images are (N, H, W, C), and these look like (N, C, H, W).",
     ),
     "none": (BYTES[:0], "the images of train have shape (0, 6, 5, 3); give (N, H, W, C) or (N, H, W)."),
 }
@@ -194,6 +194,11 @@ WRONG_IMAGES = {
 def test_images_that_are_none_are_refused(images, sentence):
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
         made(images, test=(BYTES[:8], LABELS[:8]))
+
+
+def test_images_of_few_rows_are_no_images_with_channels_first():
+    rows = np.random.default_rng(0).normal(size=(40, 3, 8, 6)).astype(np.float32)
+    assert made(rows, test=(rows[:8], LABELS[:8])).image_shape == (3, 8, 6)
 
 
 def relabelled(index, label, dtype=np.int64):

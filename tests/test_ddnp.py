@@ -391,9 +391,6 @@ def test_the_resource_term_alone_leads_to_the_budget(width, p):
     assert problem.budget.cost(methods.select(search, state, problem.budget).widths) <= problem.budget.wanted
 
 
-# Whether it has converged
-
-
 @pytest.mark.parametrize("kind", ["log_abs", "abs", "square"])
 def test_the_resource_of_a_network_of_billions_of_flops(kind):
     """ResNet-50 at 224 pixels has more FLOPs than the largest int32."""
@@ -408,6 +405,9 @@ def test_the_resource_of_a_network_of_billions_of_flops(kind):
     expected = {"log_abs": np.log(left / 0.25), "abs": left - 0.25, "square": (left - 0.25) ** 2}[kind]
     np.testing.assert_allclose(found["remaining"], left, rtol=1e-5)
     np.testing.assert_allclose(found["resource_loss"], expected, rtol=1e-4)
+
+
+# Whether it has converged
 
 
 def ended(k, opened, p, **fields):

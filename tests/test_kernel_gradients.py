@@ -1,12 +1,16 @@
 """Gradients of convolution kernels on a CPU: equal to PyTorch's and to JAX's, and used where they are meant to be."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from jax import lax
 
+from ddnp_jax import training
+from ddnp_jax.networks import as_network
 from ddnp_jax.training.kernel_gradients import kernel_gradient, with_fast_kernel_gradients
 
 rng = np.random.default_rng(0)
@@ -33,6 +37,7 @@ def conv(x, kernel, stride=1, padding="SAME", **arguments):
         (4, (8, 8), (3, 4), (1, 1), ((1, 0), (0, 2))),
         (2, (6, 5), (1, 1), (1, 5), ((0, 0), (2, 2))),
         (2, (5, 6), (2, 3), (5, 6), ((0, 0), (0, 0))),  # one pixel remains
+        (1, (16, 16), (3, 3), (3, 3), ((1, 1), (1, 1))),
     ],
 )
 def test_gradient_of_a_kernel_against_pytorch(images, map_size, channels, size, padding):
@@ -106,12 +111,22 @@ def test_a_network_has_the_same_value_and_gradient():
 def test_only_covered_convolutions_have_another_gradient():
     weights, x = kernels(), drawn(4, 12, 12, 3)
 
-    def convolutions_over_maps(function):
-        """Convolutions whose window is as large as a map, which is XLA's form of a kernel's gradient."""
-        text = jax.jit(jax.grad(function)).lower(weights, x).as_text()
-        return text.count("stablehlo.convolution(") - jax.jit(function).lower(weights, x).as_text().count(
-            "stablehlo.convolution("
-        )
+    def convolutions(function):
+        return jax.jit(jax.grad(function)).lower(weights, x).as_text().count("stablehlo.convolution(")
 
     # The four covered ones have no convolution for their kernel's gradient: plain, jit, checkpoint and pointwise.
-    assert convolutions_over_maps(network) - convolutions_over_maps(with_fast_kernel_gradients(network)) == 4
+    assert convolutions(network) - convolutions(with_fast_kernel_gradients(network)) == 4
+
+
+class TwoLayers(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Conv(5, (3, 3))(nn.relu(nn.Conv(4, (3, 3))(x))).mean((1, 2))
+
+
+def test_training_computes_the_gradients_of_kernels_in_this_form():
+    network, optimizer, x = as_network(TwoLayers()), optax.sgd(0.1), drawn(4, 12, 12, 3)
+    state = training.init_state(network, TwoLayers().init(jax.random.key(0), x), optimizer)
+    step = jax.jit(training.train_step(network, optimizer))
+    text = step.lower(state, None, (x, np.zeros(4, np.int32)), jax.random.key(0)).as_text()
+    assert text.count("stablehlo.convolution(") == 3  # two outputs and the gradient of the second layer's input

@@ -35,7 +35,7 @@ def test_a_coarser_multiple_must_be_faster(ms, fastest):
 
 
 def test_networks_of_the_same_flops_are_timed(monkeypatch):
-    """In tiles of 16 channels, multiples of 16 are fastest; the last gate has 7 channels and stays unpruned from 8 on."""
+    """In tiles of 16 channels, multiples of 16 are fastest; the last gate has 7 channels, and is unpruned from 8 on."""
     timed = []
 
     def tiled(self, every_widths):

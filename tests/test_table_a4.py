@@ -23,6 +23,11 @@ def changed(**changes):
     return dataclasses.replace(REPORT, **changes)
 
 
+def changed_epochs(config):
+    config.finetune.epochs = 7
+    return config
+
+
 def lines_of(markdown):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown.splitlines() if line.startswith("|")]
 
@@ -99,6 +104,12 @@ def test_a_table_resumes_and_takes_further_rows(tmp_path, monkeypatch):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     monkeypatch.setattr(loop, "_dispatch", None)  # no step is taken again
     assert make(1, "magnitude") == [first]
+    config.finetune.epochs = 7
+    monkeypatch.setattr(launch, "with_arguments", lambda words: changed_epochs(tiny(data, words)))
+    with pytest.raises(ValueError, match=r"belongs to a run with another config:\n  finetune.epochs: workdir has 1"):
+        make(1, "magnitude")
+    monkeypatch.setattr(launch, "with_arguments", lambda words: tiny(data, words))
+    config.finetune.epochs = 1
     config.finetune.control = True  # which the report lacks
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):
         make(1, "magnitude")

@@ -84,7 +84,8 @@ def _images(given: Any, part: str) -> np.ndarray:
         images = images[..., None]
     if images.ndim != 4 or not images.size:
         raise ValueError(f"the images of {part} have shape {np.shape(given)}; give (N, H, W, C) or (N, H, W).")
-    if note := layout_note(images.shape):
+    # Only square images: an image of 3 rows with as many columns as channels is none, but sensor data have few rows.
+    if images.shape[2] == images.shape[3] and (note := layout_note(images.shape)):
         raise ValueError(f"the images of {part} have shape {images.shape}{note}")
     if images.dtype in (np.uint8, np.uint16):
         return images

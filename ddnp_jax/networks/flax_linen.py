@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from ddnp_jax.networks.base import (
 
 PARAMETERS = "params"
 RESIZED = "_ddnp_jax_is_resized"  # attribute of a submodule whose sizes are set
+_MODE_WORDS = {"train", "training", "eval", "evaluate", "evaluation", "infer", "inference", "test", "deterministic"}
 LAYERS = (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum, nn.ConvLocal)
 
 
@@ -219,8 +219,8 @@ class LinenNetwork(Network):
         arguments = inspect.signature(type(self.module).__call__).parameters
         if "batch_stats" not in variables or set(MODES) & {*arguments, *_attributes(self.module)}:
             return
-        for name in arguments:
-            if name not in self._call_kwargs and re.search("train|infer|eval|determin", name):
+        for name, argument in arguments.items():
+            if isinstance(argument.default, bool) and _MODE_WORDS & set(name.split("_")):
                 raise ValueError(
                     f"{self.name} is called with {name!r}, which is not known to switch between training and "
                     f"evaluation; rename it to one of {', '.join(MODES)}."

@@ -1,9 +1,9 @@
 """Gradients of convolution kernels on a CPU, as matrix products of small parts of a batch.
 
-XLA:CPU computes such a gradient as a convolution whose window is the entire map, which takes two to four times as long
-as the convolution itself. Here a few images at a time are copied, shifted along the columns, and their gradients
-shifted along the rows, so that one matrix product, whose operands are still in the processor's cache, holds the
-products of all entries of the kernel. Other platforms keep XLA's form.
+XLA:CPU computes such a gradient as a convolution whose window is the entire map, which mostly takes 1.5 to 4 times as
+long as the convolution itself (docs/performance.md). Here a few images at a time are copied, shifted along the columns,
+and their gradients shifted along the rows, so that one matrix product, whose operands are still in the processor's
+cache, holds the products of all entries of the kernel. Other platforms keep XLA's form.
 """
 
 from collections.abc import Callable, Sequence
@@ -68,6 +68,8 @@ def _is_covered(eqn: core.JaxprEqn) -> bool:
     return (
         all(given[name] == value for name, value in covered.items())
         and min(map(min, given["padding"])) >= 0
+        # On lower maps, most rows of the matrix product would be padding.
+        and jaxprs.shape_of(eqn.outvars[0])[1] >= jaxprs.shape_of(eqn.invars[1])[0]
         and all(jaxprs.dtype_of(atom) == jnp.float32 for atom in (*eqn.invars, *eqn.outvars))
     )
 
@@ -113,6 +115,9 @@ def kernel_gradient(
     # Enough pixels that adding a product to the sum of the others costs less than the product.
     needed = max(_LEAST_PIXELS, size[1] * x.shape[-1], size[0] * channels)
     part = next(n for n in range(1, images + 1) if images % n == 0 and (n * height * width >= needed or n == images))
+
+    if part == images:
+        return _of_part(x, gradient, size, padding)
 
     def parts(a: jax.Array) -> jax.Array:
         return a.reshape(images // part, part, *a.shape[1:])

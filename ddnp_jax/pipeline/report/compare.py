@@ -81,7 +81,7 @@ def _shortened(rows: Sequence[Sequence[str]]) -> tuple[Table, list[str]]:
 
 def _lines(reports: Sequence[Report]) -> list[list[Report]]:
     """The runs of each line of the table."""
-    return list(_grouped(reports, _all_but_the_seed).values())
+    return list(_grouped(reports, all_but_the_seed).values())
 
 
 def _grouped(items: Iterable[_Item], key: Callable[[_Item], Any]) -> dict[Any, list[_Item]]:
@@ -96,7 +96,8 @@ def _task(run: Report) -> tuple[str, str, str]:
     return run.model, run.dataset, run.flops_convention
 
 
-def _all_but_the_seed(report: Report) -> tuple[Any, ...]:
+def all_but_the_seed(report: Report) -> tuple[Any, ...]:
+    """What two runs have in common that differ in the seed alone."""
     epochs = (report.epochs.of(stage) if report.was_run(stage) else None for stage in STAGES if stage != "control")
     return report.method_name, report.model, report.dataset, report.p_name, report.flops_convention, *epochs
 

@@ -15,8 +15,8 @@ from ddnp_jax.pipeline.report.tables import CONTROL
 
 LEGEND = (
     "A point is the mean over seeds, with error bars of one sample standard deviation. The line is the Pareto front, "
-    "the networks that no other beats in both cost and accuracy. Latency is relative to the base's, measured "
-    "interleaved with it: milliseconds of different runs depend on other load on the machine."
+    "the networks that no other matches in accuracy at the same or a lower cost. Latency is relative to the base's, "
+    "measured interleaved with it: milliseconds of different runs depend on other load on the machine."
 )
 _COLORS, _MARKERS = figures.COLORS[:-1], "os^DvPX"  # 6 and 7: no two of 42 methods look the same; black is the base's
 

@@ -251,7 +251,8 @@ def _graph(function: Callable[[jax.Array], Any], shape: tuple[int | str, ...], n
             return function(images)
 
     try:
-        with jax2onnx_repairs.sound_passes(), jax.numpy_rank_promotion("allow"):  # its convolutions need it
+        # Its convolutions need rank promotion.
+        with jax2onnx_repairs.sound_passes(), jax2onnx_repairs.kept_cumsum(), jax.numpy_rank_promotion("allow"):
             return jax2onnx.to_onnx(apply, [shape], model_name="ddnp_jax")
     except Exception as error:  # whatever jax2onnx does not know
         raise _not_onnx(name, error) from error

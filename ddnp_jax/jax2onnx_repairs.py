@@ -1,8 +1,8 @@
-"""Workarounds for two errors of jax2onnx (0.17.1), in residual networks and in networks with pooling.
+"""Workarounds for three errors of jax2onnx (0.17.1).
 
-Its optimization of transposes breaks networks whose branches are added (ResNets with projections), and its pooling
-functions take fewer arguments than those of flax. The converted network is always compared with the original one
-(`ddnp_jax.export`).
+Its optimization of transposes breaks networks whose branches are added (ResNets with projections), its pooling
+functions take fewer arguments than those of flax, and so does the `cumsum` that it leaves in `jax.numpy`. The converted
+network is always compared with the original one (`ddnp_jax.export`).
 """
 
 import contextlib
@@ -30,6 +30,16 @@ def sound_passes() -> Iterator[None]:
         yield
     finally:
         ir_optimizations._OPTIMIZER_PASSES = passes
+
+
+@contextlib.contextmanager
+def kept_cumsum() -> Iterator[None]:
+    """Restores `jax.numpy.cumsum` after a conversion, the first of which replaces it for the rest of the process."""
+    own = jnp.cumsum
+    try:
+        yield
+    finally:
+        jnp.cumsum = own
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -103,6 +105,17 @@ def test_onnx_of_pools_with_positional_arguments_and_paddings_in_numbers(tmp_pat
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 2), (1, 2))[:, ::2, ::2]
     wanted = np.nanmax(windows, (-1, -2)) + np.nansum(windows, (-1, -2)) / 6
     np.testing.assert_allclose(float_session(tmp_path / "network.onnx")(images), wanted, rtol=1e-6)
+
+
+def test_an_export_leaves_jax_as_it_is():
+    pytest.importorskip("jax2onnx")
+    code = (
+        "import jax.numpy as jnp; from ddnp_jax import export; own = jnp.cumsum; "
+        "export.in_onnx_runtime(lambda x: jnp.cumsum(x, axis=1), (2, 3)); assert jnp.cumsum is own; "
+        "print(jnp.cumsum(jnp.arange(4), 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[0 1 3 6]\n", done.stderr[-2000:]
 
 
 def test_onnx_computes_in_float32_what_the_network_does_in_bfloat16(pruned, tmp_path):

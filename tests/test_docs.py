@@ -15,6 +15,7 @@ import zoo
 import ddnp_jax
 from ddnp_jax import methods, pipeline
 from experiments.pytorch_resnet import CifarResNet
+from tests import counted_device
 from tests.test_data_folder import fill
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +42,7 @@ def names(tmp_path, monkeypatch):
     monkeypatch.setattr(ddnp_jax, "fit", lambda *given, steps, **fields: fit(*given, steps=min(steps, 2), **fields))
     fields = functools.partial(methods.METHODS["ddnp"].fields, importance="scalar", width="scalar")
     monkeypatch.setitem(methods.METHODS, "ddnp", methods.METHODS["ddnp"]._replace(steps=2, fields=fields))
+    counted_device.use(monkeypatch)
     monkeypatch.setattr(pipeline, "run", pipeline.prepare)  # which checks all that a run needs, and trains nothing
     model, rng = zoo.PreActResNet(), np.random.default_rng(0)
     variables = zoo.randomized(model, (32, 32, 3))

@@ -3,46 +3,18 @@
 import json
 import sys
 
-import numpy as np
 import pytest
 
-from ddnp_jax.cost import flops, latency, multiples
-from ddnp_jax.cost.latency import LatencyTable, LayerTimes
-from ddnp_jax.cost.network_times import NetworkTimer
+from ddnp_jax.cost import multiples
 from experiments import latency as experiment
 from experiments.benchmark import NETWORKS, Network
+from tests import counted_device
 
 
 @pytest.fixture
 def device(monkeypatch):
-    """Half of the base's 10 ms are overhead, half are in proportion to the FLOPs; multiples of 4 are fastest."""
-    timed = []
-
-    def ms(self, every_widths):
-        timed.append(self.runtime)
-        work = [flops.total(self.topology, widths) / flops.total(self.topology) for widths in every_widths]
-        return [5.0 + 5.0 * each for each in work]
-
-    def fraction(self, widths):
-        whole, cut = self.ms([self.topology.widths, widths])
-        return cut / whole
-
-    def measure(timer, points, multiple):
-        """A table that knows nothing of the overhead: a layer takes as long as its channels say."""
-        layers = []
-        for layer in timer.topology.layers:
-            grids = [
-                tuple(range(multiple, extent.at(timer.topology.widths) + 1, multiple)) if extent.gates else ()
-                for extent in (layer.inputs, layer.outputs)
-            ]
-            times = np.outer(*[grid or (1.0,) for grid in grids]) * layer.positions
-            rows = tuple(map(tuple, times.tolist()))
-            layers.append(LayerTimes(layer.name, layer.kernel_shape, layer.positions, *grids, rows))
-        return LatencyTable(timer.device, timer.batch, tuple(layers), timer.runtime)
-
-    monkeypatch.setattr(NetworkTimer, "ms", ms)
-    monkeypatch.setattr(NetworkTimer, "fraction", fraction)
-    monkeypatch.setattr(latency, "measure", measure)
+    """A device that is counted; multiples of 4 are fastest."""
+    timed = counted_device.use(monkeypatch)
     times = multiples.MultipleTimes("abacus", 1, "xla", {"1": 10.0, "4": 8.0})
     monkeypatch.setattr(multiples, "measure", lambda timer: times)
     monkeypatch.setitem(NETWORKS, "small", Network("digits_r20", (32, 32, 1), 1, 10))

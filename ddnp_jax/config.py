@@ -147,8 +147,9 @@ class SearchConfig:
         """
         chosen = methods.find(method)
         common, own = _parted({**chosen.job_fields, **values})
-        known = [name for name in (*names(cls), *methods.default_fields(method)) if name not in ("method", "fields")]
-        if unknown := [name for name in own if name not in known]:
+        fields = methods.default_fields(method)
+        if unknown := [name for name in own if name not in fields]:
+            known = [name for name in (*names(cls), *fields) if name not in ("method", "fields")]
             raise ValueError(f"search.{unknown[0]} is not a field of {method!r}; {advice(unknown[0], known)}")
         filled(chosen.fields(), own, "search.")
         return filled(cls(method=method), {**common, "fields": own}, "search.")

@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from matplotlib.figure import Figure
@@ -21,7 +20,7 @@ from ddnp_jax import files
 from ddnp_jax.cost.network_times import ONNX, RUNTIMES, XLA
 from ddnp_jax.pipeline import report
 from ddnp_jax.pipeline.report import Report, pareto
-from ddnp_jax.pipeline.report.compare import all_but_the_seed
+from ddnp_jax.pipeline.report.compare import lines_of, tasks_of
 from experiments import benchmark, launch
 from experiments.latency import timer_of
 
@@ -92,10 +91,7 @@ def figure(panels: Sequence[Sequence[Report]], where: str) -> Figure:
     styles = pareto.styles(run.method_name for runs in panels for run in runs)
     for place, runs in enumerate(panels):
         axes = report.plain_axes(drawn, 1, len(panels), place)
-        lines: dict[Any, list[Report]] = {}
-        for run in runs:
-            lines.setdefault(all_but_the_seed(run), []).append(run)
-        pareto.draw(axes, [*lines.values()], styles, pareto.latency_kept, f"latency kept (%), {where}")
+        pareto.draw(axes, lines_of(runs), styles, pareto.latency_kept, f"latency kept (%), {where}")
         axes.set_title(about(runs), fontsize=10)
     pareto.add_legend(drawn, columns=4 * len(panels))
     return drawn
@@ -113,11 +109,7 @@ def main() -> None:
         parser.error(f"--batch={given.batch} must be at least 1.")
     ddnp_jax.configure_cpu()
     reports = [report.read(path / "report.json" if path.is_dir() else path) for path in given.runs]
-    kinds = dict.fromkeys((run.model, run.dataset) for run in reports)
-    panels = [
-        timed([run for run in reports if (run.model, run.dataset) == kind], given.batch, given.runtime)
-        for kind in kinds
-    ]
+    panels = [timed(runs, given.batch, given.runtime) for runs in tasks_of(reports)]
     images = "one image" if given.batch == 1 else f"{given.batch} images"
     where = f"{images} in {'ONNX Runtime' if given.runtime == ONNX else f'XLA (JAX {jax.__version__})'}"
     given.workdir.mkdir(parents=True, exist_ok=True)

@@ -59,10 +59,10 @@ def as_network(model: Any, **call_kwargs: Any) -> Network:
         return LinenNetwork(model, call_kwargs)
     if isinstance(model, nnx.Module):
         return NnxNetwork(model, call_kwargs)
-    if callable(model) and not isinstance(model, type):
-        return FunctionNetwork(model, call_kwargs)
     if isinstance(model, type):
         raise TypeError(f"{model.__name__} is a class and not a network; create one, as in {model.__name__}().")
+    if callable(model):
+        return FunctionNetwork(model, call_kwargs)
     raise TypeError(
         f"{model!r} is not a network; give a flax.linen module, a flax.nnx module, or a function "
         "(variables, images) -> outputs."

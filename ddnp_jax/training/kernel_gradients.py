@@ -115,7 +115,6 @@ def kernel_gradient(
     # Enough pixels that adding a product to the sum of the others costs less than the product.
     needed = max(_LEAST_PIXELS, size[1] * x.shape[-1], size[0] * channels)
     part = next(n for n in range(1, images + 1) if images % n == 0 and (n * height * width >= needed or n == images))
-
     if part == images:
         return _of_part(x, gradient, size, padding)
 

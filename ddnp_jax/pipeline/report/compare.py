@@ -1,7 +1,7 @@
 """Comparison of several runs: one table, and plots of accuracy against cost."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from ddnp_jax.config import STAGES
 from ddnp_jax.pipeline.report import markdown, page, pareto
@@ -9,7 +9,6 @@ from ddnp_jax.pipeline.report.blocks import Paragraph, Picture, Section, Table
 from ddnp_jax.pipeline.report.schema import Report
 from ddnp_jax.pipeline.report.tables import CONTROL, mean
 
-_Item = TypeVar("_Item")
 _SETTINGS = ("model", "data set", "p", "FLOPs as", "fine-tuning epochs")
 _HEADER = (
     *("method", *_SETTINGS, "seeds"),
@@ -34,7 +33,7 @@ def compare(reports: Sequence[Report]) -> str:
     Raises:
       ValueError: Two runs of one line have the same seed.
     """
-    rows = [_row(runs) for runs in _lines(reports)]
+    rows = [_row(runs) for runs in lines_of(reports)]
     return f"{markdown.table(_HEADER, rows, text_columns=3)}\n\n{_FOOT}\n"
 
 
@@ -50,13 +49,14 @@ def comparison_html(reports: Sequence[Report]) -> str:
     Raises:
       ValueError: Two runs of one line have the same seed.
     """
-    lines = _lines(reports)
+    lines = lines_of(reports)
     table, common = _shortened([_row(runs) for runs in lines])
     sections = [Section("", [table, Paragraph(_FOOT)])]
     styles = pareto.styles(runs[0].method_name for runs in lines)
     drawn: dict[str, pareto.Plot] = {}
-    for (model, dataset, _), those in _grouped(lines, lambda runs: _task(runs[0])).items():
-        plots = {f"plot{len(drawn) + place}": plot for place, plot in enumerate(pareto.plots(those, styles))}
+    for runs in tasks_of(reports):
+        model, dataset, _ = _task(runs[0])
+        plots = {f"plot{len(drawn) + place}": plot for place, plot in enumerate(pareto.plots(lines_of(runs), styles))}
         pictures = [Picture(name, plot.caption) for name, plot in plots.items()]
         sections.append(Section(f"Accuracy and cost, {model} on {dataset}", [*pictures, Paragraph(pareto.LEGEND)]))
         drawn |= plots
@@ -79,16 +79,21 @@ def _shortened(rows: Sequence[Sequence[str]]) -> tuple[Table, list[str]]:
     return Table(header, lines, text_columns), [f"{name} {value}" for name, value, *_ in shared]
 
 
-def _lines(reports: Sequence[Report]) -> list[list[Report]]:
-    """The runs of each line of the table."""
-    return list(_grouped(reports, all_but_the_seed).values())
+def lines_of(reports: Iterable[Report]) -> list[list[Report]]:
+    """The runs of each line of a table: those that differ in the seed alone."""
+    return _grouped(reports, _all_but_the_seed)
 
 
-def _grouped(items: Iterable[_Item], key: Callable[[_Item], Any]) -> dict[Any, list[_Item]]:
-    groups: dict[Any, list[_Item]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return groups
+def tasks_of(reports: Iterable[Report]) -> list[list[Report]]:
+    """The runs of each plot: those of one network on one data set."""
+    return _grouped(reports, _task)
+
+
+def _grouped(reports: Iterable[Report], key: Callable[[Report], Any]) -> list[list[Report]]:
+    groups: dict[Any, list[Report]] = {}
+    for report in reports:
+        groups.setdefault(key(report), []).append(report)
+    return list(groups.values())
 
 
 def _task(run: Report) -> tuple[str, str, str]:
@@ -96,8 +101,7 @@ def _task(run: Report) -> tuple[str, str, str]:
     return run.model, run.dataset, run.flops_convention
 
 
-def all_but_the_seed(report: Report) -> tuple[Any, ...]:
-    """What two runs have in common that differ in the seed alone."""
+def _all_but_the_seed(report: Report) -> tuple[Any, ...]:
     epochs = (report.epochs.of(stage) if report.was_run(stage) else None for stage in STAGES if stage != "control")
     return report.method_name, report.model, report.dataset, report.p_name, report.flops_convention, *epochs
 

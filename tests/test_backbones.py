@@ -210,8 +210,11 @@ def rebuild_in_pytorch(folder, name):
     return module.load(pytorch_models.create(name, CLASSES), load_file(folder / "weights.safetensors"))
 
 
-@pytest.mark.parametrize("kind", ["mixed", "one"])
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    # Mixed selections keep a single channel of many gates; one network of each kind keeps one of all.
+    [*((name, "mixed") for name in BACKBONES), *((name, "one") for name in ("resnet18", "resnet50", "mobilenet_v2"))],
+)
 def test_the_cut_network_is_the_masked_one_also_in_pytorch(tmp_path, name, kind):
     _, model, variables, topology, masked = network(name)
     x, selection = images(shape_of(name)), selection_of(name, kind)

@@ -47,6 +47,17 @@ def test_both_forms_agree_in_values_and_gradients(size, kernel, strides, padding
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), ours, expected)
 
 
+def test_a_gradient_keeps_the_images_and_not_their_shifted_copies():
+    x, kernel = case(3, (16, 16), 8)
+    padding = ((1, 1), (1, 1))
+
+    def conv(x, kernel):
+        return depthwise_conv(x, kernel, (1, 1), padding, feature_group_count=8, **ARGUMENTS)
+
+    kept = jax.tree.leaves(jax.jit(lambda *arguments: jax.vjp(conv, *arguments)[1])(x, kernel))
+    assert x.size <= sum(each.size for each in kept) < 3 * x.size  # copies would be nine times as many
+
+
 @pytest.mark.parametrize(("platform", "convolutions"), [("cpu", 0), ("cuda", 1), ("tpu", 1)])
 def test_the_platform_decides(platform, convolutions):
     x, kernel = case(1)

@@ -54,14 +54,13 @@ def assert_same_variables(left, right):
 # The same function as in PyTorch
 
 
-@pytest.mark.parametrize("shortcut", ["subsample", "avgpool"])
 @pytest.mark.parametrize(
-    ("depth", "widths"),
+    ("depth", "widths", "shortcut"),
     [
-        (20, None),
-        (20, [7, 1, 16, 5, 32, 3, 64, 1, 2]),
-        (56, None),
-        (56, [3] * 5 + [16] * 4 + [9] * 8 + [1] + [64] * 3 + [17] * 6),
+        (20, None, "subsample"),
+        (20, None, "avgpool"),
+        (20, [7, 1, 16, 5, 32, 3, 64, 1, 2], "subsample"),
+        (56, [3] * 5 + [16] * 4 + [9] * 8 + [1] + [64] * 3 + [17] * 6, "avgpool"),
     ],
 )
 def test_logits_equal_pytorch_and_the_export_loads_strictly(depth, widths, shortcut):

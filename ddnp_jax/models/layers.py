@@ -1,6 +1,7 @@
 """Common parts of the backbones: their attributes, convolution with batch norm, and depthwise convolution."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -134,13 +135,17 @@ def depthwise_conv(
         return lax.conv_general_dilated(x, kernel, window_strides, padding, **arguments)
 
     def shifted(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return _shifted_sum(x, kernel, window_strides, padding)
+        return _shifted_sum(x, kernel, tuple(window_strides), tuple(map(tuple, padding)))
 
     return lax.platform_dependent(x, kernel, cpu=shifted, default=native)
 
 
+# `jit`: layers of the same shape are traced once. `checkpoint`: a gradient step computes the shifted images again
+# instead of keeping one per kernel entry.
+@functools.partial(jax.jit, static_argnums=(2, 3))
+@functools.partial(jax.checkpoint, static_argnums=(2, 3))
 def _shifted_sum(
-    x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], padding: tuple[tuple[int, ...], ...]
 ) -> jax.Array:
     dtype = x.dtype
     x, kernel = (a.astype(jnp.promote_types(dtype, jnp.float32)) for a in (x, kernel))

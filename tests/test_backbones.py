@@ -210,10 +210,12 @@ def rebuild_in_pytorch(folder, name):
     return module.load(pytorch_models.create(name, CLASSES), load_file(folder / "weights.safetensors"))
 
 
+# Mixed selections keep a single channel of many gates; one network with each kind of block keeps one of all.
+ONE_OF_ALL = ("resnet18", "resnet50", "mobilenet_v3_small", "shufflenet_v2_plus_small")
+
+
 @pytest.mark.parametrize(
-    ("name", "kind"),
-    # Mixed selections keep a single channel of many gates; one network of each kind keeps one of all.
-    [*((name, "mixed") for name in BACKBONES), *((name, "one") for name in ("resnet18", "resnet50", "mobilenet_v2"))],
+    ("name", "kind"), [*((name, "mixed") for name in BACKBONES), *((name, "one") for name in ONE_OF_ALL)]
 )
 def test_the_cut_network_is_the_masked_one_also_in_pytorch(tmp_path, name, kind):
     _, model, variables, topology, masked = network(name)

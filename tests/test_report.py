@@ -458,8 +458,9 @@ def test_compare_names_a_report_that_is_not_there(tmp_path, name):
 
 
 def test_reports_of_older_versions_are_read():
-    paths = sorted((ROOT / "results").glob("cifar10_r56*/*/report.json"))
-    reports = {path.parent.name: report.read(path) for path in paths}
+    results = ROOT / "results"
+    paths = [*results.glob("cifar10_r56/*/report.json"), *results.glob("cifar10_r56_half/*/report.json")]
+    reports = {path.parent.name: report.read(path) for path in sorted(paths)}
     assert len(reports) == len(paths) == 10
     old = reports["ddnp"]  # written before there was a choice of budgets
     assert (old.budget.kind, old.budget.before, old.p_name, old.control, old.training) == (

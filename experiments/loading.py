@@ -24,8 +24,9 @@ Crop = tuple[int, int, int, int]  # top, left, height, width
 
 def ours(records: Sequence[dict[str, Any]], config: ConfigDict, batch_size: int, steps: int) -> Callable[[], None]:
     """Streams `steps` batches in chunks of one, as a run on one core would."""
-    from ddnp_jax import data
+    from ddnp_jax import configure_cpu, data
 
+    configure_cpu()  # as a run does: memory that a batch frees is kept for the next one
     images = data.Streamed(records, config)
     order = data.batches(np.arange(len(images)), batch_size, seed=0)
     first = 0

@@ -294,6 +294,14 @@ def test_what_is_optional():
     assert "## Notes" not in written
     assert written.startswith("# ddnp (authors), resnet20")
     assert "held-out training images (it reached 93.46 % there in fine-tuning)" in written
+    assert "selected on held-out" in written and "selected on 1,000 held-out" in markdown(held_out_images=1000)
+
+
+def test_top_5_accuracy_is_shown_of_more_than_five_classes():
+    pixels = {"scale": 1 / 255, "mean": [0.5], "std": [0.25], "channel_order": "grey", "resize_size": None}
+    of_six, of_five = (markdown(preprocessing={**pixels, "crop_size": None, "num_classes": n}) for n in (6, 5))
+    assert "| change, base to fine-tuned |     -0.50 |     +0.12 | -47.50 % |" in of_six
+    assert "| change, base to fine-tuned |     -0.50 | -47.50 % |" in of_five and "top-5" not in of_five
 
 
 def test_no_negative_zero():

@@ -91,6 +91,7 @@ def summarize(job: "Run", selection: Selection) -> Report:
         pruned_top1=results["pruned"]["top1"],
         pruned_top5=results["pruned"]["top5"],
         best_pruned_validation_top1=job.log.best("finetune"),
+        held_out_images=len(job.dataset.splits["validation"]),
         test_images=len(job.dataset.test),
         flops_total_before=flops.total(topology, None, convention),
         flops_total_after=flops.total(topology, widths, convention),

@@ -143,6 +143,7 @@ class Report:
     pruned_top1: float
     pruned_top5: float
     best_pruned_validation_top1: float | None = None  # in fine-tuning, on held-out images; None where none was logged
+    held_out_images: int | None = None  # training images that the best checkpoint is selected on
     test_images: int
     flops_total_before: float  # entire network
     flops_total_after: float
@@ -179,6 +180,11 @@ class Report:
     def title(self) -> str:
         """One line that names the run."""
         return f"{self.method_name}, {self.model} on {self.dataset}, p = {self.p_name}"
+
+    @property
+    def has_top5(self) -> bool:
+        """Whether top-5 accuracies say something: of up to five classes they are always 100 %."""
+        return (self.preprocessing or {}).get("num_classes", 1000) > 5
 
     @property
     def delta_top1(self) -> float:

@@ -34,20 +34,18 @@ def result_table(report: Report) -> Table:
     """Accuracy and size of every network, and what pruning has changed."""
     base, pruned = (report.base_top1, report.base_top5), (report.pruned_top1, report.pruned_top5)
     before, after, changes = sizes(report)
-    control = [[CONTROL, *_accuracy(report.control), *before]] if report.control else []
-    deltas = (ours - theirs for ours, theirs in zip(pruned, report.control or base, strict=True))
-    rows = [
-        ["base", *_accuracy(base), *before],
-        *control,
-        ["pruned, before fine-tuning", *_accuracy((report.unfinetuned_top1, report.unfinetuned_top5)), *after],
-        ["pruned, after fine-tuning", *_accuracy(pruned), *after],
-        [
-            "change, both fine-tuned" if control else "change, base to fine-tuned",
-            *(f"{delta:+z.2f}" for delta in deltas),
-            *changes,
-        ],
+    networks = [
+        ("base", base, before),
+        *([(CONTROL, report.control, before)] if report.control else []),
+        ("pruned, before fine-tuning", (report.unfinetuned_top1, report.unfinetuned_top5), after),
+        ("pruned, after fine-tuning", pruned, after),
     ]
-    header = ["network", "top-1 (%)", "top-5 (%)", "FLOPs", "parameters", "latency (ms)"]
+    deltas = [f"{ours - theirs:+z.2f}" for ours, theirs in zip(pruned, report.control or base, strict=True)]
+    count = 2 if report.has_top5 else 1  # accuracies per row
+    rows = [[name, *(f"{each:.2f}" for each in shown[:count]), *size] for name, shown, size in networks]
+    what = "change, both fine-tuned" if report.control else "change, base to fine-tuned"
+    header = ["network", *("top-1 (%)", "top-5 (%)")[:count], "FLOPs", "parameters", "latency (ms)"]
+    rows.append([what, *deltas[:count], *changes])
     return Table(header, rows, has_total=True)
 
 
@@ -56,10 +54,6 @@ def sizes(report: Report) -> tuple[list[str], list[str], list[str]]:
     before = (report.flops_total_before, report.params_before, report.latency_ms.before)
     after = (report.flops_total_after, report.params_after, report.latency_ms.after)
     return _size(*before), _size(*after), list(map(change, before, after))
-
-
-def _accuracy(top1_top5: tuple[float, float]) -> list[str]:
-    return [f"{accuracy:.2f}" for accuracy in top1_top5]
 
 
 def _size(flops: float, params: int, milliseconds: float) -> list[str]:

@@ -185,8 +185,8 @@ def _methodology(report: Report) -> list[str]:
     agreement = 100 * verification.argmax_agreement
     return [
         f"Accuracies are those of the last epoch, over all {report.test_images:,} test images, each counted once.",
-        f"The best checkpoint is selected on {_counted(report.held_out_images)}held-out training images{_best(report)} and is not what this report "
-        "shows; test images were not used for any decision in this run.",
+        f"The best checkpoint is selected on {_counted(report.held_out_images)}held-out training images{_best(report)} "
+        "and is not what this report shows; test images were not used for any decision in this run.",
         f"Verification: the logits of the smaller and of the masked network differ by at most "
         f"{verification.max_difference:.1e}; {agreement:.2f} % of the predictions agree.",
         f"Batch-norm statistics in training: {report.batch_norm}. Precision: {report.precision}.",

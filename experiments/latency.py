@@ -72,10 +72,17 @@ def rows(name: str, runtime: str, batch: int, p: float, residual: bool) -> list[
 
 
 def timer_of(network: Network, batch: int, runtime: str, residual: bool = False) -> NetworkTimer:
-    """Times a network of the benchmark, as its experiment builds it."""
+    """Times a network of the benchmark, as its experiment builds it.
+
+    Raises:
+      ValueError: `residual` is set for a network without prunable residual streams.
+    """
     config = _config(network)
     model = models.create(config.model.name, network.classes, **config.model.attributes)
-    return NetworkTimer(model, trace(model, network.image_shape, residual=residual), batch, runtime)
+    topology = trace(model, network.image_shape, residual=residual)
+    if residual and topology.widths == trace(model, network.image_shape).widths:
+        raise ValueError(f"--residual: {config.model.name} has no residual stream that can be pruned; leave it out.")
+    return NetworkTimer(model, topology, batch, runtime)
 
 
 def _config(network: Network) -> ConfigDict:
@@ -130,7 +137,10 @@ def main() -> None:
             for runtime in given.runtime.split(","):
                 key = f"{name} {runtime} {batch} {given.p:g}{' residual' if given.residual else ''}"
                 if key not in finished:
-                    finished[key] = rows(name, runtime, batch, given.p, given.residual)
+                    try:
+                        finished[key] = rows(name, runtime, batch, given.p, given.residual)
+                    except ValueError as error:
+                        raise SystemExit(f"error: {error}") from error
                     jax.clear_caches()  # the programs of this network
                 files.write_json(file, finished)
                 device = f"{jax.device_count()} x {jax.devices()[0].device_kind}, JAX {jax.__version__}"

@@ -69,3 +69,10 @@ def test_a_budget_that_cannot_be_met_says_what_the_smallest_network_takes(device
 def test_unknown_names_are_refused(flag, known, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=f"--{flag}=abacus is unknown; use {known}, separated by commas."):
         run(monkeypatch, tmp_path, "--network=resnet56", f"--{flag}=abacus")
+
+
+def test_a_network_without_prunable_residual_streams_is_not_labelled_as_if_it_had_them(device, monkeypatch, tmp_path):
+    sentence = "^error: --residual: resnet20 has no residual stream that can be pruned; leave it out.$"
+    with pytest.raises(SystemExit, match=sentence):
+        run(monkeypatch, tmp_path, "--runtime=xla", "--residual")
+    assert not (tmp_path / "latency.json").exists()

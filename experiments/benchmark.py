@@ -343,7 +343,10 @@ def _data_table(figures: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _speed_and_memory(figures: Mapping[str, Any] | None) -> tuple[str, str]:
-    return (f"{figures['images_per_s']:.0f}", f"{figures['peak_bytes'] / 2**20:.0f}") if figures else ("-", "-")
+    if not figures:
+        return "-", "-"
+    speed = figures["images_per_s"]
+    return f"{speed:.{0 if speed >= 100 else 1}f}", f"{figures['peak_bytes'] / 2**20:.0f}"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -112,8 +112,8 @@ def test_table():
     assert benchmark.table(stages) == (
         "| step | images/s | peak MiB | PyTorch images/s | PyTorch peak MiB | time / PyTorch's |\n"
         "|---|--:|--:|--:|--:|--:|\n"
-        "| search step, generators | 64 | 3 | 32 | 0 | 0.50 |\n"
-        "| search step, scalars | 80 | 1 | 32 | 0 | 0.62 |\n"
+        "| search step, generators | 64.0 | 3 | 32.0 | 0 | 0.50 |\n"
+        "| search step, scalars | 80.0 | 1 | 32.0 | 0 | 0.62 |\n"
         "| evaluation | 256 | 10 | 320 | 1 | 1.25 |\n"
         "\n"
         "A search step with generators takes 1.000 of the time of one with scalars."
@@ -137,10 +137,10 @@ def test_table_of_photographs():
     assert benchmark.table(stages) == (
         "| photographs | images/s per core | peak MiB | speed / simplejpeg + cv2's |\n"
         "|---|--:|--:|--:|\n"
-        "| this project | 64 | 1 | 0.75 |\n"
-        "| simplejpeg + cv2 | 85 | 1 | 1.00 |\n"
-        "| cv2 | 32 | 1 | 0.38 |\n"
-        "| Pillow | 16 | 1 | 0.19 |"
+        "| this project | 64.0 | 1 | 0.75 |\n"
+        "| simplejpeg + cv2 | 85.3 | 1 | 1.00 |\n"
+        "| cv2 | 32.0 | 1 | 0.38 |\n"
+        "| Pillow | 16.0 | 1 | 0.19 |"
     )
 
 

@@ -72,17 +72,20 @@ def rows(name: str, runtime: str, batch: int, p: float, residual: bool) -> list[
 
 
 def timer_of(network: Network, batch: int, runtime: str, residual: bool = False) -> NetworkTimer:
-    """Times a network of the benchmark, as its experiment builds it.
+    """Times a network of the benchmark, as its experiment builds it."""
+    model = _model(network)
+    return NetworkTimer(model, trace(model, network.image_shape, residual=residual), batch, runtime)
 
-    Raises:
-      ValueError: `residual` is set for a network without prunable residual streams.
-    """
+
+def _has_residual_gates(network: Network) -> bool:
+    model = _model(network)
+    pruned, others = (trace(model, network.image_shape, residual=residual) for residual in (True, False))
+    return pruned.widths != others.widths
+
+
+def _model(network: Network) -> Any:
     config = _config(network)
-    model = models.create(config.model.name, network.classes, **config.model.attributes)
-    topology = trace(model, network.image_shape, residual=residual)
-    if residual and topology.widths == trace(model, network.image_shape).widths:
-        raise ValueError(f"--residual: {config.model.name} has no residual stream that can be pruned; leave it out.")
-    return NetworkTimer(model, topology, batch, runtime)
+    return models.create(config.model.name, network.classes, **config.model.attributes)
 
 
 def _config(network: Network) -> ConfigDict:
@@ -128,6 +131,9 @@ def main() -> None:
         if unknown := [each for each in getattr(given, name).split(",") if each not in known]:
             parser.error(f"--{name}={unknown[0]} is unknown; use {', '.join(known)}, separated by commas.")
     ddnp_jax.configure_cpu()
+    for name in given.network.split(",") if given.residual else ():
+        if not _has_residual_gates(NETWORKS[name]):
+            parser.error(f"--residual: {name} has no residual stream that can be pruned; leave the flag out.")
     folder = Path(given.workdir)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "latency.json"
@@ -137,10 +143,7 @@ def main() -> None:
             for runtime in given.runtime.split(","):
                 key = f"{name} {runtime} {batch} {given.p:g}{' residual' if given.residual else ''}"
                 if key not in finished:
-                    try:
-                        finished[key] = rows(name, runtime, batch, given.p, given.residual)
-                    except ValueError as error:
-                        raise SystemExit(f"error: {error}") from error
+                    finished[key] = rows(name, runtime, batch, given.p, given.residual)
                     jax.clear_caches()  # the programs of this network
                 files.write_json(file, finished)
                 device = f"{jax.device_count()} x {jax.devices()[0].device_kind}, JAX {jax.__version__}"

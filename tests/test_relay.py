@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 WAITS = """
 import sys, time
 from ddnp_jax import parallel, relay
-relay.GRACE_SECONDS, relay.JOINING_SECONDS = 0, int(sys.argv[3])
+relay.JOINING_SECONDS, relay.GRACE_SECONDS = map(int, sys.argv[3:])
 parallel.initialize(True, f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
 print("joined", flush=True)
 sys.stdin.read()
@@ -88,7 +88,7 @@ def pair():
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other_with_one_sentence(pair, killed):
     port = free_port()
-    processes = pair(WAITS, [(port, number, 3600) for number in (0, 1)])
+    processes = pair(WAITS, [(port, number, 3600, 0) for number in (0, 1)])
     assert [process.stdout.readline() for process in processes] == ["joined\n"] * 2
     processes[killed].kill()
     sentence = "another process of the run ended; start all of them again to resume.\n"
@@ -97,7 +97,8 @@ def test_a_killed_process_ends_the_other_with_one_sentence(pair, killed):
 
 def test_processes_that_end_in_order_say_nothing(pair):
     port = free_port()
-    processes = pair(WAITS, [(port, number, 3600) for number in (0, 1)])
+    # With no time to end, the second process may see the first one's end before its own.
+    processes = pair(WAITS, [(port, number, 3600, 3600) for number in (0, 1)])
     assert [process.stdout.readline() for process in processes] == ["joined\n"] * 2
     processes[0].stdin.close()  # it waits for the other one
     processes[1].stdin.close()
@@ -106,7 +107,7 @@ def test_processes_that_end_in_order_say_nothing(pair):
 
 def test_a_process_that_waits_for_the_others_in_vain_says_so(pair):
     for number in (0, 1):
-        (process,) = pair(WAITS, [(free_port(), number, 1)])[number:]
+        (process,) = pair(WAITS, [(free_port(), number, 1, 0)])[number:]
         sentence = "the other processes of the run did not connect within 1 s; start all of them again to resume.\n"
         assert ended(process) == (ending.RESUMABLE, sentence)
 

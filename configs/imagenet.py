@@ -63,6 +63,4 @@ def get_config(
         section.update(batch_size=1024, warmup_epochs=5.0, chunk_steps=10, save_every=250, **trainer)
     config.search.update(epochs=20, batch_size=256, chunk_steps=10, save_every=25)
     config.eval_batch_size = 1024
-    # 'eltwise' holds up the first forward pass of large images: ResNet-50 at 64 pixels by half a minute, at 32 by 3 s.
-    config.parallel.cpu_fusions = "individual_convolution,individual_dot,dot,reduce"
     return default.choose(config, argument, p, {"tiny": TINY, **(forms or {})})

@@ -58,7 +58,7 @@ def about(runs: Sequence[Report]) -> str:
     """What all runs of a plot have in common."""
     removed = sorted({round(run.flops_reduction) for run in runs})
     epochs = sorted({run.epochs.finetune for run in runs})
-    tuning = f"{_range(epochs)} epochs of fine-tuning" if epochs[-1] else "before fine-tuning"
+    tuning = f"{_range(epochs)} epoch{'s' * (epochs[-1] != 1)} of fine-tuning" if epochs[-1] else "before fine-tuning"
     return f"{runs[0].model} on {runs[0].dataset}\n{_range(removed)} % fewer FLOPs, {tuning}"
 
 

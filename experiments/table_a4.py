@@ -167,8 +167,9 @@ def markdown(config: ConfigDict, rows: Sequence[Row]) -> str:
 def _recipe(recipe: FinetuneConfig, first: Report) -> str:
     if not recipe.epochs:
         return "No row is fine-tuned."
+    units = "epoch" if recipe.epochs == 1 else "epochs"
     return (
-        f"Fine-tuning of every row: {recipe.epochs} epochs of {first.training['finetune'].images:,} images, batch "
+        f"Fine-tuning of every row: {recipe.epochs} {units} of {first.training['finetune'].images:,} images, batch "
         f"{recipe.batch_size}, SGD with momentum {recipe.momentum:g}, learning rate {recipe.learning_rate:g} "
         f"({recipe.schedule}, {recipe.warmup_epochs:g} epochs of warm-up), weight decay {recipe.weight_decay:g}; the "
         "last epoch counts."

@@ -91,6 +91,19 @@ def test_a_plot_has_the_base_at_full_latency_and_every_method():
 
 
 @pytest.mark.parametrize(
+    ("epochs", "tuning"),
+    [
+        ((0,), "before fine-tuning"),
+        ((1,), "1 epoch of fine-tuning"),
+        ((1, 5), "1 to 5 epochs of fine-tuning"),
+    ],
+)
+def test_a_title_names_the_epochs(epochs, tuning):
+    runs = [dataclasses.replace(REPORT, epochs=dataclasses.replace(REPORT.epochs, finetune=each)) for each in epochs]
+    assert accuracy_latency.about(runs).endswith(f"% fewer FLOPs, {tuning}")
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model": "abacus"}, "the model is unknown here; use runs of resnet56, mobilenet_v2, resnet50, efficient"),

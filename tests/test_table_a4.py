@@ -49,6 +49,8 @@ def test_a_row_is_the_mean_over_its_seeds_beside_the_published_one():
     assert uniform == ["uniform", "1", "47.50", "50.00", "75.00", "61.25", "91.50", "99.88", "-0.50", *["-"] * 4]
     assert "Base: 92.00 % top-1, 99.75 % top-5 of 8,000 test images, 40.00 M multiply-accumulates" in markdown
     assert "Fine-tuned in the same way: 92.25 %." in markdown
+    config.finetune.epochs = 1
+    assert "Fine-tuning of every row: 1 epoch of " in table_a4.markdown(config, rows)
     assert json.loads(json.dumps(rows[0].to_json()))["top-1 after"] == [91.5, 90.5]
 
 

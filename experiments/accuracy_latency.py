@@ -21,12 +21,12 @@ from ddnp_jax.cost.network_times import ONNX, RUNTIMES, XLA
 from ddnp_jax.pipeline import report
 from ddnp_jax.pipeline.report import Report, pareto
 from ddnp_jax.pipeline.report.compare import lines_of, tasks_of
-from experiments import benchmark, launch
+from experiments import launch, steps
 from experiments.latency import timer_of
 
 NETWORKS = {
-    **benchmark.NETWORKS,
-    "efficientnet_lite0": benchmark.Network("imagenet_efficientnet_lite0", (224, 224, 3), 16),
+    **steps.NETWORKS,
+    "efficientnet_lite0": steps.Network("imagenet_efficientnet_lite0", (224, 224, 3), 16),
 }
 
 

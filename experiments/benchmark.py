@@ -3,270 +3,33 @@
     python -m experiments.benchmark [--network=resnet56] [--only=search,training,evaluation,data] [--batch_size=128] \
         [--precision=float32] [--rounds=10] [--data_dir=DIR] [--json=PATH]
 
-The steps are those of one of `NETWORKS` on synthetic images. `experiments.loading` defines what is loaded; its seconds
-are CPU time, summed over all threads of the process.
+`experiments.steps` defines the steps, on synthetic images, and `experiments.loading` what is loaded; its seconds are
+CPU time, summed over all threads of the process.
 
 Everything measured runs in a separate process (`experiments.interleaved`), started with the flags that
 `experiments.launch` gives a run. A round is one step on CPU and ten elsewhere, where they are one dispatch. Images/s
 come from the median round, ratios are medians of each round's ratio, and peak memory is the maximum resident set of the
 process (interpreter, libraries and compiler included), on a GPU the most bytes in use on the device.
 
-Ours is the run's own code: the search step with learners, soft top-k, optimizer and all losses, the training step with
-augmentation, the evaluation with its counting. PyTorch's (eager, channels_last, for bfloat16 under `torch.autocast`) is
-the backbone's part, with the normalized batch already on the device: forward and backward to the masks of the frozen
-network; forward, backward and SGD with momentum; forward. It is left out where PyTorch is not installed. On a machine
-with several GPUs set CUDA_VISIBLE_DEVICES to one, because PyTorch uses one. Runs on GPUs by design, but was measured on
-CPU only.
+PyTorch is left out where it is not installed. On a machine with several GPUs set CUDA_VISIBLE_DEVICES to one, because
+PyTorch uses one. Runs on GPUs by design, but was measured on CPU only.
 """
 
 import argparse
 import importlib.util
 import json
-import os
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-import numpy as np
+from experiments import launch, loading, steps
+from experiments.interleaved import Measurement, interleave, ratio
+from experiments.steps import NETWORKS, OURS, PRECISIONS
 
-from experiments import launch, loading
-from experiments.interleaved import Candidate, Measurement, interleave, ratio, resident_bytes
-
-if TYPE_CHECKING:
-    from ddnp_jax.config import Config
-
-# JAX and PyTorch are imported in the measured processes only, as `experiments.interleaved` says.
-
-
-class Network(NamedTuple):
-    """What the steps are measured on.
-
-    Attributes:
-      experiment: Module of `configs`.
-      image_shape: Shape of an image.
-      batch_size: Images per step, unless the command line says so.
-      classes: Classes of the images.
-      attributes: Of the network in PyTorch.
-    """
-
-    experiment: str
-    image_shape: tuple[int, int, int]
-    batch_size: int
-    classes: int = 1000
-    attributes: Mapping[str, Any] = {}
-
-
-NETWORKS = {
-    "resnet56": Network("cifar10_r56", (32, 32, 3), 128, 10, {"shortcut": "avgpool"}),
-    "mobilenet_v2": Network("imagenet_mbv2", (224, 224, 3), 16),
-    "resnet50": Network("imagenet_r50", (224, 224, 3), 16),
-}
-PRECISIONS = ("float32", "bfloat16")
-# What is measured: stage -> name of the row -> argument of the configuration
-OURS = {
-    "search": {"search step, generators": "", "search step, scalars": "scalar"},
-    "training": {"training step": ""},
-    "evaluation": {"evaluation": ""},
-}
 DATA = "data"
 STAGES = (*OURS, DATA)
-BATCH_SIZE = {"search": "search.batch_size", "training": "base.batch_size", "evaluation": "eval_batch_size"}
 PYTORCH = "PyTorch"
-
-
-def steps_per_turn(platform: str) -> int:
-    """One on CPU, where every step is a dispatch of its own (see `training.loop`)."""
-    return 1 if platform == "cpu" else 10
-
-
-def ours(stage: str, argument: str, network: Network, precision: str = "float32") -> Candidate:
-    """Our candidate of a stage, as `pipeline.run` would run it.
-
-    Args:
-      stage: A key of `OURS`.
-      argument: Argument of the configuration.
-      network: What it is measured on; its images are shared by all devices.
-      precision: One of `PRECISIONS`.
-    """
-    config = importlib.import_module(f"configs.{network.experiment}").get_config(argument)
-    config.update_from_flattened_dict({BATCH_SIZE[stage]: network.batch_size, "precision": precision})
-    launch.configure(config)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share a GPU
-    import jax
-
-    from ddnp_jax import parallel
-    from ddnp_jax.config import typed
-
-    parallel.check_devices()
-    parallel.check_batch(network.batch_size, "--batch_size")
-    device = jax.local_devices()[0]
-    steps = steps_per_turn(device.platform)
-
-    def peak_bytes() -> int:
-        return resident_bytes() if device.platform == "cpu" else device.memory_stats()["peak_bytes_in_use"]
-
-    about = {
-        "platform": device.platform,
-        "device": f"{jax.device_count()} x {device.device_kind}",
-        "version": f"JAX {jax.__version__}",
-    }
-    return Candidate(_our_round(stage, typed(config), network, steps), steps, peak_bytes, about)
-
-
-def _our_round(stage: str, config: "Config", network: Network, steps: int) -> Callable[[], Any]:
-    import jax
-
-    from ddnp_jax import data, models, parallel, training
-    from ddnp_jax.networks import as_network
-    from ddnp_jax.training.evaluation import evaluator
-
-    rng = np.random.default_rng(0)
-    batch_size, classes = network.batch_size, network.classes
-    count = steps * batch_size
-    pixels = rng.integers(0, 256, (count, *network.image_shape), np.uint8)
-    preprocessing = data.Preprocessing.of(data.complete(config.data))
-    images = data.InMemory(pixels, rng.integers(0, classes, count, np.int32), preprocessing)
-    model = models.create(config.model.name, classes, **{**config.model.attributes, "dtype": config.dtype})
-    variables = jax.jit(model.init)(jax.random.key(config.seed), np.zeros((1, *network.image_shape), np.float32))
-    if stage == "evaluation":
-        mode = config.parallel.mode
-        evaluate = evaluator(as_network(model).evaluate, images, batch_size, mode)
-        return lambda: evaluate(variables, np.arange(count))
-
-    if stage == "search":
-        step, state = _search(config, model, variables, network.image_shape)
-        constants, augment = variables, False  # NPPM's would count as its step's
-    else:
-        step, state = _training(config, model, variables)
-        constants, augment = None, config.base.augment
-    devices = parallel.OVER_DEVICES
-    if not config.parallel.sync_batch_norm:
-        devices = devices._replace(batch_axis=None)
-    chunk = training.chunk_of(step, images, config.seed, augment, devices)
-    chunk = parallel.data_parallel(chunk, mode=config.parallel.mode)
-    constants = {"images": images.on_devices, "step": parallel.replicate(constants)}
-    state = parallel.replicate(state)
-    indices = np.arange(count, dtype=np.int32).reshape(steps, batch_size)
-
-    def run_round() -> None:
-        nonlocal state
-        state, metrics = chunk(state, constants, parallel.shard_batches(indices))
-        jax.block_until_ready((state, metrics))
-
-    return run_round
-
-
-def _search(
-    config: "Config", model: Any, variables: Any, image_shape: tuple[int, int, int]
-) -> tuple[Callable[..., Any], Any]:
-    import jax
-
-    from ddnp_jax import methods, trace
-    from ddnp_jax.cost.budget import Budget
-
-    topology = trace(model, image_shape)
-    budget = Budget(topology, config.budget.p)
-    problem = methods.Problem(model, variables, topology, budget, config.search.method_fields(), steps=1000)
-    search = methods.build(config.search.method, problem)
-    return search.step, search.init(jax.random.key(config.seed))
-
-
-def _training(config: "Config", model: Any, variables: Any) -> tuple[Callable[..., Any], Any]:
-    from ddnp_jax import training
-    from ddnp_jax.networks import as_network
-    from ddnp_jax.pipeline import stages
-
-    network, optimizer = as_network(model), stages.optimizer(config.base, steps_per_epoch=1000)
-    step = training.train_step(network, optimizer, label_smoothing=config.base.label_smoothing)
-    return step, training.init_state(network, variables, optimizer)
-
-
-def pytorch(stage: str, name: str, network: Network, precision: str, platform: str) -> Candidate:
-    """PyTorch's candidate of a stage.
-
-    Args:
-      stage: A key of `OURS`.
-      name: The network's name.
-      network: What it is measured on.
-      precision: One of `PRECISIONS`.
-      platform: Platform of JAX, "cpu" or "gpu".
-
-    Raises:
-      ValueError: JAX has a GPU and PyTorch does not.
-    """
-    import torch
-
-    on_gpu = platform == "gpu"
-    if on_gpu and not torch.cuda.is_available():
-        raise ValueError(
-            f"JAX runs on a GPU, but PyTorch {torch.__version__} finds none; install PyTorch for CUDA, or set "
-            "JAX_PLATFORMS=cpu to compare on the CPU."
-        )
-    torch.backends.cudnn.benchmark = True  # convolution algorithms by trial, as XLA chooses them
-    device = torch.device("cuda" if on_gpu else "cpu")
-    step = _pytorch_step(stage, name, network, device)
-    steps = steps_per_turn(platform)
-
-    def run_round() -> None:
-        for _ in range(steps):
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                step()
-        if on_gpu:
-            torch.cuda.synchronize()
-
-    about = {
-        "platform": platform,
-        "device": torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads",
-        "version": f"PyTorch {torch.__version__}",
-    }
-    return Candidate(run_round, steps, torch.cuda.max_memory_allocated if on_gpu else resident_bytes, about)
-
-
-def _pytorch_step(stage: str, name: str, network: Network, device: Any) -> Callable[[], Any]:
-    import torch
-
-    from experiments import pytorch_models
-
-    model = pytorch_models.create(name, network.classes, **network.attributes)
-    model = model.to(device, memory_format=torch.channels_last)
-    batch, (height, width, channels) = network.batch_size, network.image_shape
-    images = torch.randn(batch, channels, height, width, device=device).to(memory_format=torch.channels_last)
-    labels = torch.randint(network.classes, (batch,), device=device)
-    if stage == "search":
-        model.eval().requires_grad_(False)
-        layers = pytorch_models.masked_layers(model)
-        masks = [torch.full((layer.in_channels,), 0.9, device=device, requires_grad=True) for layer in layers]
-        return lambda: pytorch_models.mask_gradients(model, images, labels, layers, masks)
-    if stage == "evaluation":
-        model.eval()
-        return torch.inference_mode()(lambda: model(images))
-    # The values of `TrainerConfig`, of which JAX would be part.
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-
-    def train() -> None:
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-
-    return train
-
-
-def photographs(name: str, data_dir: str, batch_size: int) -> Candidate:
-    """A candidate of the loading of photographs.
-
-    Args:
-      name: `loading.OURS` or a key of `loading.LOOPS`.
-      data_dir: Folder of prepared imagenet2012, or "".
-      batch_size: Photographs per step.
-    """
-    about = {"platform": "cpu", "device": "1 core", "version": loading.VERSION}
-    steps = 20  # a run starts its threads once, so their start must not weigh
-    run_round = loading.make_round(name, data_dir, batch_size, steps)
-    return Candidate(
-        run_round, steps, resident_bytes, about, clock=time.process_time
-    )  # a core's seconds, whoever else uses it
 
 
 def measure(
@@ -280,13 +43,13 @@ def measure(
     network = NETWORKS[flags.network]._replace(batch_size=flags.batch_size)
     if stage == DATA:
         names = [n for n in (loading.OURS, *loading.LOOPS) if flags.data_dir or n != loading.READING]
-        candidates = {name: (photographs, name, flags.data_dir, flags.batch_size) for name in names}
+        candidates = {name: (loading.candidate, name, flags.data_dir, flags.batch_size) for name in names}
     else:
-        candidates = {row: (ours, stage, form, network, flags.precision) for row, form in OURS[stage].items()}
+        candidates = {row: (steps.ours, stage, form, network, flags.precision) for row, form in OURS[stage].items()}
 
     def others(platform: str) -> dict[str, tuple[Any, ...]]:
         compared = with_pytorch and stage != DATA and platform in ("cpu", "gpu")
-        return {PYTORCH: (pytorch, stage, flags.network, network, flags.precision, platform)} if compared else {}
+        return {PYTORCH: (steps.pytorch, stage, flags.network, network, flags.precision, platform)} if compared else {}
 
     return interleave(candidates, flags.rounds, stage, others)
 
@@ -305,15 +68,15 @@ def summarize(measured: Mapping[str, Measurement], batch_size: int) -> dict[str,
 
 def table(stages: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """The figures (stage -> `summarize`) as Markdown tables, and a sentence for what they do not hold."""
-    steps = {stage: figures for stage, figures in stages.items() if stage != DATA}
-    parts = [_steps_table(steps)] if steps else []
+    of_steps = {stage: figures for stage, figures in stages.items() if stage != DATA}
+    parts = [_steps_table(of_steps)] if of_steps else []
     if DATA in stages:
         parts.append(_data_table(stages[DATA]))
     if "search" in stages:
         generators, scalars = OURS["search"]
         over = stages["search"][generators]["time_over"][scalars]
         parts.append(f"A search step with generators takes {over:.3f} of the time of one with scalars.")
-    if not all(PYTORCH in figures for figures in steps.values()):
+    if not all(PYTORCH in figures for figures in of_steps.values()):
         parts.append("PyTorch is not installed or cannot use this device, so there is nothing to compare with.")
     return "\n\n".join(parts)
 

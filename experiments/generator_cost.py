@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from statistics import median
 
 from ddnp_jax.pipeline.report import table
-from experiments import benchmark, interleaved, launch
+from experiments import interleaved, launch, steps
 from experiments.interleaved import Measurement
 
 NETWORKS = {
-    "resnet56": benchmark.NETWORKS["resnet56"]._replace(batch_size=256),
+    "resnet56": steps.NETWORKS["resnet56"]._replace(batch_size=256),
     # Small images, so that it can run on a CPU.
-    "resnet50": benchmark.NETWORKS["resnet50"]._replace(image_shape=(64, 64, 3), batch_size=64),
+    "resnet50": steps.NETWORKS["resnet50"]._replace(image_shape=(64, 64, 3), batch_size=64),
 }
 SCALARS, GENERATORS, DG, NPPM = "DDNP, scalars", "DDNP, generators", "DG", "NPPM"
 STEPS = {SCALARS: "scalar", GENERATORS: "ddnp", DG: "dg", NPPM: "nppm"}  # row -> argument of the configuration
@@ -31,7 +31,7 @@ RATIOS = {
 def measure(name: str, rounds: int) -> str:
     """Measures a network of `NETWORKS`; returns the results as Markdown."""
     network = NETWORKS[name]
-    candidates = {step: (benchmark.ours, "search", argument, network) for step, argument in STEPS.items()}
+    candidates = {step: (steps.ours, "search", argument, network) for step, argument in STEPS.items()}
     measured, about = interleaved.interleave(candidates, rounds, name)
     size = "x".join(map(str, network.image_shape[:2]))
     where = f"{about[SCALARS]['device']}, {about[SCALARS]['version']}"
@@ -41,13 +41,13 @@ def measure(name: str, rounds: int) -> str:
 
 def tables(measured: Mapping[str, Measurement]) -> str:
     """Median seconds per step, peak memory, and the medians of `RATIOS` over all rounds, as Markdown tables."""
-    steps = [[step, f"{median(own.seconds):.3f}", f"{own.peak_bytes / 2**20:.0f}"] for step, own in measured.items()]
+    rows = [[step, f"{median(own.seconds):.3f}", f"{own.peak_bytes / 2**20:.0f}"] for step, own in measured.items()]
     ratios = [
         [what, f"{step} / {other}", f"{interleaved.ratio(measured[step].seconds, measured[other].seconds):.3f}"]
         for (step, other), what in RATIOS.items()
     ]
     return (
-        f"{table(['search step', 'seconds', 'peak MiB'], steps)}\n\n"
+        f"{table(['search step', 'seconds', 'peak MiB'], rows)}\n\n"
         f"{table(['what', 'steps', 'ratio of seconds'], ratios, text_columns=2)}"
     )
 

@@ -28,7 +28,7 @@ from ddnp_jax.cost.network_times import RUNTIMES, NetworkTimer
 from ddnp_jax.pipeline.report import table
 from ddnp_jax.topology import trace
 from experiments import launch
-from experiments.benchmark import NETWORKS, Network
+from experiments.steps import NETWORKS, Network
 
 HEADER = {
     "network": "network",
@@ -72,7 +72,7 @@ def rows(name: str, runtime: str, batch: int, p: float, residual: bool) -> list[
 
 
 def timer_of(network: Network, batch: int, runtime: str, residual: bool = False) -> NetworkTimer:
-    """Times a network of the benchmark, as its experiment builds it."""
+    """Times a network of `experiments.steps`, as its experiment builds it."""
     model = _model(network)
     return NetworkTimer(model, trace(model, network.image_shape, residual=residual), batch, runtime)
 

@@ -10,8 +10,8 @@ from test_report import REPORT
 from ddnp_jax.cost import flops
 from ddnp_jax.cost.network_times import NetworkTimer
 from experiments import accuracy_latency
-from experiments.benchmark import NETWORKS
 from experiments.latency import timer_of
+from experiments.steps import NETWORKS
 
 WHOLE = (16,) * 9 + (32,) * 9 + (64,) * 9
 HALF = tuple(width // 2 for width in WHOLE)

@@ -14,7 +14,7 @@ import torch
 
 import ddnp_jax
 from ddnp_jax import losses, models, torch_weights
-from experiments import benchmark, generator_cost, interleaved, loading, pytorch_models
+from experiments import benchmark, generator_cost, interleaved, loading, pytorch_models, steps
 from experiments.interleaved import Measurement
 from experiments.pytorch_resnet import randomize
 
@@ -205,13 +205,13 @@ def test_a_wrong_flag_ends_in_one_sentence(monkeypatch, argument, message):
 
 def test_a_missing_folder_of_photographs_ends_in_one_sentence(capfd, tmp_path):
     with pytest.raises(SystemExit, match=r"^1$"):
-        interleaved.Worker(benchmark.photographs, "this project", str(tmp_path), 8)
+        interleaved.Worker(loading.candidate, "this project", str(tmp_path), 8)
     assert f"\nerror: --data_dir={tmp_path} holds no imagenet2012 that TFDS has" in f"\n{capfd.readouterr().err}"
 
 
 def test_a_refusal_of_a_measured_process_is_seen(capfd):
     with pytest.raises(SystemExit, match=r"^1$"):
-        interleaved.Worker(benchmark.ours, "evaluation", "nonsense", benchmark.NETWORKS["resnet56"])
+        interleaved.Worker(steps.ours, "evaluation", "nonsense", steps.NETWORKS["resnet56"])
     said = capfd.readouterr().err
     assert said.startswith("error: the configuration's argument 'nonsense' is unknown; use ddnp, ")
     assert said.count("\n") == 1

@@ -7,7 +7,7 @@ import pytest
 
 from ddnp_jax.cost import multiples
 from experiments import latency as experiment
-from experiments.benchmark import NETWORKS, Network
+from experiments.steps import NETWORKS, Network
 from tests import counted_device
 
 

@@ -290,7 +290,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_one_before(tmp_path):
         for event, name in moments
     ]
     for child, (event, _) in zip(children, moments, strict=True):
-        _, errors = child.communicate(timeout=120)
+        _, errors = child.communicate(timeout=3600)
         assert child.returncode == -signal.SIGKILL, errors
         assert "2" not in steps_in(tmp_path / event)
         with Checkpoints(tmp_path / event) as checkpoints:

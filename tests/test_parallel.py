@@ -192,7 +192,7 @@ def test_two_processes_with_a_device_each_equal_one_with_two(tmp_path):
     processes = [start(n, i, port, tmp_path) for n, i in ((1, 0), (2, 0), (2, 1))]
     try:
         for process in processes:
-            output, _ = process.communicate(timeout=120)
+            output, _ = process.communicate(timeout=3600)
             assert process.returncode == 0, output
     finally:
         for process in processes:

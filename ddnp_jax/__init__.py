@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from ddnp_jax import config, export, methods, models, torch_weights
 from ddnp_jax.compact import Verification, compact, verify
 from ddnp_jax.cost import flops
-from ddnp_jax.cost.budget import Budget, Cost, latency_budget
+from ddnp_jax.cost.budget import Budget, Cost
+from ddnp_jax.cost.kinds import latency_budget
 from ddnp_jax.cost.network_times import NetworkTimer
 from ddnp_jax.cpu import configure_cpu
 from ddnp_jax.masking import apply_masked

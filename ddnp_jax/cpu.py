@@ -18,9 +18,11 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jaxlib
+from jax._src.xla_bridge import backends_are_initialized  # no public module provides it
 
 from ddnp_jax import files
 
@@ -61,12 +63,11 @@ def configure_cpu(devices: int = 1, fusions: str = AUTO) -> None:
             f"fusions names {unknown[0]!r}, which is unknown; join some of {', '.join(FUSIONS)} by commas, or leave it "
             f"at {AUTO!r}."
         )
+    if backends_are_initialized():
+        raise RuntimeError("configure_cpu() comes too late: JAX has started; call it before creating any array.")
     given = os.environ.get("XLA_FLAGS", "")
     if _DEVICE_COUNT not in given:
-        try:
-            jax.config.update("jax_num_cpu_devices", devices)
-        except RuntimeError as error:
-            raise RuntimeError("configure_cpu() comes too late: JAX has started; call it before any array.") from error
+        jax.config.update("jax_num_cpu_devices", devices)
     added = [flag for flag in flags(fusions) if flag.split("=")[0] not in given]
     os.environ["XLA_FLAGS"] = " ".join([given, *added]).strip()
     # XLA's threads: with one for each device, linear algebra on all of them (HRank, CHIP) waits for itself.
@@ -104,6 +105,15 @@ def flags(fusions: str) -> list[str]:
     """XLA flags for fusions as in `configure_cpu`, as far as jaxlib knows them."""
     wanted = ",".join(FUSIONS) if fusions == AUTO else fusions
     return [FUSION_TYPE + wanted] if wanted and knows_fusions() else []
+
+
+def description() -> str:
+    """The processor's name, as the system gives it, and the cores that this process may use."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # only Linux has this file; `platform` knows no name there
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {cores()} cores"
 
 
 def cores() -> int:

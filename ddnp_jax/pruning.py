@@ -150,7 +150,7 @@ def prune(
         if multiple == "auto":
             budget.check()  # before anything is measured
             timer = NetworkTimer(model, traced, len(images), variables=own, rebuild=rebuild)
-            budget = dataclasses.replace(budget, multiple=multiples.measure(timer).fastest)
+            budget = multiples.at_fastest(budget, multiples.measure(timer))
     budget.check()
     topology = budget.topology
     check = TargetsCheck(network, own, loss, outputs, performance)

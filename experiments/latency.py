@@ -11,6 +11,7 @@ Base and pruned network are timed in turn. `latency.md` and `latency.json` are w
 command resumes after the last one.
 """
 
+import argparse
 import importlib
 import json
 from pathlib import Path
@@ -23,7 +24,8 @@ from ml_collections import ConfigDict
 import ddnp_jax
 from ddnp_jax import files, models
 from ddnp_jax.cost import correction, flops, latency, multiples
-from ddnp_jax.cost.budget import Budget, latency_budget
+from ddnp_jax.cost.budget import Budget
+from ddnp_jax.cost.kinds import latency_budget
 from ddnp_jax.cost.network_times import RUNTIMES, NetworkTimer
 from ddnp_jax.pipeline.report import table
 from ddnp_jax.topology import trace
@@ -52,7 +54,7 @@ def rows(name: str, runtime: str, batch: int, p: float, residual: bool) -> list[
     config = _config(NETWORKS[name])
     timer = timer_of(NETWORKS[name], batch, runtime, residual)
     topology = timer.topology
-    fastest = multiples.measure(timer).fastest
+    fastest = multiples.measure(timer).fastest()
     k = np.random.default_rng(0).uniform(0.3, 1.0, len(topology.gates))
     (ms,) = timer.ms([topology.widths])
     common = {"network": name + (", residual" if residual else ""), "runtime": runtime, "batch": batch, "ms": ms}
@@ -117,8 +119,8 @@ def _cell(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def main() -> None:
-    """Measures what the command line names."""
+def parse() -> argparse.Namespace:
+    """The command line, checked; `network`, `batch` and `runtime` become lists."""
     parser = launch.Parser(prog="python -m experiments.latency", description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", required=True, help="folder of the table")
     parser.add_argument("--network", default=",".join(NETWORKS), help="networks, separated by commas")
@@ -127,20 +129,34 @@ def main() -> None:
     parser.add_argument("--p", type=float, default=0.6, help="fraction of the time to keep in a latency budget")
     parser.add_argument("--residual", action="store_true", help="prune residual streams too")
     given = parser.parse_args()
+    given.network, given.batch, given.runtime = (
+        each.split(",") for each in (given.network, given.batch, given.runtime)
+    )
     for name, known in (("network", NETWORKS), ("runtime", RUNTIMES)):
-        if unknown := [each for each in getattr(given, name).split(",") if each not in known]:
+        if unknown := [each for each in getattr(given, name) if each not in known]:
             parser.error(f"--{name}={unknown[0]} is unknown; use {', '.join(known)}, separated by commas.")
+    if wrong := [each for each in given.batch if not each.isdecimal() or int(each) < 1]:
+        parser.error(f"--batch={wrong[0]} must be a whole number of at least 1, or several, separated by commas.")
+    given.batch = [int(each) for each in given.batch]
+    if not 0 < given.p <= 1:
+        parser.error(f"--p={given.p} must be in (0, 1]: the fraction of the time that remains.")
     ddnp_jax.configure_cpu()
-    for name in given.network.split(",") if given.residual else ():
+    for name in given.network if given.residual else ():
         if not _has_residual_gates(NETWORKS[name]):
             parser.error(f"--residual: {name} has no residual stream that can be pruned; leave the flag out.")
+    return given
+
+
+def main() -> None:
+    """Measures what the command line names."""
+    given = parse()
     folder = Path(given.workdir)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "latency.json"
     finished: dict[str, list[dict[str, Any]]] = json.loads(file.read_text()) if file.exists() else {}
-    for name in given.network.split(","):
-        for batch in map(int, given.batch.split(",")):
-            for runtime in given.runtime.split(","):
+    for name in given.network:
+        for batch in given.batch:
+            for runtime in given.runtime:
                 key = f"{name} {runtime} {batch} {given.p:g}{' residual' if given.residual else ''}"
                 if key not in finished:
                     finished[key] = rows(name, runtime, batch, given.p, given.residual)

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from ddnp_jax import losses
 from ddnp_jax.config import BudgetConfig
-from ddnp_jax.cost import budget as budgets
-from ddnp_jax.cost import flops
+from ddnp_jax.cost import flops, kinds, multiples
 from ddnp_jax.cost.budget import Budget, Cost
 from ddnp_jax.cost.latency import LatencyTable, LayerTimes
 from ddnp_jax.cost.network_times import NetworkTimer
@@ -75,8 +74,8 @@ def config(**fields):
     return BudgetConfig(**{"p": 0.25} | fields)
 
 
-def make_budget(section, network, measured, fastest=lambda: pytest.fail("only multiple=0 is measured")):
-    return budgets.make_budget(section, NetworkTimer(None, network, 32), measured, fastest)
+def make_budget(section, network, measured, multiple_times=lambda: pytest.fail("only multiple=0 is measured")):
+    return kinds.make_budget(section, NetworkTimer(None, network, 32), measured, multiple_times)
 
 
 def no_table(points, multiple):
@@ -312,8 +311,12 @@ def test_a_multiple_of_zero_is_the_fastest_one():
         asked.append(multiple)
         return TIMES
 
-    budget = make_budget(config(kind="latency", p=1.0, multiple=0), TWO, measured, lambda: 5)
-    assert (budget.multiple, asked) == (5, [5])
+    fours = multiples.MultipleTimes("abacus", 32, "xla", {"1": 10.0, "4": 8.0}, TWO.widths)
+    budget = make_budget(config(kind="latency", p=1.0, multiple=0), TWO, measured, lambda: fours)
+    assert (budget.multiple, asked) == (4, [4])
+    assert make_budget(config(p=0.5, multiple=0), TWO, no_table, lambda: fours).multiple == 4
+    smallest = Budget(TWO, 1.0).least_p
+    assert make_budget(config(p=smallest, multiple=0), TWO, no_table, lambda: fours).multiple == 1
     with pytest.raises(ValueError, match="the network has no gate to prune"):  # before anything is measured
         make_budget(config(multiple=0), topology((), [("only", 3, 5, 1, None, None)]), no_table)
 
@@ -357,7 +360,15 @@ def test_a_traced_cost_is_the_integer_one_and_its_slope(kind):
         assert slope.tolist() == slopes[kind]
 
 
+def test_a_budget_in_latency_finds_the_fastest_multiple(monkeypatch):
+    fours = multiples.MultipleTimes("abacus", 32, "xla", {"1": 10.0, "4": 8.0}, TWO.widths)
+    monkeypatch.setattr(multiples, "measure", lambda timer: fours)
+    assert kinds.latency_budget(NetworkTimer(None, TWO, 32), 0.9, "auto", table=TIMES).multiple == 4
+    with pytest.raises(ValueError, match=r"multiple='fast' must be a whole number"):
+        kinds.latency_budget(NetworkTimer(None, TWO, 32), 0.9, "fast", table=TIMES)
+
+
 def test_a_budget_in_latency_is_checked_before_it_is_measured(monkeypatch):
-    monkeypatch.setattr(budgets.latency, "measure", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(kinds.latency, "measure", lambda *_, **__: pytest.fail("measured"))
     with pytest.raises(ValueError, match=r"p=1\.5 must be in"):
-        budgets.latency_budget(NetworkTimer(None, TWO, 32), 1.5)
+        kinds.latency_budget(NetworkTimer(None, TWO, 32), 1.5)

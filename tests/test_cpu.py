@@ -157,8 +157,9 @@ def test_a_flag_that_xla_does_not_know_is_not_given(monkeypatch):
         cpu._knows(cpu.FUSION_TYPE + "dot")
 
 
-def test_it_is_refused_after_jax_has_started(tmp_path):
-    done = in_a_process("import jax, ddnp_jax; jax.devices(); ddnp_jax.configure_cpu()", tmp_path)
+@pytest.mark.parametrize("flags", ["", "--xla_force_host_platform_device_count=2"])
+def test_it_is_refused_after_jax_has_started(flags, tmp_path):
+    done = in_a_process("import jax, ddnp_jax; jax.devices(); ddnp_jax.configure_cpu()", tmp_path, XLA_FLAGS=flags)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("RuntimeError: configure_cpu() comes too late")
 

@@ -15,7 +15,7 @@ from tests import counted_device
 def device(monkeypatch):
     """A device that is counted; multiples of 4 are fastest."""
     timed = counted_device.use(monkeypatch)
-    times = multiples.MultipleTimes("abacus", 1, "xla", {"1": 10.0, "4": 8.0})
+    times = multiples.MultipleTimes("abacus", 1, "xla", {"1": 10.0, "4": 8.0}, ())
     monkeypatch.setattr(multiples, "measure", lambda timer: times)
     monkeypatch.setitem(NETWORKS, "small", Network("digits_r20", (32, 32, 1), 1, 10))
     monkeypatch.setattr(experiment.ddnp_jax, "configure_cpu", lambda: None)
@@ -69,6 +69,20 @@ def test_a_budget_that_cannot_be_met_says_what_the_smallest_network_takes(device
 def test_unknown_names_are_refused(flag, known, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=f"--{flag}=abacus is unknown; use {known}, separated by commas."):
         run(monkeypatch, tmp_path, "--network=resnet56", f"--{flag}=abacus")
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("--batch=1,x", "--batch=x must be a whole number of at least 1, or several, separated by commas."),
+        ("--batch=0", "--batch=0 must be a whole number of at least 1, or several, separated by commas."),
+        ("--p=1.5", r"--p=1.5 must be in \(0, 1\]: the fraction of the time that remains."),
+    ],
+)
+def test_other_flags_are_checked_before_anything_is_measured(argument, sentence, device, monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match=f"^error: {sentence}$"):
+        run(monkeypatch, tmp_path / "new", "--runtime=xla", argument)
+    assert not device and not (tmp_path / "new").exists()
 
 
 def test_a_network_without_prunable_residual_streams_is_not_labelled_as_if_it_had_them(device, monkeypatch, tmp_path):

@@ -12,6 +12,7 @@ import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ddnp_jax import cpu
 from ddnp_jax.compact import compact
 from ddnp_jax.cost import latency, network_times
 from ddnp_jax.cost.latency import LatencyTable, LayerTimes
@@ -277,13 +278,18 @@ def test_a_table_is_measured_once_and_then_read(runtime, tmp_path, monkeypatch):
     timer = NetworkTimer(model, network, 4, runtime)
     table = latency.measured_once(path, timer, 2, 1)
     assert all(0 < ms < np.inf for times in table.layers for row in times.ms for ms in row)
-    device = jax.devices()[0].device_kind if runtime == "xla" else "ONNX Runtime, cpu"
+    device = f"ONNX Runtime, {cpu.description()}" if runtime == "onnx" else cpu.description()
     assert (table.device, table.batch, table.runtime) == (device, 4, runtime)
     assert [each.widths for each in table.networks] == [(8,), (6,), (4,), (2,), (1,)]
     monkeypatch.setattr(latency, "_milliseconds", lambda *_: pytest.fail("measured again"))
     assert latency.measured_once(path, timer, 2, 1) == table
     with pytest.raises(ValueError, match=rf"was measured with 4 images per call in {runtime}, this run has 8 in xla"):
         latency.measured_once(path, NetworkTimer(model, network, 8), 2, 1)
+    for points, multiple in ((3, 1), (2, 4)):
+        with pytest.raises(ValueError, match=rf"other widths than {points} per gate in multiples of {multiple}; del"):
+            latency.measured_once(path, timer, points, multiple)
+    dataclasses.replace(table, device="abacus").save(path)  # another device's table may have any widths
+    assert latency.measured_once(path, timer, 3, 1).device == "abacus"
 
 
 # The whole network

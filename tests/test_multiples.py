@@ -1,5 +1,6 @@
 """The fastest multiple: what is timed, what is chosen, and the file; never a measured time."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ import zoo
 
 from ddnp_jax import prune
 from ddnp_jax.cost import flops, multiples
+from ddnp_jax.cost.budget import Budget
 from ddnp_jax.cost.multiples import MultipleTimes
 from ddnp_jax.cost.network_times import NetworkTimer
 from ddnp_jax.topology import trace
@@ -17,7 +19,9 @@ TIMER = NetworkTimer(MODEL, trace(MODEL, (16, 16, 3)), 4)
 
 
 def times(**ms):
-    return MultipleTimes("abacus", 4, "xla", {name.removeprefix("m"): value for name, value in ms.items()})
+    return MultipleTimes(
+        "abacus", 4, "xla", {name.removeprefix("m"): value for name, value in ms.items()}, TIMER.topology.widths
+    )
 
 
 @pytest.mark.parametrize(
@@ -31,7 +35,7 @@ def times(**ms):
     ],
 )
 def test_a_coarser_multiple_must_be_faster(ms, fastest):
-    assert times(**ms).fastest == fastest
+    assert times(**ms).fastest() == fastest
 
 
 def test_networks_of_the_same_flops_are_timed(monkeypatch):
@@ -45,7 +49,7 @@ def test_networks_of_the_same_flops_are_timed(monkeypatch):
     monkeypatch.setattr(NetworkTimer, "ms", tiled)
     found = multiples.measure(TIMER)
     assert (found.device, found.batch, found.runtime) == (TIMER.device, 4, "xla")
-    assert found.fastest == 16
+    assert found.fastest() == 16
     assert [int(name) for name in found.ms] == [1, 4, 8, 16, 32]
     half = flops.prunable(TIMER.topology) / 2
     for multiple, pair in zip(multiples.MULTIPLES, np.reshape(timed, (5, 2, 4)).tolist(), strict=True):
@@ -65,13 +69,45 @@ def test_multiples_without_a_network_are_left_out(monkeypatch):
 def test_they_are_measured_once_and_then_read(monkeypatch, tmp_path):
     path = tmp_path / "run" / "multiple.json"
     monkeypatch.setattr(multiples, "measure", lambda timer: times(m1=10.0, m8=8.0))
-    assert multiples.fastest(path, TIMER) == 8
+    assert multiples.measured_once(path, TIMER) == times(m1=10.0, m8=8.0)
     monkeypatch.setattr(multiples, "measure", lambda timer: pytest.fail("measured again"))
-    assert multiples.fastest(path, TIMER) == 8
-    assert multiples.load(path).describe() == (
-        "Widths are multiples of 8, the fastest of those that were measured (2 networks with 50% of the prunable "
-        "FLOPs, batch 4, abacus): 10.00 ms with multiples of 1, 8.00 ms with multiples of 8."
+    assert multiples.measured_once(path, TIMER) == multiples.load(path) == times(m1=10.0, m8=8.0)
+    assert multiples.load(path).describe(8) == (
+        "Widths are multiples of 8, the fastest that can meet the budget (2 networks with 50% of the prunable FLOPs, "
+        "batch 4, abacus): 10.00 ms with multiples of 1, 8.00 ms with multiples of 8."
     )
+
+
+WIDER = zoo.VGG(features=(64, 64, 40, 8))
+
+
+@pytest.mark.parametrize(
+    ("timer", "said"),
+    [
+        (dataclasses.replace(TIMER, batch=8), "this run has 8 in xla and 175;"),
+        (dataclasses.replace(TIMER, runtime="onnx"), "this run has 4 in onnx and 175;"),
+        (NetworkTimer(WIDER, trace(WIDER, (16, 16, 3)), 4), "this run has 4 in xla and 176;"),
+    ],
+)
+def test_times_of_another_run_are_refused(timer, said, monkeypatch, tmp_path):
+    path = tmp_path / "multiple.json"
+    monkeypatch.setattr(multiples, "measure", lambda timer: times(m1=10.0, m8=8.0))
+    multiples.measured_once(path, TIMER)
+    with pytest.raises(ValueError) as error:
+        multiples.measured_once(path, timer)
+    assert str(error.value) == (
+        f"{path} was measured with 4 images per call in xla and 175 channels, {said} delete it, and it is measured "
+        "again."
+    )
+
+
+@pytest.mark.parametrize(("p", "multiple"), [(0.28, 32), (0.27, 16), (0.075, 16), (0.07, 8), (0.01, 1)])
+def test_only_multiples_at_which_the_budget_can_be_met_are_chosen(p, multiple):
+    """The smallest networks in multiples of 8, 16 and 32 have 0.0212, 0.0749 and 0.2795 of the prunable FLOPs."""
+    budget = Budget(TIMER.topology, p)
+    chosen = multiples.at_fastest(budget, times(m1=10.0, m8=8.0, m16=6.0, m32=4.0))
+    assert chosen == dataclasses.replace(budget, multiple=multiple)
+    chosen.check()
 
 
 @pytest.mark.parametrize(
@@ -85,7 +121,7 @@ def test_they_are_measured_once_and_then_read(monkeypatch, tmp_path):
 )
 def test_a_file_that_is_none_is_refused_in_one_sentence(ms, reason, tmp_path):
     path = tmp_path / "multiple.json"
-    path.write_text(json.dumps({"device": "abacus", "batch": 4, "runtime": "xla", "ms": ms}))
+    path.write_text(json.dumps({"device": "abacus", "batch": 4, "runtime": "xla", "ms": ms, "channels": [64]}))
     with pytest.raises(ValueError) as error:
         multiples.load(path)
     assert str(error.value).startswith(f"{path} holds no times of multiples (")

@@ -6,19 +6,14 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ddnp_jax.cost import flops, latency
-from ddnp_jax.cost.latency import LatencyTable
+from ddnp_jax.cost import flops
 from ddnp_jax.cost.network_times import NetworkTimer
 from ddnp_jax.topology import Topology
-
-if TYPE_CHECKING:
-    from ddnp_jax.config import BudgetConfig
-
 
 NOTED_UNUSED = 0.02  # fraction of a budget above which `describe` reports it as unused
 _SIZES = {"multiply-accumulates": flops.total, "parameters": flops.parameters}
@@ -108,7 +103,7 @@ class Budget:
         Raises:
           ValueError: p is outside (0, 1], there is nothing to prune, or the minimum widths exceed the budget.
         """
-        _check_fields(self.topology, self.p, self.multiple)
+        check_fields(self.topology, self.p, self.multiple)
         if self.cost(self.smallest_widths) > self.wanted:
             feasible = self.least_p
             least, most = map(self._size, (self.smallest_widths, self.topology.widths))
@@ -187,70 +182,6 @@ def _change(name: str, before: int, after: int) -> str:
     return f"{name}: {before:,} -> {after:,} ({100 * (1 - after / before):.1f} % removed)"
 
 
-def latency_budget(
-    timer: NetworkTimer,
-    p: float,
-    multiple: int = 1,
-    *,
-    floors: tuple[int, ...] = (),
-    table: LatencyTable | None = None,
-) -> Budget:
-    """Makes a budget in latency.
-
-    Args:
-      timer: Times the network.
-      p: Fraction in (0, 1] of the unpruned network's time to keep.
-      multiple: As for `Budget`.
-      floors: As for `Budget`.
-      table: Latency table of the network; None to measure it, which takes a minute or so. What a search proposes is
-        timed only if the table is of the device of `timer`.
-
-    Raises:
-      ValueError: p or `multiple` is invalid, or there is nothing to prune; raised before anything is measured.
-    """
-    _check_fields(timer.topology, p, multiple)
-    table = latency.measure(timer, multiple=multiple) if table is None else table
-    cost = Cost(table.ms, f"ms (batch {table.batch}, {table.device})", ",.4g")
-    return Budget(timer.topology, p, cost, multiple, floors, timer if table.device == timer.device else None)
-
-
-def make_budget(
-    config: "BudgetConfig",
-    timer: NetworkTimer,
-    measured: Callable[..., LatencyTable],
-    fastest_multiple: Callable[[], int],
-) -> Budget:
-    """Makes the budget of a configuration's `budget` section.
-
-    Args:
-      config: The section, already checked.
-      timer: Times the network.
-      measured: (points=, multiple=) -> the latency table; called only for kind 'latency', after all checks that do
-        not need it.
-      fastest_multiple: () -> the multiple that is fastest on the device; called only where `config.multiple` is 0.
-
-    Raises:
-      ValueError: There is nothing to prune, or the budget cannot be met.
-    """
-    topology = timer.topology
-    _check_fields(topology, config.p, config.multiple or 1)
-    multiple = config.multiple or fastest_multiple()
-    if config.kind == "latency":
-        table = measured(points=config.latency_points, multiple=multiple)
-        budget = latency_budget(timer, config.p, multiple, table=table)
-    else:
-        budget = Budget(topology, config.p, _cost(config), multiple)
-    try:
-        budget.check()
-    except ValueError as error:
-        raise ValueError(f"budget.{error}") from error
-    return budget
-
-
-def _cost(config: "BudgetConfig") -> Cost:
-    return Cost(flops.parameters, "parameters") if config.kind == "params" else flops_cost(config.convention)
-
-
 def floors_of(topology: Topology, floors: Any) -> tuple[int, ...]:
     """Returns the minimum number of channels of every gate.
 
@@ -284,7 +215,12 @@ def floors_of(topology: Topology, floors: Any) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _check_fields(topology: Topology, p: Any, multiple: Any) -> None:
+def check_fields(topology: Topology, p: Any, multiple: Any) -> None:
+    """Checks what all kinds of budgets have in common.
+
+    Raises:
+      ValueError: p or `multiple` is invalid, or there is nothing to prune.
+    """
     if not isinstance(p, Real) or not 0.0 < float(p) <= 1.0:
         raise ValueError(f"p={p!r} must be in (0, 1]: the fraction of the cost that remains.")
     if not isinstance(multiple, Integral) or multiple < 1:

@@ -195,7 +195,8 @@ def measured_once(path: Path, timer: NetworkTimer, points: int, multiple: int) -
       multiple: As for `measure`.
 
     Raises:
-      ValueError: The file holds no table of this network, or one of another batch or runtime.
+      ValueError: The file holds no table of this network, or one of another batch or runtime, or one that was measured
+        on this device at other widths.
     """
     parallel.write_once(path, lambda: measure(timer, points, multiple).save(path))
     table = LatencyTable.load(path, timer.topology)
@@ -203,6 +204,15 @@ def measured_once(path: Path, timer: NetworkTimer, points: int, multiple: int) -
         raise ValueError(
             f"{path} was measured with {table.batch} images per call in {table.runtime}, this run has {timer.batch} in "
             f"{timer.runtime}; delete it, and it is measured again."
+        )
+    if table.device == timer.device and any(
+        grid != _knots(extent, timer.topology, points, multiple)
+        for times, layer in zip(table.layers, timer.topology.layers, strict=True)
+        for grid, extent in ((times.inputs, layer.inputs), (times.outputs, layer.outputs))
+    ):
+        raise ValueError(
+            f"{path} was measured at other widths than {points} per gate in multiples of {multiple}; delete it, and it "
+            "is measured again."
         )
     return table
 

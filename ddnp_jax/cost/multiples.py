@@ -7,7 +7,7 @@ channels in tiles, a width between two tiles takes as long as the wider one, or 
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,28 +34,29 @@ class MultipleTimes:
       runtime: What they were measured in, one of `network_times.RUNTIMES`.
       ms: Milliseconds per batch by the multiple of the widths, summed over `DRAWS` networks and scaled to the same
         FLOPs.
+      channels: Channels per gate of the unpruned network.
     """
 
     device: str
     batch: int
     runtime: str
     ms: Mapping[str, float]
+    channels: tuple[int, ...]
 
-    @property
-    def fastest(self) -> int:
-        """The multiple whose networks are fastest; a coarser one only where it saves more than `NOISE`."""
+    def fastest(self, among: Collection[int] = MULTIPLES) -> int:
+        """The fastest multiple among these and 1; a coarser one only where it saves more than `NOISE`."""
         best = 1
         for multiple in sorted(map(int, self.ms)):
-            if self.ms[str(multiple)] < (1 - NOISE) * self.ms[str(best)]:
+            if multiple in among and self.ms[str(multiple)] < (1 - NOISE) * self.ms[str(best)]:
                 best = multiple
         return best
 
-    def describe(self) -> str:
-        """What was measured and chosen, in one sentence."""
+    def describe(self, chosen: int) -> str:
+        """What was measured and which multiple was chosen, in one sentence."""
         times = ", ".join(f"{ms:.2f} ms with multiples of {multiple}" for multiple, ms in self.ms.items())
         return (
-            f"Widths are multiples of {self.fastest}, the fastest of those that were measured ({DRAWS} networks with "
-            f"{P:.0%} of the prunable FLOPs, batch {self.batch}, {self.device}): {times}."
+            f"Widths are multiples of {chosen}, the fastest that can meet the budget ({DRAWS} networks with {P:.0%} of "
+            f"the prunable FLOPs, batch {self.batch}, {self.device}): {times}."
         )
 
 
@@ -73,27 +74,40 @@ def measure(timer: NetworkTimer) -> MultipleTimes:
     work = _by_multiple([flops.total(timer.topology, widths) for widths in every_widths])
     sums = _by_multiple(timer.ms(every_widths)) * work[0] / work
     ms = {str(budget.multiple): float(each) for budget, each in zip(budgets, sums, strict=True)}
-    return MultipleTimes(timer.device, timer.batch, timer.runtime, ms)
+    return MultipleTimes(timer.device, timer.batch, timer.runtime, ms, timer.topology.widths)
 
 
 def _by_multiple(values: Sequence[float]) -> np.ndarray:
     return np.reshape(values, (-1, DRAWS)).sum(axis=1)
 
 
-def fastest(path: Path, timer: NetworkTimer) -> int:
-    """Returns the fastest multiple by the times in `path`; where there are none, they are measured and written first.
+def at_fastest(budget: Budget, times: MultipleTimes) -> Budget:
+    """Returns the budget with the fastest of the multiples at which it can be met."""
+    feasible = [each for each in MULTIPLES if dataclasses.replace(budget, multiple=each).least_p <= budget.p]
+    return dataclasses.replace(budget, multiple=times.fastest(feasible))
+
+
+def measured_once(path: Path, timer: NetworkTimer) -> MultipleTimes:
+    """Returns the times in `path`; where there are none, they are measured and written there first.
 
     In a run of several processes all must call; the first one measures, and all read the same numbers.
 
     Raises:
-      ValueError: The file holds no times of multiples.
+      ValueError: The file holds no times of multiples, or those of another network, batch or runtime.
     """
     parallel.write_once(path, lambda: files.write_json(path, dataclasses.asdict(measure(timer))))
-    return load(path).fastest
+    times = load(path)
+    if (times.channels, times.batch, times.runtime) != (timer.topology.widths, timer.batch, timer.runtime):
+        raise ValueError(
+            f"{path} was measured with {times.batch} images per call in {times.runtime} and {sum(times.channels)} "
+            f"channels, this run has {timer.batch} in {timer.runtime} and {sum(timer.topology.widths)}; delete it, and "
+            "it is measured again."
+        )
+    return times
 
 
 def load(path: Path) -> MultipleTimes:
-    """Reads the times that `fastest` wrote.
+    """Reads the times that `measured_once` wrote.
 
     Raises:
       ValueError: The file holds no times of multiples.

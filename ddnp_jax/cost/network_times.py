@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddnp_jax import export
+from ddnp_jax import cpu, export
 from ddnp_jax.compact import Rebuild, compact
 from ddnp_jax.cost import timing
 from ddnp_jax.networks import as_network
@@ -43,8 +43,11 @@ class NetworkTimer:
 
     @property
     def device(self) -> str:
-        """What computes the network."""
-        return jax.devices()[0].device_kind if self.runtime == XLA else "ONNX Runtime, cpu"
+        """What computes the network; a CPU by its name and cores, because times hold only for CPUs of the same kind."""
+        if self.runtime == ONNX:
+            return f"ONNX Runtime, {cpu.description()}"
+        device = jax.devices()[0]
+        return cpu.description() if device.platform == "cpu" else device.device_kind
 
     def ms(self, every_widths: Sequence[Sequence[int]]) -> list[float]:
         """Median milliseconds per batch at several widths, interleaved.

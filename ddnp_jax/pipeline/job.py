@@ -15,7 +15,8 @@ from ddnp_jax import data, export, files, methods, models, parallel, torch_weigh
 from ddnp_jax.compact import Rebuild, rehearse
 from ddnp_jax.config import STAGES, Config, Stage, as_dict, check, typed
 from ddnp_jax.cost import latency, multiples
-from ddnp_jax.cost.budget import Budget, make_budget
+from ddnp_jax.cost.budget import Budget
+from ddnp_jax.cost.kinds import make_budget
 from ddnp_jax.cost.network_times import ONNX, NetworkTimer
 from ddnp_jax.fields import listed
 from ddnp_jax.models.layers import Backbone
@@ -153,8 +154,8 @@ def prepare(
     own = {**as_dict(config), "given": identity.given(network, dataset, config.base.weights)}
     _check_workdir(workdir, own)  # a measured budget writes its table there
     measured = functools.partial(latency.measured_once, workdir / latency.FILE, timer)
-    fastest = functools.partial(multiples.fastest, workdir / multiples.FILE, timer)
-    budget = make_budget(config.budget, timer, measured, fastest)
+    multiple_times = functools.partial(multiples.measured_once, workdir / multiples.FILE, timer)
+    budget = make_budget(config.budget, timer, measured, multiple_times)
     _check_cut(network, rebuild, topology, budget, config.budget.residual)
     _check_search(config, network, topology, budget, outputs)
     check_room(workdir, 2 * _KEPT * sum(math.prod(v.shape) * _BYTES for v in topology.variables))

@@ -115,7 +115,7 @@ def summarize(job: "Run", selection: Selection) -> Report:
         notes=(
             *config.notes,
             *job.dataset.notes,
-            *(() if config.budget.multiple else [multiples.load(job.workdir / multiples.FILE).describe()]),
+            *_fastest_multiple(job),
             *results["search_notes"],
             *_fitted(job, results["proposed_p"]),
             *_recalibrated(config.finetune.recalibration_steps, config.finetune.batch_size),
@@ -181,6 +181,13 @@ def _recalibrated(steps: int, batch_size: int) -> list[str]:
         f"The batch statistics of the pruned network were re-estimated over {steps} batches of {batch_size} images "
         "before it was measured and fine-tuned."
     ]
+
+
+def _fastest_multiple(job: "Run") -> list[str]:
+    """Says which multiple of channels was chosen, if that was left to the device."""
+    if job.config.budget.multiple:
+        return []
+    return [multiples.load(job.workdir / multiples.FILE).describe(job.budget.multiple)]
 
 
 def _fitted(job: "Run", proposed: float | None) -> list[str]:

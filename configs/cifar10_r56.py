@@ -10,7 +10,8 @@ Arguments, joined by commas (`configs/cifar10_r56.py:authors,tiny`): `ddnp` (def
 and L1-norm channels at uniform widths); `tiny` runs the full pipeline in minutes, on ResNet-20 and the first 2,000
 training images, too few for NPPM's predictor to take part. Further scores: `bn_scale`, `fpgm`, `lamp`, `taylor`,
 `hrank`, `chip` and `cc`, at uniform widths except `lamp` and `cc`; `global` ranks the channels of all gates
-together, and `hrank,hrank_rates` takes the rates of HRank's authors. `62` removes 62 % of all FLOPs.
+together, and `hrank,hrank_rates` takes the rates of HRank's authors (CHIP's are the same for all blocks, which is what
+uniform widths are). `62` removes 62 % of all FLOPs.
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,9 @@
     python -m experiments.imagenet_r50 --config=configs/imagenet_r50.py --workdir=runs/imagenet_r50 \
         --config.data.data_dir=... --config.base.weights=resnet50.pth
 
-Budgets: p = 0.38 removes 55.0 % of the network's FLOPs, p = 0.31 62.0 % (DDNP Table A1); NPPM Table 1 has p = 0.38.
+Budgets: DDNP Table A1 has p = 0.38 for 55.0 % of the network's FLOPs and p = 0.31 for 62.0 %; NPPM Table 1 has 0.38.
+With the FLOPs of this network, p = 0.38 removes 54.7 % and p = 0.31 60.9 %, so `62` is p = 0.2976, which removes what
+the table's rows remove (docs/papers.md).
 
 To expect (not reproduced here): DDNP Table A4, base 76.13 / 92.86 %, 62.0 % removed: 75.56 / 92.68 % top-1 / top-5.
 
@@ -29,7 +31,7 @@ _STAGE = (0.5, 0.5, 0.25, 0.5, 0.5, 0.5, 0.5)
 CHIP = (0.0, *_STAGE, *_STAGE, *(0.5,) * 2, *_STAGE, *(0.5,) * 6, 0.5, 0.5, 0.0, *(0.5,) * 4)
 FORMS = {
     "55": {"budget.p": 0.38},
-    "62": {"budget.p": 0.31},
+    "62": {"budget.p": 0.2976},
     "hrank_rates": {"budget.residual": True, "search.allocation": "rates", "search.rates": HRANK},
     "chip_rates": {"budget.residual": True, "search.allocation": "rates", "search.rates": CHIP},
 }

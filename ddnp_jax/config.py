@@ -126,6 +126,7 @@ class SearchConfig:
 
     method: str = choice("ddnp", *methods.METHODS)
     epochs: int = number(200, least=1)  # passes over the search images; always 1 for scores
+    images: int = number(0, least=0)  # how many of the search images are used, drawn at random; 0 for all
     batch_size: int = number(256, least=1)  # images per step, over all devices
     augment: bool = False  # random crops and flips, as configured in `data`
     chunk_steps: int = number(10, least=1)  # steps per dispatch

@@ -2,8 +2,8 @@
 
     python -m experiments.nppm_figures --config=configs/cifar10_r56.py:nppm --workdir=runs/nppm_figures --seeds=3
 
-Writes `figures.png`, `curves.csv` and `summary.md`. For Figure 2 (c, d), use the configuration of MobileNetV2 and
-`--setting=PN --setting=DG`. `--config.search.epochs=...` shortens the searches.
+Writes `figures.png`, `curves.csv` and `summary.md`. For Figure 2 (c, d), use `configs/cifar10_mbv2.py:nppm_mobilenet`,
+which has no projection, and `--setting=PN --setting=DG`. `--config.search.epochs=...` shortens the searches.
 """
 
 from ml_collections import ConfigDict
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from experiments import launch, sweep
 from experiments.sweep import Panel
 
-PN = {"search.predictor": "gru", "search.memory_balanced": True, "search.projection": True}
+PN = {"search.predictor": "gru", "search.memory_balanced": True}
 SETTINGS = {
     "PN": PN,
     "DG": {**PN, "search.predictor": "none"},

@@ -436,6 +436,9 @@ def test_a_search_says_how_far_it_has_converged():
     assert said.endswith("What helps: width_optimizer.learning_rate=0.001 raised to 2e-3 or 3e-3; more steps.")
     (said,) = ended([0.95, 0.4], opened, p=0.9, width_optimizer={"learning_rate": 3e-3})
     assert said.endswith("What helps: more steps.")
+    (said,) = ended([0.95, 0.25], opened, p=0.5, resource_loss="log_max")  # R is 0, but the cost is far from the budget
+    assert "not converged" in said and "R is 0.0000 at 0.3249 of the cost" in said
+    assert said.endswith("more steps; resource_loss=log_abs, by which a cost below the budget counts too.")
 
 
 @pytest.mark.parametrize("fields", [{"tie_weight": 0.0}, {"width": "half"}, {"importance": "l1"}])

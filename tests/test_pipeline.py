@@ -14,8 +14,8 @@ import pytest
 import torch
 from flax import nnx
 
-from configs import cifar10_r56, default, digits_r20
-from ddnp_jax import data, pipeline, preemption
+from configs import cifar10_r56, default, digits_r20, imagenet_r50
+from ddnp_jax import cpu, data, pipeline, preemption
 from ddnp_jax.checkpoint import Checkpoints
 from ddnp_jax.config import typed
 from ddnp_jax.cost import latency
@@ -241,7 +241,7 @@ def test_budget_in_measured_latency_is_the_same_numbers_when_the_run_resumes(con
     assert report["budget"]["after"] == measured[0] * report["budget"]["before"]
     assert report["budget"]["kind"] == "latency"
     assert report["widths"] == [20, 12]
-    assert report["budget"]["unit"] == f"ms (batch {config.eval_batch_size // jax.device_count()}, cpu)"
+    assert report["budget"]["unit"] == f"ms (batch {config.eval_batch_size // jax.device_count()}, {cpu.description()})"
     assert "the latency table alone predicted p = 1.0000 for them." in (tmp_path / "report.md").read_text()
     # Nothing was cut, so the control, trained in the same way, is the same to the last bit
     tuned, control = ([line | {"stage": ""} for line in log_of(tmp_path) if line["stage"] == s] for s in TUNED)
@@ -532,6 +532,9 @@ def test_missing_data_folder(tmp_path):
 
 
 def test_batch_that_the_devices_cannot_share(config, tmp_path):
+    assert refused(config, tmp_path, **{"search.images": 100}) == (
+        "search.images=100 are fewer than search.batch_size=256; change one of the two."
+    )
     assert "search.batch_size=250" in refused(config, tmp_path, **{"search.batch_size": 250})
 
 
@@ -599,6 +602,36 @@ def test_configurations_are_locked_and_name_their_variants():
 )
 def test_a_short_search_has_a_faster_rate_of_widths(module, argument, rate):
     assert module.get_config(argument).search.width_optimizer.learning_rate == rate
+
+
+@pytest.mark.parametrize(
+    ("module", "argument", "fraction", "images"),
+    [
+        (digits_r20, "", 0.3, 0),
+        (digits_r20, "nppm", 0.3, 0),
+        (cifar10_r56, "", 0.05, 0),
+        (cifar10_r56, "dg", 0.1, 0),
+        (cifar10_r56, "chip", 0.05, 0),
+        (imagenet_r50, "", 0.025, 0),
+        (imagenet_r50, "nppm", 0.1, 0),
+        (imagenet_r50, "chip", 0.025, 640),
+    ],
+)
+def test_every_method_searches_on_its_images(module, argument, fraction, images):
+    config = module.get_config(argument)
+    assert (config.data.search_fraction, config.search.images) == (fraction, images)
+
+
+def test_some_of_the_search_images_can_be_used(config, tmp_path):
+    every = pipeline.prepare(config, tmp_path / "every").stage_images("search")
+    config.search.images = 300
+    job = pipeline.prepare(config, tmp_path / "some")
+    used = job.stage_images("search")
+    assert len(used) == 300 and set(used) < set(every) and np.all(np.diff(used) > 0)
+    assert used[-1] > every[-20]  # from everywhere: a folder holds class after class
+    assert set(every) < set(job.stage_images("finetune"))
+    config.search.images = len(every) + 1
+    np.testing.assert_array_equal(pipeline.prepare(config, tmp_path / "more").stage_images("search"), every)
 
 
 def test_cpu_devices_share_every_batch(config, monkeypatch):

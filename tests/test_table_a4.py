@@ -10,7 +10,7 @@ from ml_collections import config_flags
 from test_report import CONTROL, REPORT
 from test_sweep import Sized
 
-from configs import imagenet_r50
+from configs import cifar10_r56, imagenet_r50
 from ddnp_jax import models
 from ddnp_jax.cost import flops
 from ddnp_jax.topology import trace
@@ -51,7 +51,48 @@ def test_a_row_is_the_mean_over_its_seeds_beside_the_published_one():
     assert "Fine-tuned in the same way: 92.25 %." in markdown
     config.finetune.epochs = 1
     assert "Fine-tuning of every row: 1 epoch of " in table_a4.markdown(config, rows)
-    assert json.loads(json.dumps(rows[0].to_json()))["top-1 after"] == [91.5, 90.5]
+    found = json.loads(json.dumps(table_a4.to_json(config, rows)))
+    assert found["base"]["top-1"] == 92.0
+    assert found["base"]["top-1 fine-tuned in the same way"] == {"values": [92.25], "mean": 92.25, "deviation": None}
+    assert (found["finetune"]["epochs"], found["finetune"]["batch_size"]) == (1, 1024)
+    assert found["rows"][0]["top-1 after"] == {
+        "values": [91.5, 90.5],
+        "mean": 91.0,
+        "deviation": pytest.approx(0.7071068),
+    }
+    assert found["rows"][0]["published"]["delta_top1"] == -0.89
+    assert found["rows"][1]["published"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "p", "top1"),
+    [
+        ("hrank", 0.2976, 71.98),
+        ("hrank,hrank_rates", 0.2976, 71.98),
+        ("ddnp", 0.2976, 75.56),
+        ("ddnp", 0.31, None),  # 60.9 % removed
+        ("ddnp", 0.38, None),
+        ("authors", 0.2976, None),
+        ("scalar", 0.2976, None),
+        ("hrank,global", 0.2976, None),
+        ("taylor", 0.2976, None),
+    ],
+)
+def test_only_the_same_method_at_the_same_budget_is_compared_with_the_published_one(name, p, top1):
+    config = imagenet_r50.get_config("62")
+    config.budget.p = p
+    topology = trace(models.create("resnet50", num_classes=10), (64, 64, 3))
+    found = table_a4._published(name, SimpleNamespace(topology=topology, config=config))
+    assert (None if found is None else found.top1) == top1
+
+
+def test_the_base_is_not_trained_on_the_search_images_of_any_row():
+    ddnp, nppm = (cifar10_r56.get_config(words) for words in ("", "nppm"))
+    assert (ddnp.data.search_fraction, nppm.data.search_fraction) == (0.05, 0.1)
+    assert table_a4._base_config(ddnp, [ddnp, nppm]).data.search_fraction == 0.1
+    assert ddnp.data.search_fraction == 0.05
+    ddnp.base.weights = "given"
+    assert table_a4._base_config(ddnp, [ddnp, nppm]).data.search_fraction == 0.05
 
 
 def test_without_published_figures_their_columns_are_left_out():
@@ -71,7 +112,7 @@ def test_every_row_removes_the_same_part_of_all_flops(tmp_path):
         own = table_a4._row_config(imagenet_r50.get_config(f"62,{words}"), config, job, tmp_path)
         topology = trace(model, (64, 64, 3), residual=own.budget.residual)
         removed = flops.reduction_for_p(topology, own.budget.p)
-        assert removed == pytest.approx(flops.reduction_for_p(whole, 0.31), abs=1e-12)
+        assert removed == pytest.approx(flops.reduction_for_p(whole, 0.2976), abs=1e-12)
         assert own.base.weights == str(tmp_path)
 
 
@@ -81,7 +122,7 @@ def test_a_row_adds_to_the_argument_of_the_configuration(monkeypatch):
     monkeypatch.setattr(config_flags, "get_override_values", lambda holder: {"finetune.epochs": 3})
     config = launch.with_arguments("chip,chip_rates")
     assert (config.search.method, config.search.allocation, config.budget.residual) == ("chip", "rates", True)
-    assert (config.budget.p, config.finetune.epochs) == (0.31, 3)
+    assert (config.budget.p, config.finetune.epochs) == (0.2976, 3)
     monkeypatch.setattr(config_flags, "get_override_values", lambda holder: {"search.tie_weight": 3.0})
     with pytest.raises(ValueError, match=r"^with 'hrank' the configuration has no field '.*tie_weight', which is set"):
         launch.with_arguments("hrank")
@@ -97,7 +138,7 @@ def test_a_table_resumes_and_takes_further_rows(tmp_path, monkeypatch):
         monkeypatch.setattr(table_a4, "SEEDS", SimpleNamespace(value=seeds))
         monkeypatch.setattr(table_a4, "ROWS", SimpleNamespace(value=rows))
         table_a4.make(config, str(tmp_path / "run"))
-        return json.loads((tmp_path / "run" / "table.json").read_text())
+        return json.loads((tmp_path / "run" / "table.json").read_text())["rows"]
 
     (first,) = make(1, "magnitude")
     finished = tmp_path / "run" / "magnitude" / "0"
@@ -122,9 +163,9 @@ def test_a_table_resumes_and_takes_further_rows(tmp_path, monkeypatch):
     both = make(1, "magnitude", "uniform")
     assert both[0] == first
     assert [row["row"] for row in both] == ["magnitude", "uniform"]
-    assert both[1]["FLOPs removed (%)"] == pytest.approx(first["FLOPs removed (%)"], abs=5)
+    assert both[1]["FLOPs removed (%)"]["mean"] == pytest.approx(first["FLOPs removed (%)"]["mean"], abs=5)
     reports = [
         json.loads((tmp_path / "run" / row / "0" / "report.json").read_text()) for row in ("magnitude", "uniform")
     ]
-    assert [report["pruned_top1"] for report in reports] == [row["top-1 after"][0] for row in both]
+    assert [report["pruned_top1"] for report in reports] == [row["top-1 after"]["mean"] for row in both]
     assert reports[0]["base_top1"] == reports[1]["base_top1"]

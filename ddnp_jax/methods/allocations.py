@@ -25,12 +25,12 @@ def by_rates(importance: Importance, budget: Budget, fields: "Fields") -> tuple[
 
 
 def by_fitted_losses(importance: Importance, budget: Budget, fields: "Fields") -> tuple[int, ...]:
-    """CC's widths: they minimize the lost importance, which is modelled as an exponential of the removed fraction.
+    """CC's widths: another percent of any gate's channels would lose as much importance.
 
     For every gate, the importance that is lost with a fraction c of its channels is fitted by p1 exp(p2 c), weighted
-    by the square root of the loss. The sum over all gates is minimal if all slopes have the same value λ:
-    c = ln(λ / (p1 p2)) / p2, clipped to [0, 0.95]; λ is found by bisection. The importances must be additive, as
-    those of `cc` are.
+    by the square root of the loss. CC removes from all gates up to the same slope λ: c = ln(λ / (p1 p2)) / p2, clipped
+    to [0, 0.95]; λ is found by bisection. (The least sum of losses at a given number of FLOPs would have slopes
+    proportional to the gates' FLOPs.) The importances must be additive, as those of `cc` are.
     """
     fits = [_exponential(np.sort(np.asarray(scores, np.float64))) for scores in importance]
 

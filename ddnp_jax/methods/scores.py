@@ -21,6 +21,7 @@ from ddnp_jax.methods.evidence import Evidence
 from ddnp_jax.parallel import ONE_DEVICE, Devices
 
 _LOG_STEP = 0.5  # of the integral in `nuclear_losses`
+_BATCH = 32  # images whose matrices are decomposed together
 
 
 # ---- the scores
@@ -104,7 +105,8 @@ def chip(evidence: Evidence, gate: int) -> jax.Array:
     features = evidence.features[gate]
     maps = [each for each in features if each.ndim == 4] or features
     by_channel = [jnp.moveaxis(each, -1, 1).reshape(len(each), each.shape[-1], -1) for each in maps]
-    return jnp.mean(jnp.stack([jnp.mean(jax.lax.map(nuclear_losses, each), axis=0) for each in by_channel]), axis=0)
+    losses = [jax.lax.map(nuclear_losses, each, batch_size=_BATCH) for each in by_channel]
+    return jnp.mean(jnp.stack([jnp.mean(each, axis=0) for each in losses]), axis=0)
 
 
 def cc(evidence: Evidence, gate: int) -> list[jax.Array]:

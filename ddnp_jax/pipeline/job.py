@@ -79,7 +79,10 @@ class Run:
 
     def stage_images(self, stage: Stage) -> np.ndarray:
         """Returns the indices of a stage's training images."""
-        return _indices(self.dataset, stage)
+        indices, used = _indices(self.dataset, stage), self.config.search.images
+        if stage == "search" and used:
+            return np.sort(np.random.default_rng(self.config.seed).permutation(indices)[:used])
+        return indices
 
     def stage_steps(self, stage: Stage) -> tuple[int, int]:
         """Returns (total steps, steps per epoch) of a stage; with gradient accumulation, an update takes several."""
@@ -297,6 +300,11 @@ def _check_splits(config: Config, dataset: data.Dataset) -> None:
                 f"{dataset.name} to {section}, fewer than {section}.batch_size={batch_size}; change them, or take "
                 "smaller batches."
             )
+    if 0 < config.search.images < config.search.batch_size:
+        raise ValueError(
+            f"search.images={config.search.images} are fewer than search.batch_size={config.search.batch_size}; change "
+            "one of the two."
+        )
     if not len(dataset.splits["validation"]):
         raise ValueError(
             f"validation_fraction holds out none of the {len(dataset.train)} training images of {dataset.name} to "

@@ -34,9 +34,9 @@ CHOICES = {
     "resource_loss": losses.RESOURCE,
 }
 
-# A search has not converged if k differs from the open part of a gate by more than FAR, or if the cost exceeds the
-# budget by more than the factor ABOVE.
-FAR, ABOVE = 0.1, 1.05
+# A search has not converged if k differs from the open part of a gate by more than FAR, or the cost from the budget by
+# more than the factor OFF.
+FAR, OFF = 0.1, 1.05
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -290,11 +290,14 @@ class _DDNP:
           remaining: The remaining fraction of the cost.
         """
         config, found = self.problem.config, []
-        rate, is_above = config.width_optimizer.learning_rate, remaining > ABOVE * self.problem.budget.p
+        rate, p = config.width_optimizer.learning_rate, self.problem.budget.p
+        is_above, is_below = remaining > OFF * p, OFF * remaining < p
         if gap > FAR and rate < 2e-3:
             found.append(f"width_optimizer.learning_rate={rate:g} raised to 2e-3 or 3e-3")
-        if gap > FAR or is_above:
+        if gap > FAR or is_above or is_below:
             found.append("more steps")
+        if is_below and config.resource_loss == "log_max":
+            found.append("resource_loss=log_abs, by which a cost below the budget counts too")
         if is_above:  # gates far from 1/2 have almost no gradient, so R may stop decreasing above the budget
             found.append(f"resource_weight={config.resource_weight:g} raised, where R has stopped falling")
         return found

@@ -76,6 +76,11 @@ class BudgetConfig:
     latency_batch: int = number(0, least=0)  # images per call; 0 for a device's share of an evaluation batch
     runtime: str = choice(network_times.XLA, *network_times.RUNTIMES)  # XLA, or ONNX Runtime on the CPU
 
+    @property
+    def runtime_of_times(self) -> str | None:
+        """The runtime in which networks are timed for the budget; None if nothing is measured for it."""
+        return self.runtime if self.kind == "latency" or not self.multiple else None
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainerConfig:

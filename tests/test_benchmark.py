@@ -142,6 +142,12 @@ def test_table_of_photographs():
         "| cv2 | 32.0 | 1 | 0.38 |\n"
         "| Pillow | 16.0 | 1 | 0.19 |"
     )
+    seconds["simplejpeg + cv2, records read"] = [2.0, 3.0]  # with a data set, the loop that reads the same records
+    stages = {"data": benchmark.summarize({n: Measurement(s, 2**20) for n, s in seconds.items()}, batch_size=128)}
+    lines = benchmark.table(stages).splitlines()
+    assert lines[0] == "| photographs | images/s per core | peak MiB | speed / simplejpeg + cv2, records read's |"
+    assert lines[2] == "| this project | 64.0 | 1 | 1.25 |"
+    assert lines[-1] == "| simplejpeg + cv2, records read | 51.2 | 1 | 1.00 |"
 
 
 @pytest.mark.parametrize("name", list(loading.LOOPS))

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from ml_collections import ConfigDict
 
 import ddnp_jax
+from configs import cifar10_r56
 from ddnp_jax import methods, pipeline
 from experiments.pytorch_resnet import CifarResNet
 from tests import counted_device
@@ -25,6 +27,12 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 
 def blocks(page, language="python"):
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def fields_of(config):
+    for name, value in config.items():
+        nested = fields_of(value) if isinstance(value, ConfigDict) else ()
+        yield from (name, *(f"{name}.{each}" for each in nested))
 
 
 def resnet20():
@@ -107,6 +115,15 @@ def test_commands_name_experiments_and_configurations_that_there_are():
     assert "experiments.table_a4" in modules
     assert not [name for name in modules if importlib.util.find_spec(name) is None]
     assert not [name for name in re.findall(r"configs/\w+\.py", text) if not (ROOT / name).exists()]
+
+
+def test_fields_set_in_commands_are_those_of_some_method():
+    text = "\n".join(page.read_text() for page in [*PAGES, *ROOT.glob("results/*/README.md")])
+    named = set(re.findall(r"--config\.([\w.]*\w)", text))
+    assert {"budget.p", "search.width_optimizer.learning_rate"} < named
+    configs = [cifar10_r56.get_config(method) for method in ("ddnp", "nppm", "chip")]
+    known = {name for config in configs for name in fields_of(config)}
+    assert not named - known
 
 
 def test_the_site_is_built_without_warnings(tmp_path):

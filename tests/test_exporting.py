@@ -10,7 +10,7 @@ import pytest
 
 from ddnp_jax import data, pipeline
 from ddnp_jax.config import typed
-from ddnp_jax.cost import timing
+from ddnp_jax.cost import multiples, timing
 from ddnp_jax.networks import as_network
 from ddnp_jax.pipeline import exporting, report
 from ddnp_jax.pipeline.results import Results
@@ -88,6 +88,20 @@ def test_the_report_has_files_checks_and_times(exported):
     assert measured == [("XLA", 1), ("XLA", 15), (onnx, 1), (onnx, 15), (int8, 1), (int8, 15)]
     assert all(each["before"] > 0 and each["after"] > 0 for each in found["other_latencies"])
     assert report.read(workdir / "report.json").to_json() == found
+
+
+def test_a_budget_in_onnx_runtime_has_its_times_in_the_report(config, tmp_path, monkeypatch):
+    pytest.importorskip("jax2onnx")
+    config = config.copy_and_resolve_references()
+    config.export = ""
+    config.budget.update(multiple=0, runtime="onnx")
+    times = multiples.MultipleTimes("abacus", 15, "onnx", {"1": 10.0, "4": 8.0}, (20, 12))
+    monkeypatch.setattr(multiples, "measure", lambda timer: times)
+    found = run(config, tmp_path)
+    assert all(width % 4 == 0 for width in found["widths"])
+    measured = [(each["runtime"], each["batch"]) for each in found["speedups"]]
+    assert measured == [("XLA", 1), ("XLA", 15), ("ONNX Runtime (CPU)", 1), ("ONNX Runtime (CPU)", 15)]
+    assert any("Widths are multiples of 4, the fastest that can meet the budget" in note for note in found["notes"])
 
 
 def test_a_resumed_run_writes_again_what_is_gone_or_damaged_and_nothing_else(config, exported, monkeypatch):

@@ -25,6 +25,19 @@ def refusal(folder, *arguments):
     return done.stderr
 
 
+@pytest.mark.parametrize("chosen", ["", "elsewhere"])
+def test_compiled_programs_are_kept_in_the_users_cache_or_where_the_environment_says(tmp_path, chosen):
+    code = (
+        "import jax; from configs import digits_r20; from experiments import launch; "
+        "launch.configure(digits_r20.get_config()); print(jax.config.jax_compilation_cache_dir)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
+    del environment["JAX_COMPILATION_CACHE_DIR"]  # the tests' own
+    environment |= {"JAX_COMPILATION_CACHE_DIR": chosen} if chosen else {}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == (chosen or f"{tmp_path}/ddnp_jax/xla")
+
+
 @pytest.mark.parametrize("experiment", [["-m", "experiments.digits_r20"], [str(ROOT / "experiments/digits_r20.py")]])
 def test_configuration_of_the_checkout_is_found_from_elsewhere(tmp_path, experiment):
     error = refusal(tmp_path, *experiment, "--config=configs/digits_r20.py", "--config.model.name=none")

@@ -187,8 +187,7 @@ def prepare(
 
 def _formats(config: Config) -> set[str]:
     """Formats of `ddnp_jax.export` that the run needs."""
-    is_timed = config.budget.runtime == ONNX and (config.budget.kind == "latency" or not config.budget.multiple)
-    return {*listed(config.export), *(("onnx",) if is_timed else ())}
+    return {*listed(config.export), *(("onnx",) if config.budget.runtime_of_times == ONNX else ())}
 
 
 def _network(config: Config, model: Any, num_classes: int) -> tuple[Network, str]:

@@ -13,6 +13,7 @@ from ddnp_jax.config import STAGES, Config, Stage, TrainerConfig
 from ddnp_jax.cost import flops, multiples
 from ddnp_jax.fields import built, listed
 from ddnp_jax.methods import AdamW
+from ddnp_jax.pipeline import exporting
 from ddnp_jax.pipeline.report import Cost, Export, Latency, PerStage, Report, Training, Verification
 from ddnp_jax.topology import Selection
 from ddnp_jax.training import loop
@@ -127,8 +128,11 @@ def _other_latencies(exports: Mapping[str, Any], results: Mapping[str, Any]) -> 
     """Times of single images, and those of other runtimes."""
     if results["latency_ms"]["batch"] > 1:
         yield Latency(**results["latency_ms_of_one"])
-    for found in exports.values():
-        yield from (Latency(**times) for times in found["latencies"])
+    exported = [Latency(**times) for found in exports.values() for times in found["latencies"]]
+    yield from exported
+    in_onnx = [Latency(**times, runtime=exporting.RUNTIMES["onnx"]) for times in results.get("latencies_in_onnx", ())]
+    if not any(each.runtime == exporting.RUNTIMES["onnx"] for each in exported):  # the same network as a file
+        yield from in_onnx
 
 
 def _cost(job: "Run", selection: Selection, correction: Mapping[str, float] | None) -> Cost:

@@ -1,6 +1,5 @@
 """The stages of the pipeline: base training, search, pruning, fine-tuning, control. Each resumes from the workdir."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,8 +10,9 @@ import optax
 from ddnp_jax import cpu, data, methods, parallel, training
 from ddnp_jax.compact import compact, verify
 from ddnp_jax.config import Stage, TrainerConfig
-from ddnp_jax.cost import correction, timing
+from ddnp_jax.cost import correction, network_times, timing
 from ddnp_jax.cost.budget import Budget
+from ddnp_jax.fields import listed
 from ddnp_jax.masking import apply_masked
 from ddnp_jax.networks import Network, as_network, picked
 from ddnp_jax.topology import Selection
@@ -159,6 +159,13 @@ def finetune(job: "Run", variables: Any, selection: Selection, small: Network, s
     networks = [(job.network, variables), (small, tuned)]
     job.results.measured("latency_ms", made_from, lambda: _latency(job, networks, job.local_batch))
     job.results.measured("latency_ms_of_one", made_from, lambda: _latency(job, networks, 1))
+    if job.config.budget.runtime_of_times == network_times.ONNX and "onnx" not in listed(job.config.export):
+        batches = sorted({1, job.local_batch})
+        job.results.measured(
+            "latencies_in_onnx",
+            made_from,
+            lambda: [_latency(job, networks, batch, network_times.ONNX) for batch in batches],
+        )
     return tuned
 
 
@@ -305,9 +312,13 @@ def _test(job: "Run", network: Network, variables: Any) -> dict[str, float]:
     return _evaluator(job, network, test)(variables, np.arange(len(test)))
 
 
-def _latency(job: "Run", networks: Sequence[tuple[Network, Any]], batch: int) -> dict[str, float]:
+def _latency(
+    job: "Run", networks: Sequence[tuple[Network, Any]], batch: int, runtime: str = network_times.XLA
+) -> dict[str, float]:
     """Median milliseconds of a batch on one device, of the unpruned and of the pruned network."""
     images = jax.device_put(np.zeros((batch, *job.dataset.image_shape), np.float32))
-    calls = [functools.partial(jax.jit(network.evaluate), jax.device_put(own), images) for network, own in networks]
+    calls = [
+        network_times.compiled(runtime, network.evaluate, jax.device_put(own), images) for network, own in networks
+    ]
     before, after = timing.in_turn(calls)
     return {"batch": batch, "before": before, "after": after}

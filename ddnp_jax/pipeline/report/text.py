@@ -78,6 +78,7 @@ def headline(report: Report) -> str:
     removed = (
         f"{report.method} pruned {report.model} on {report.dataset} (seed {report.seed}): "
         f"{report.flops_reduction:.2f} % of the FLOPs and {report.params_reduction:.2f} % of the parameters removed, "
+        f"{_time(report)}, "
     )
     if report.control is None:
         return (
@@ -89,6 +90,14 @@ def headline(report: Report) -> str:
         f"network fine-tuned in the same way ({report.delta_control_top1:+z.2f} points) and {report.base_top1:.2f} % "
         "of that network before it."
     )
+
+
+def _time(report: Report) -> str:
+    """The part of the time that remains: of a budget in latency the one that it counts."""
+    if report.budget.kind == "latency":
+        return f"at {100 * report.p_reached:.2f} % of the time {report.budget.unit.removeprefix('ms ')}"
+    latency = report.latency_ms
+    return f"at {100 * latency.after / latency.before:.2f} % of the time (batch {latency.batch}, {latency.runtime})"
 
 
 def _speed(report: Report) -> str:

@@ -15,6 +15,7 @@ EXPANSION = 4  # of a bottleneck: output channels per inner channel
 class Bottleneck(nn.Module):
     """Convolutions 1x1, 3x3 and 1x1; the first two have `widths` output channels, which are inside the block."""
 
+    inputs: int
     widths: tuple[int, int]
     channels: int
     stride: int
@@ -26,7 +27,7 @@ class Bottleneck(nn.Module):
         y = nn.relu(self.layer(x, self.widths[0], 1, names=("conv1", "bn1")))
         y = nn.relu(self.layer(y, self.widths[1], 3, self.stride, names=("conv2", "bn2")))
         y = self.layer(y, self.channels, 1, names=("conv3", "bn3"))
-        return nn.relu(y + shortcut(x, self.channels, self.stride, "projection", self.layer))
+        return nn.relu(y + shortcut(x, self.inputs, self.channels, self.stride, "projection", self.layer))
 
 
 class ResNet(Backbone, kw_only=True):
@@ -54,15 +55,17 @@ class ResNet(Backbone, kw_only=True):
         widths = iter(self.inner_widths)
         x = nn.relu(layer(x, STAGES[0], 7, 2, names=("conv1", "bn1")))
         x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        inputs = STAGES[0]
         for stage, (channels, count) in enumerate(zip(STAGES, self.blocks, strict=True)):
             for block in range(count):
                 stride = 2 if stage > 0 and block == 0 else 1
                 name = f"layer{stage + 1}_{block}"
                 if self.bottleneck:
                     inner = (next(widths), next(widths))
-                    x = Bottleneck(inner, EXPANSION * channels, stride, layer, name=name)(x)
+                    x = Bottleneck(inputs, inner, EXPANSION * channels, stride, layer, name=name)(x)
                 else:
-                    x = BasicBlock(next(widths), channels, stride, "projection", layer, name=name)(x)
+                    x = BasicBlock(inputs, next(widths), channels, stride, "projection", layer, name=name)(x)
+                inputs = EXPANSION * channels if self.bottleneck else channels
         return nn.Dense(self.num_classes, dtype=self.dtype, name="fc")(x.mean((1, 2)))
 
 

@@ -11,9 +11,13 @@ from ddnp_jax.models.layers import Backbone, ConvNorm
 STAGES = (16, 32, 64)
 
 
-def shortcut(x: jax.Array, channels: int, stride: int, kind: str, layer: ConvNorm) -> jax.Array:
-    """Shortcut of a block to `channels` channels at 1/`stride` of the resolution; only 'projection' has parameters."""
-    missing = channels - x.shape[-1]
+def shortcut(x: jax.Array, inputs: int, channels: int, stride: int, kind: str, layer: ConvNorm) -> jax.Array:
+    """Shortcut of a block from `inputs` to `channels` channels at 1/`stride` of the resolution.
+
+    Only 'projection' has parameters. The numbers are those of the unpruned network: where streams are pruned, `x` has
+    fewer channels, and a block without a projection still has none.
+    """
+    missing = channels - inputs
     if stride == 1 and missing == 0:
         return x
     if kind == "projection":  # He et al., option B
@@ -29,6 +33,7 @@ def shortcut(x: jax.Array, channels: int, stride: int, kind: str, layer: ConvNor
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions; the first one has `width` output channels, which are inside the block."""
 
+    inputs: int
     width: int
     channels: int
     stride: int
@@ -40,7 +45,7 @@ class BasicBlock(nn.Module):
         """Maps (N, H, W, C) to (N, H / stride, W / stride, channels)."""
         y = nn.relu(self.layer(x, self.width, 3, self.stride, names=("conv1", "bn1")))
         y = self.layer(y, self.channels, 3, names=("conv2", "bn2"))
-        return nn.relu(y + shortcut(x, self.channels, self.stride, self.shortcut, self.layer))
+        return nn.relu(y + shortcut(x, self.inputs, self.channels, self.stride, self.shortcut, self.layer))
 
 
 class CifarResNet(Backbone, kw_only=True):
@@ -68,7 +73,9 @@ class CifarResNet(Backbone, kw_only=True):
         for i, width in enumerate(self.inner_widths):
             stage, block = divmod(i, self.blocks_per_stage)
             stride = 2 if stage > 0 and block == 0 else 1
-            x = BasicBlock(width, STAGES[stage], stride, self.shortcut, layer, name=f"layer{stage + 1}_{block}")(x)
+            inputs = STAGES[stage if block else max(stage - 1, 0)]
+            name = f"layer{stage + 1}_{block}"
+            x = BasicBlock(inputs, width, STAGES[stage], stride, self.shortcut, layer, name=name)(x)
         x = jnp.mean(x, axis=(1, 2))
         return nn.Dense(self.num_classes, dtype=self.dtype, name="linear")(x)
 

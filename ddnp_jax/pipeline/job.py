@@ -245,8 +245,12 @@ def _check_cut(network: Network, rebuild: Rebuild | None, topology: Topology, bu
     rng = np.random.default_rng(0)
 
     def draw(leaf: Any) -> Any:
-        is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return abs(rng.normal(size=leaf.shape)).astype(leaf.dtype) if is_float else leaf
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        values = rng.normal(size=leaf.shape).astype(leaf.dtype)
+        if leaf.ndim > 1:  # a kernel: activations keep their size, however deep the network is
+            return values * math.sqrt(2 / math.prod(leaf.shape[:-1]))
+        return abs(values)  # variances are positive
 
     drawn = jax.tree.map(draw, stages.initial_variables(network, topology.input_shape, 0))
     rehearse(network.model, drawn, topology, budget.smallest_widths, rebuild)

@@ -33,9 +33,9 @@ def test_compiled_programs_are_kept_in_the_users_cache_or_where_the_environment_
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
     del environment["JAX_COMPILATION_CACHE_DIR"]  # the tests' own
-    environment |= {"JAX_COMPILATION_CACHE_DIR": chosen} if chosen else {}
+    environment |= {"JAX_COMPILATION_CACHE_DIR": f"{tmp_path}/{chosen}"} if chosen else {}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == (chosen or f"{tmp_path}/ddnp_jax/xla")
+    assert done.stdout.strip() == f"{tmp_path}/{chosen or 'ddnp_jax/xla'}"
 
 
 @pytest.mark.parametrize("experiment", [["-m", "experiments.digits_r20"], [str(ROOT / "experiments/digits_r20.py")]])

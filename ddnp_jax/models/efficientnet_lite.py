@@ -37,6 +37,7 @@ def blocks() -> list[tuple[int, int, int, int]]:
 class Block(nn.Module):
     """Expansion to `width` channels (none if `width` is None), depthwise convolution and linear projection."""
 
+    inputs: int
     width: int | None
     channels: int
     kernel: int
@@ -52,7 +53,7 @@ class Block(nn.Module):
         names = ("_depthwise_conv", "_bn1")
         y = nn.relu6(self.layer(y, y.shape[-1], self.kernel, self.stride, names=names, depthwise=True))
         y = self.layer(y, self.channels, 1, names=("_project_conv", "_bn2"))
-        return x + y if x.shape == y.shape else y
+        return x + y if self.stride == 1 and self.inputs == self.channels else y
 
 
 class EfficientNetLite0(Backbone, kw_only=True):
@@ -72,8 +73,10 @@ class EfficientNetLite0(Backbone, kw_only=True):
         layer = ConvNorm(train, self.dtype, momentum=0.99, epsilon=1e-3, padding="SAME")
         x = nn.relu6(layer(x, STEM, 3, 2, names=("_conv_stem", "_bn0")))
         rows = zip((None, *self.inner_widths), blocks(), strict=True)
+        inputs = STEM
         for i, (width, (kernel, stride, _, channels)) in enumerate(rows):
-            x = Block(width, channels, kernel, stride, layer, name=f"_blocks_{i}")(x)
+            x = Block(inputs, width, channels, kernel, stride, layer, name=f"_blocks_{i}")(x)
+            inputs = channels
         x = nn.relu6(layer(x, HEAD, 1, names=("_conv_head", "_bn1"))).mean((1, 2))
         return nn.Dense(self.num_classes, dtype=self.dtype, name="_fc")(x)
 

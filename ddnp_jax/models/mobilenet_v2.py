@@ -22,6 +22,7 @@ def blocks(strides: tuple[int, ...]) -> list[tuple[int, int, int]]:
 class InvertedResidual(nn.Module):
     """Expansion to `width` channels (none if `width` is None), depthwise convolution and linear projection."""
 
+    inputs: int
     width: int | None
     channels: int
     stride: int
@@ -36,7 +37,7 @@ class InvertedResidual(nn.Module):
         names = (f"conv_{i}_0", f"conv_{i}_1")
         y = nn.relu6(self.layer(y, y.shape[-1], 3, self.stride, names=names, depthwise=True))
         y = self.layer(y, self.channels, 1, names=(f"conv_{i + 1}", f"conv_{i + 2}"))
-        return x + y if x.shape == y.shape else y
+        return x + y if self.stride == 1 and self.inputs == self.channels else y
 
 
 class MobileNetV2(Backbone, kw_only=True):
@@ -58,9 +59,10 @@ class MobileNetV2(Backbone, kw_only=True):
         """Maps normalized images (N, H, W, 3) to logits (N, num_classes)."""
         layer = ConvNorm(train, self.dtype)
         x = nn.relu6(layer(x, STEM, 3, 2, names=("features_0_0", "features_0_1")))
-        rows = self._blocks()
+        rows, inputs = self._blocks(), STEM
         for i, (width, (_, channels, stride)) in enumerate(zip((None, *self.inner_widths), rows, strict=True), start=1):
-            x = InvertedResidual(width, channels, stride, layer, name=f"features_{i}")(x)
+            x = InvertedResidual(inputs, width, channels, stride, layer, name=f"features_{i}")(x)
+            inputs = channels
         last = f"features_{len(rows) + 1}"
         x = nn.relu6(layer(x, HEAD, 1, names=(f"{last}_0", f"{last}_1"))).mean((1, 2))
         return nn.Dense(self.num_classes, dtype=self.dtype, name="classifier_1")(x)

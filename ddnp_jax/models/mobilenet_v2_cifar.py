@@ -16,6 +16,7 @@ from ddnp_jax.models.mobilenet_v2 import HEAD, STEM, blocks
 class Block(nn.Module):
     """Expansion to `width` channels, depthwise convolution, linear projection."""
 
+    inputs: int
     width: int
     channels: int
     stride: int
@@ -29,8 +30,9 @@ class Block(nn.Module):
         y = self.layer(y, self.channels, 1, names=("conv3", "bn3"))
         if self.stride != 1:
             return y
-        same = x.shape[-1] == self.channels
-        return y + (x if same else self.layer(x, self.channels, 1, names=("shortcut_0", "shortcut_1")))
+        return y + (
+            x if self.inputs == self.channels else self.layer(x, self.channels, 1, names=("shortcut_0", "shortcut_1"))
+        )
 
 
 class CifarMobileNetV2(Backbone, kw_only=True):
@@ -53,8 +55,10 @@ class CifarMobileNetV2(Backbone, kw_only=True):
         """Maps normalized images (N, H, W, 3) to logits (N, num_classes)."""
         layer = ConvNorm(train, self.dtype)
         x = nn.relu(layer(x, STEM, 3, names=("conv1", "bn1")))
+        inputs = STEM
         for i, (width, (_, channels, stride)) in enumerate(zip(self.inner_widths, blocks(self.strides), strict=True)):
-            x = Block(width, channels, stride, layer, name=f"layers_{i}")(x)
+            x = Block(inputs, width, channels, stride, layer, name=f"layers_{i}")(x)
+            inputs = channels
         x = nn.relu(layer(x, HEAD, 1, names=("conv2", "bn2"))).mean((1, 2))
         return nn.Dense(self.num_classes, dtype=self.dtype, name="linear")(x)
 

@@ -51,6 +51,7 @@ class InvertedResidual(nn.Module):
     There is no expansion if `width` is None, and no squeeze-excite if `squeezed` is 0.
     """
 
+    inputs: int
     width: int | None
     channels: int
     kernel: int
@@ -71,7 +72,7 @@ class InvertedResidual(nn.Module):
             i += 1
             y = SqueezeExcite(self.squeezed, self.layer, name=f"block_{i}")(y)
         y = self.layer(y, self.channels, 1, names=(f"block_{i + 1}_0", f"block_{i + 1}_1"))
-        return x + y if x.shape == y.shape else y
+        return x + y if self.stride == 1 and self.inputs == self.channels else y
 
 
 class MobileNetV3Small(Backbone, kw_only=True):
@@ -90,11 +91,15 @@ class MobileNetV3Small(Backbone, kw_only=True):
         """Maps normalized images (N, H, W, 3) to logits (N, num_classes)."""
         layer = ConvNorm(train, self.dtype, momentum=0.99, epsilon=1e-3)
         x = nn.hard_swish(layer(x, STEM, 3, 2, names=("features_0_0", "features_0_1")))
+        inputs = STEM
         for i, (width, row) in enumerate(zip((None, *self.inner_widths), BLOCKS, strict=True), start=1):
             kernel, expanded, channels, excites, swish, stride = row
             squeezed = squeezed_channels(expanded) if excites else 0
             activation = nn.hard_swish if swish else nn.relu
-            x = InvertedResidual(width, channels, kernel, stride, squeezed, activation, layer, name=f"features_{i}")(x)
+            block = InvertedResidual(
+                inputs, width, channels, kernel, stride, squeezed, activation, layer, name=f"features_{i}"
+            )
+            x, inputs = block(x), channels
         last = f"features_{len(BLOCKS) + 1}"
         x = nn.hard_swish(layer(x, LAST, 1, names=(f"{last}_0", f"{last}_1"))).mean((1, 2))
         x = nn.hard_swish(nn.Dense(HIDDEN, dtype=self.dtype, name="classifier_0")(x))

@@ -70,12 +70,13 @@ class CifarResNet(Backbone, kw_only=True):
         """Maps normalized images (N, H, W, 3) to logits (N, num_classes)."""
         layer = ConvNorm(train, self.dtype)
         x = nn.relu(layer(x, STAGES[0], 3, names=("conv1", "bn1")))
+        inputs = STAGES[0]
         for i, width in enumerate(self.inner_widths):
             stage, block = divmod(i, self.blocks_per_stage)
             stride = 2 if stage > 0 and block == 0 else 1
-            inputs = STAGES[stage if block else max(stage - 1, 0)]
             name = f"layer{stage + 1}_{block}"
             x = BasicBlock(inputs, width, STAGES[stage], stride, self.shortcut, layer, name=name)(x)
+            inputs = STAGES[stage]
         x = jnp.mean(x, axis=(1, 2))
         return nn.Dense(self.num_classes, dtype=self.dtype, name="linear")(x)
 

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 import pytest
 import torch
+import zoo
 from safetensors.torch import load_file
 
 from ddnp_jax import models, torch_weights
-from ddnp_jax.compact import compact
+from ddnp_jax.compact import compact, verify
 from ddnp_jax.cost import flops
 from ddnp_jax.masking import apply_masked
 from ddnp_jax.topology import Selection, trace
@@ -230,6 +231,28 @@ def test_the_cut_network_is_the_masked_one_also_in_pytorch(tmp_path, name, kind)
     written_out = pytorch_models.create(name, CLASSES, widths=selection.widths).state_dict()
     wanted = {k: tuple(v.shape) for k, v in written_out.items() if "num_batches" not in k}
     assert {k: v.shape for k, v in load_file(tmp_path / "weights.safetensors").items()} == wanted
+
+
+@pytest.mark.parametrize("widths", ["unequal", "equal"])
+@pytest.mark.parametrize(
+    ("name", "gates"),
+    [
+        *(("resnet20", 12), ("resnet18", 12), ("resnet50", 37), ("mobilenet_v2", 25), ("mobilenet_v2_cifar", 26)),
+        *(("mobilenet_v3_small", 27), ("efficientnet_lite0", 24), ("shufflenet_v2_plus_small", 42)),
+    ],
+)
+def test_residual_streams_are_cut(name, gates, widths):
+    """Blocks add or project their inputs where the unpruned ones do, although a cut makes other shapes equal or not."""
+    attributes = {"shortcut": "projection"} if name == "resnet20" else {}
+    model, shape = models.create(name, num_classes=CLASSES, **attributes), shape_of(name)
+    topology = trace(model, shape, residual=True)
+    assert len(topology.gates) == gates
+    kept = [min(channels, 8) for channels in topology.widths]
+    if widths == "unequal":
+        kept = [channels // 2 + i % 3 for i, channels in enumerate(topology.widths)]
+    variables, selection = zoo.randomized(model, shape), Selection.first(kept)
+    small = compact(model, variables, selection, topology)
+    verify(model, variables, *small, selection, topology, images(shape))
 
 
 @pytest.mark.parametrize("name", BACKBONES)

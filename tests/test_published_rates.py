@@ -2,9 +2,6 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
-import pytest
-import zoo
 
 import ddnp_jax
 from configs import cifar10_r56, imagenet_r50
@@ -85,20 +82,3 @@ def test_hrank_of_resnet56():
     published = [0.1] + [0.6] * 35 + [0.0] * 2 + [0.6] * 6 + [0.4] * 3 + [0.1] + [0.4, 0.1] * 3 + [0.4]
     assert len(published) == 55
     assert list(cifar10_r56.HRANK) == published[1::2]
-
-
-@pytest.mark.parametrize(
-    ("name", "attributes", "shape"),
-    [("resnet50", {}, (64, 64, 3)), ("resnet20", {"shortcut": "projection"}, (16, 16, 3))],
-)
-def test_residual_streams_of_resnets_are_cut(name, attributes, shape):
-    """A block without a projection has none although its stream has fewer channels than the unpruned one's."""
-    model = ddnp_jax.models.create(name, num_classes=10, **attributes)
-    topology = ddnp_jax.trace(model, shape, residual=True)
-    assert len(topology.gates) == {"resnet50": 37, "resnet20": 12}[name]
-    variables = zoo.randomized(model, shape)
-    widths = [channels // 2 + i % 3 for i, channels in enumerate(topology.widths)]
-    selection = ddnp_jax.Selection.first(widths)
-    small = ddnp_jax.compact(model, variables, selection, topology)
-    images = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
-    ddnp_jax.verify(model, variables, *small, selection, topology, images)

@@ -19,14 +19,19 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import default
+from ddnp_jax import methods
 
 # The recipe by which torchvision's checkpoints were trained, a little longer.
 RESNET = {"epochs": 100, "learning_rate": 0.4, "decay_at": (0.3, 0.6, 0.9), "weight_decay": 1e-4}
 # Small networks are not regularized much; the cosine needs no boundaries to be chosen.
 MOBILE = {"epochs": 150, "learning_rate": 0.2, "schedule": "cosine", "weight_decay": 4e-5}
 
-# Scores of images take as many as their authors did, 5 batches of 128, and not the 32,000 of a search.
-SCORES = {name: {"search.images": 640, "search.batch_size": 128} for name in ("taylor", "hrank", "chip", "cc")}
+# Scores of images take 640 of them, as HRank's and CHIP's authors do (5 batches of 128), not the 32,000 of a search.
+SCORES = {
+    name: {"search.images": 640, "search.batch_size": 128}
+    for name, method in methods.METHODS.items()
+    if method.passes and method.steps
+}
 
 # At 64 pixels.
 TINY = {

@@ -116,6 +116,14 @@ def description() -> str:
     return f"{name}, {cores()} cores"
 
 
+@functools.cache
+def has_avx512() -> bool:
+    """Whether the processor is known to have AVX-512; only Linux tells."""
+    with contextlib.suppress(OSError):
+        return "avx512f" in Path("/proc/cpuinfo").read_text()
+    return False
+
+
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddnp_jax.convolutions import FastConvolutions
 from ddnp_jax.interpreter import Change, Interpreter, evaluate
 from ddnp_jax.networks import as_network
 from ddnp_jax.topology import Consumer, Span, Topology
@@ -27,7 +28,7 @@ def apply_masked(
     topology: Topology,
     *,
     observe: Observe | None = None,
-    interpreter: type[Interpreter] = Interpreter,
+    interpreter: type[Interpreter] = FastConvolutions,
 ) -> Any:
     """Applies a network in evaluation mode with masked channels.
 

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from ddnp_jax import data, parallel
+from ddnp_jax.convolutions import with_fast_convolutions
 from ddnp_jax.preemption import PreemptionGuard
 from ddnp_jax.training.steps import Batch, without_leading_axis
 
@@ -32,6 +33,7 @@ def evaluator(
     Returns:
       (variables, indices of images) -> {"top1", "top5"} in percent and the mean cross-entropy "loss".
     """
+    forward = with_fast_convolutions(forward)
 
     def counted(variables: Any, batch: Batch) -> dict[str, jax.Array]:
         pixels, labels = batch

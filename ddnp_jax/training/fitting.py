@@ -12,6 +12,7 @@ import numpy as np
 
 from ddnp_jax import losses, parallel
 from ddnp_jax.compact import check_finite
+from ddnp_jax.convolutions import with_fast_convolutions
 from ddnp_jax.losses import Loss
 from ddnp_jax.networks import Network, Outputs, as_network, picked
 from ddnp_jax.training.steps import Batch, Distillation, Metrics, Step, init_state, sgd, step_rngs, train_step
@@ -131,9 +132,11 @@ def evaluate(
     check_finite(own, network.name)
     check = TargetsCheck(network, own, loss, outputs)
 
+    forward = with_fast_convolutions(network.evaluate)
+
     @jax.jit
     def measure(own: Any, images: jax.Array, targets: Any) -> Metrics:
-        return losses.measure(network.evaluate(own, images), targets, loss, outputs, name=network.name)
+        return losses.measure(forward(own, images), targets, loss, outputs, name=network.name)
 
     counts, found = [], []
     for number, batch in enumerate(batches):

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from ddnp_jax import losses
+from ddnp_jax.convolutions import with_fast_convolutions
 from ddnp_jax.losses import Loss
 from ddnp_jax.networks import Network, Outputs, picked
 from ddnp_jax.parallel import ONE_DEVICE, OVER_DEVICES, Devices
-from ddnp_jax.training.kernel_gradients import with_fast_kernel_gradients
 
 Batch = tuple[Any, Any]  # images, normalized floats (N, H, W, C), and targets
 Metrics = dict[str, jax.Array]
@@ -176,7 +176,7 @@ def train_step(
         parameters: Any, state: TrainState, constants: Any, batch: Batch, rng: jax.Array, batch_axis: str | None
     ) -> tuple[jax.Array, tuple[Metrics, Any]]:
         images, targets = batch
-        train = with_fast_kernel_gradients(functools.partial(network.train, batch_axis=batch_axis))
+        train = with_fast_convolutions(functools.partial(network.train, batch_axis=batch_axis))
         found, variables = train(network.merge(parameters, state.rest), images, rng)
         metrics = losses.measure(found, targets, loss, outputs, label_smoothing, network.name)
         value = metrics["loss"]

@@ -1,4 +1,6 @@
-"""Gradients of convolution kernels on a CPU: equal to PyTorch's and to JAX's, and used where they are meant to be."""
+"""Fast convolutions on a CPU: equal to PyTorch's and to JAX's, and used where they are meant to be."""
+
+import re
 
 import flax.linen as nn
 import jax
@@ -9,9 +11,9 @@ import pytest
 import torch
 from jax import lax
 
-from ddnp_jax import training
+from ddnp_jax import cpu, training
+from ddnp_jax.convolutions import kernel_gradient, packed_convolution, with_fast_convolutions
 from ddnp_jax.networks import as_network
-from ddnp_jax.training.kernel_gradients import kernel_gradient, with_fast_kernel_gradients
 
 rng = np.random.default_rng(0)
 
@@ -53,6 +55,25 @@ def test_gradient_of_a_kernel_against_pytorch(images, map_size, channels, size, 
     )
     found = kernel_gradient(x, gradient, size, padding)
     np.testing.assert_allclose(found, expected.numpy().transpose(2, 3, 1, 0), rtol=1e-4, atol=2e-5 * np.sqrt(x.size))
+
+
+@pytest.mark.parametrize(
+    ("map_size", "channels", "size", "padding"),
+    [
+        ((5, 8), (3, 4), (3, 3), ((1, 1), (1, 1))),
+        ((4, 6), (16, 1), (5, 5), ((2, 2), (2, 2))),
+        ((6, 5), (2, 7), (1, 4), ((0, 0), (0, 0))),  # two columns remain
+        ((3, 8), (1, 2), (3, 6), ((0, 2), (5, 0))),
+        ((4, 7), (5, 5), (3, 3), ((1, 1), (0, 3))),
+    ],
+)
+def test_a_convolution_of_packed_columns_against_pytorch(map_size, channels, size, padding):
+    x, kernel = drawn(3, *map_size, channels[0]), drawn(*size, *channels)
+    (top, bottom), (left, right) = padding
+    padded = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0))).transpose(0, 3, 1, 2)
+    expected = torch.nn.functional.conv2d(torch.tensor(padded), torch.tensor(kernel.transpose(3, 2, 0, 1)))
+    found = packed_convolution(x, kernel, padding)
+    np.testing.assert_allclose(found, expected.numpy().transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-4)
 
 
 @jax.custom_vjp
@@ -100,12 +121,33 @@ def kernels():
     return {name: 0.3 * drawn(*shape) for name, shape in shapes.items()}
 
 
-def test_a_network_has_the_same_value_and_gradient():
+@pytest.fixture(params=[True, False], ids=["AVX-512", "no AVX-512"])
+def avx512(request, monkeypatch):
+    monkeypatch.setattr(cpu, "has_avx512", lambda: request.param)
+    return request.param
+
+
+def test_a_network_has_the_same_value_and_gradient(avx512):
     weights, x = kernels(), drawn(4, 12, 12, 3)
     value, expected = jax.jit(jax.value_and_grad(network, (0, 1)))(weights, x)
-    same, found = jax.jit(jax.value_and_grad(with_fast_kernel_gradients(network), (0, 1)))(weights, x)
+    same, found = jax.jit(jax.value_and_grad(with_fast_convolutions(network), (0, 1)))(weights, x)
     np.testing.assert_allclose(same, value, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, expected)
+
+
+def test_columns_are_packed_where_channels_are_few(avx512):
+    def convolutions(size, *channels, stride=1):
+        weights, x = drawn(*size, *channels), drawn(2, 8, 8, channels[0])
+        function = with_fast_convolutions(lambda x, kernel: jnp.sin(conv(x, kernel, stride)).sum())
+        text = jax.jit(jax.grad(function)).lower(x, weights).as_text()
+        return re.findall(r"stablehlo.convolution\(.*tensor<(\w+)xf32>\) -> tensor<(\w+)xf32>", text)
+
+    packed = [("3x2x6x32", "2x8x4x32"), ("3x2x32x6", "2x8x4x6")]  # the output and the gradient of the input
+    assert convolutions((3, 3), 3, 16) == (packed if avx512 else [("3x3x3x16", "2x8x8x16"), ("3x3x3x16", "2x8x8x3")])
+    assert convolutions((3, 3), 16, 16) == [("3x3x16x16", "2x8x8x16"), ("3x3x16x16", "2x8x8x16")]
+    assert convolutions((3, 3), 3, 17) == [("3x3x3x17", "2x8x8x17"), ("3x3x3x17", "2x8x8x3")]
+    assert convolutions((1, 1), 3, 4) == [("1x1x3x4", "2x8x8x4"), ("1x1x3x4", "2x8x8x3")]
+    assert convolutions((3, 3), 3, 4, stride=2)[0] == ("3x3x3x4", "2x4x4x4")
 
 
 def test_only_covered_convolutions_have_another_gradient():
@@ -115,7 +157,7 @@ def test_only_covered_convolutions_have_another_gradient():
         return jax.jit(jax.grad(function)).lower(weights, x).as_text().count("stablehlo.convolution(")
 
     # The four covered ones have no convolution for their kernel's gradient: plain, jit, checkpoint and pointwise.
-    assert convolutions(network) - convolutions(with_fast_kernel_gradients(network)) == 4
+    assert convolutions(network) - convolutions(with_fast_convolutions(network)) == 4
 
 
 class TwoLayers(nn.Module):

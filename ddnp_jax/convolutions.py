@@ -35,34 +35,34 @@ def with_fast_convolutions(function: Callable[..., Any]) -> Callable[..., Any]:
     """Returns the same function, whose convolutions and their gradients are faster on a CPU.
 
     Only float32 convolutions over two dimensions with stride 1 are computed differently: not grouped or dilated ones,
-    nor those inside loops, branches and functions with derivatives of their own. The result differs by rounding, and
-    next to an infinite value it may be NaN. Supports reverse-mode differentiation only.
+    nor those inside loops, branches and functions with derivatives of their own, nor arrays with explicit sharding. The
+    result differs by rounding, and next to an infinite value it may be NaN. Supports reverse-mode differentiation only.
 
     Args:
       function: A function of arrays that JAX can trace.
     """
 
     def run(*args: Any) -> Any:
-        return evaluate(function, FastConvolutions(), *args)
+        return evaluate(function, _FastConvolutions(), *args)
 
     return run
 
 
-class FastConvolutions(Interpreter):
+class _FastConvolutions(Interpreter):
     """Evaluates a program with fast convolutions, see `with_fast_convolutions`."""
 
     def _is_unchanged(self, first: int, end: int) -> bool:
         return first == end  # no convolution or matrix product
 
     def _enter(self, eqn: core.JaxprEqn, program: Any, operands: list[Any], first: int) -> list[Any]:
-        is_unchanged = super()._is_unchanged(first, first + jaxprs.count(eqn))
-        if is_unchanged and eqn.primitive.name in jaxprs.DIFFERENTIATED:
+        if eqn.primitive.name in jaxprs.DIFFERENTIATED:
             return super().compute(program[0], eqn, operands)
         return super()._enter(eqn, program, operands, first)
 
     def compute(self, jaxpr: core.Jaxpr, eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
         """Computes one equation."""
-        return [_convolve(eqn, *operands)] if _is_covered(eqn) else super().compute(jaxpr, eqn, operands)
+        is_fast = _is_covered(eqn) and not any(map(_is_sharded, operands))
+        return [_convolve(eqn, *operands)] if is_fast else super().compute(jaxpr, eqn, operands)
 
 
 def _is_covered(eqn: core.JaxprEqn) -> bool:
@@ -79,6 +79,7 @@ def _is_covered(eqn: core.JaxprEqn) -> bool:
     }
     return (
         all(given[name] == value for name, value in covered.items())
+        and all(0 not in jaxprs.shape_of(atom) for atom in (*eqn.invars, *eqn.outvars))
         and min(map(min, given["padding"])) >= 0
         # On lower maps, most rows of the kernel gradient's matrix product would be padding.
         and jaxprs.shape_of(eqn.outvars[0])[1] >= jaxprs.shape_of(eqn.invars[1])[0]
@@ -86,15 +87,25 @@ def _is_covered(eqn: core.JaxprEqn) -> bool:
     )
 
 
+def _is_sharded(x: Any) -> bool:
+    """Whether the type of an array says which devices hold it: its axes cannot be split or joined then."""
+    return any(axis is not None for axis in jax.typeof(x).sharding.spec)
+
+
 def _convolve(eqn: core.JaxprEqn, x: jax.Array, kernel: jax.Array) -> jax.Array:
     form = _Convolution(eqn)
+    scope = str(eqn.source_info.name_stack) or eqn.primitive.name  # the layer's, for profiles
+
+    def output(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        with jax.named_scope(scope):
+            return form.output(x, kernel)
 
     def backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x, kernel = saved
-        return form.gradient_of_input(gradient, kernel), form.gradient_of_kernel(x, gradient)
+        with jax.named_scope(scope):
+            return form.gradient_of_input(gradient, *saved), form.gradient_of_kernel(gradient, *saved)
 
-    convolve = jax.custom_vjp(form.output)
-    convolve.defvjp(lambda x, kernel: (form.output(x, kernel), (x, kernel)), backward)
+    convolve = jax.custom_vjp(output)
+    convolve.defvjp(lambda x, kernel: (output(x, kernel), (x, kernel)), backward)
     return convolve(x, kernel)
 
 
@@ -103,8 +114,8 @@ class _Convolution:
 
     def __init__(self, eqn: core.JaxprEqn) -> None:
         self._eqn = eqn
-        self._x, self._kernel = (jax.ShapeDtypeStruct(jaxprs.shape_of(atom), jnp.float32) for atom in eqn.invars)
-        self._size = self._kernel.shape[:2]
+        rows, columns, *_ = jaxprs.shape_of(eqn.invars[1])
+        self._size = (rows, columns)
         self._padding: Padding = eqn.params["padding"]
 
     def output(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -114,25 +125,25 @@ class _Convolution:
         packed = functools.partial(packed_convolution, padding=self._padding)
         return lax.platform_dependent(x, kernel, cpu=packed, default=self._native)
 
-    def gradient_of_input(self, gradient: jax.Array, kernel: jax.Array) -> jax.Array:
+    def gradient_of_input(self, gradient: jax.Array, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """The gradient (N, H, W, C) for that of the output (N, H', W', D)."""
         padding = [(n - 1 - a, n - 1 - b) for n, (a, b) in zip(self._size, self._padding, strict=True)]
 
         def native(gradient: jax.Array, kernel: jax.Array) -> jax.Array:
-            return jax.linear_transpose(lambda x: self._native(x, kernel), self._x)(gradient)[0]
+            return jax.linear_transpose(lambda x: self._native(x, kernel), x)(gradient)[0]
 
         def packed(gradient: jax.Array, kernel: jax.Array) -> jax.Array:
             return packed_convolution(gradient, jnp.flip(kernel, (0, 1)).swapaxes(2, 3), padding)
 
-        if not _is_packed(kernel.shape, self._x.shape[2], padding):
+        if not _is_packed(kernel.shape, x.shape[2], padding):
             return native(gradient, kernel)
         return lax.platform_dependent(gradient, kernel, cpu=packed, default=native)
 
-    def gradient_of_kernel(self, x: jax.Array, gradient: jax.Array) -> jax.Array:
+    def gradient_of_kernel(self, gradient: jax.Array, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """The gradient (h, w, C, D) for that of the output (N, H', W', D)."""
 
         def native(x: jax.Array, gradient: jax.Array) -> jax.Array:
-            return jax.linear_transpose(lambda kernel: self._native(x, kernel), self._kernel)(gradient)[0]
+            return jax.linear_transpose(lambda kernel: self._native(x, kernel), kernel)(gradient)[0]
 
         def matrix_products(x: jax.Array, gradient: jax.Array) -> jax.Array:
             with jax.named_scope(KERNEL_GRADIENT):
@@ -206,7 +217,9 @@ def kernel_gradient(x: jax.Array, gradient: jax.Array, size: tuple[int, int], pa
     def add(total: jax.Array, some: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         return total + _of_part(some[0], some[1], size, padding), None
 
-    return lax.scan(add, jnp.zeros((*size, x.shape[-1], channels), x.dtype), (parts(x), parts(gradient)))[0]
+    # In `jax.shard_map` the sum's type has the axes along which it varies. This product is not computed.
+    zeros = jnp.zeros_like(_of_part(x[:part], gradient[:part], size, padding))
+    return lax.scan(add, zeros, (parts(x), parts(gradient)))[0]
 
 
 def _of_part(x: jax.Array, gradient: jax.Array, size: tuple[int, int], padding: Padding) -> jax.Array:

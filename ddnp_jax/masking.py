@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddnp_jax.convolutions import FastConvolutions
 from ddnp_jax.interpreter import Change, Interpreter, evaluate
 from ddnp_jax.networks import as_network
 from ddnp_jax.topology import Consumer, Span, Topology
@@ -28,7 +27,7 @@ def apply_masked(
     topology: Topology,
     *,
     observe: Observe | None = None,
-    interpreter: type[Interpreter] = FastConvolutions,
+    interpreter: type[Interpreter] = Interpreter,
 ) -> Any:
     """Applies a network in evaluation mode with masked channels.
 

@@ -3,11 +3,12 @@
     python -m experiments.profile [--network=resnet56] [--stage=search] [--batch_size=128] [--steps=3] [--longest=12]
 
 The steps are those of `experiments.benchmark`. Everything runs on one core and in one thread, so that the times of the
-operations add up to the step's. The time of an operation does not include the operations inside it (of a loop). XLA
+operations add up to that of the compiled program. The time of an operation does not include the operations inside it
+(of a loop). XLA
 fuses elementwise operations into the convolutions before and behind them, whose time then includes theirs.
 
-Times are XLA's and PyTorch's own, by their profilers, which slow a step down by a few percent. For CPUs only; PyTorch
-is left out where it is not installed.
+Times are XLA's and PyTorch's own, by their profilers, which slow a step down by a few percent. For CPUs and
+Linux only; PyTorch is left out where it is not installed.
 """
 
 import argparse
@@ -81,7 +82,7 @@ def operations(program: str, network: str) -> dict[str, Operation]:
         name, shape, opcode = _INSTRUCTION.match(line).groups()  # type: ignore[union-attr]
         fused = re.search(r"calls=%?([\w.-]+)", line)
         parts = [line, *(lines[fused[1]] if fused else [])]
-        found[name] = Operation(*_kind(parts, opcode, network), shape.split("{")[0])
+        found[name] = Operation(*_kind(parts, opcode, network), re.sub(r"\{[^}]*\}", "", shape))
     return found
 
 
@@ -96,7 +97,10 @@ def _kind(parts: Sequence[str], opcode: str, network: str) -> tuple[str, str]:
         return GRADIENTS, "gradient of the kernel"
     if "convolution" in opcodes or _DEPTHWISE in text:
         labels = re.search(r"dim_labels=\w+->(\w+)", text)
-        if labels and not labels[1].startswith("b"):
+        # Of a convolution with stride, XLA gives the gradients names of their own and changes their axes.
+        if "base-dilated" in text:
+            return GRADIENTS, "gradient of the input"
+        if "window-dilated" in text or (labels and not labels[1].startswith("b")):
             return GRADIENTS, "gradient of the kernel"
         return (GRADIENTS, "gradient of the input") if "transpose(" in path else (OUTPUTS, "output")
     if opcodes <= {"fusion", "copy", "transpose", "bitcast", "parameter", "reverse"}:
@@ -177,10 +181,15 @@ def _class_of(network: str) -> str:
 _PYTORCH = {
     OUTPUTS: r"aten::(mkldnn_|_)?convolution|aten::(_?conv_depthwise|thnn_conv|slow_conv|_slow_conv)\w*",
     GRADIENTS: r"aten::convolution_backward",
-    NORMALIZATION: r"aten::(native_batch_norm|clamp|hardtanh|threshold|relu|add|mul|sum|\w*pool|mean|hard|silu)\w*",
     MATRIX_PRODUCTS: r"aten::(addmm|mm|matmul|bmm)",
+    NORMALIZATION: r"aten::((native_batch_norm|clamp|hard|threshold|relu|\w*pool|mean|silu)\w*|(add|mul|sum)_?)",
     COPIES: r"aten::(copy_|cat|_to_copy|clone|contiguous)",
 }
+
+
+def kind_in_pytorch(operator: str) -> str:
+    """The kind of an operator of PyTorch, by its name."""
+    return next((kind for kind, names in _PYTORCH.items() if re.fullmatch(names, operator)), OTHER)
 
 
 def profile_pytorch(stage: str, network: str, batch_size: int, steps: int) -> dict[str, float]:
@@ -195,8 +204,7 @@ def profile_pytorch(stage: str, network: str, batch_size: int, steps: int) -> di
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
             candidate.run_round()
         for event in trace.key_averages():
-            kind = next((kind for kind, names in _PYTORCH.items() if re.fullmatch(names, event.key)), OTHER)
-            result[kind] += event.self_cpu_time_total / 1e3 / steps
+            result[kind_in_pytorch(event.key)] += event.self_cpu_time_total / 1e3 / steps
     return result
 
 

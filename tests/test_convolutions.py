@@ -10,6 +10,8 @@ import optax
 import pytest
 import torch
 from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from ddnp_jax import cpu, training
 from ddnp_jax.convolutions import kernel_gradient, packed_convolution, with_fast_convolutions
@@ -148,6 +150,31 @@ def test_columns_are_packed_where_channels_are_few(avx512):
     assert convolutions((3, 3), 3, 17) == [("3x3x3x17", "2x8x8x17"), ("3x3x3x17", "2x8x8x3")]
     assert convolutions((1, 1), 3, 4) == [("1x1x3x4", "2x8x8x4"), ("1x1x3x4", "2x8x8x3")]
     assert convolutions((3, 3), 3, 4, stride=2)[0] == ("3x3x3x4", "2x4x4x4")
+
+
+def test_gradients_in_shard_map(avx512):
+    """With JAX's check of what varies over devices, which the library's own steps do not use."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    x, kernel = drawn(4, 16, 16, 3), drawn(3, 3, 3, 5)
+
+    def gradients(function):
+        mapped = jax.shard_map(jax.grad(function, (0, 1)), mesh=mesh, in_specs=(P("d"), P()), out_specs=(P("d"), P()))
+        return jax.jit(mapped)(x, kernel)
+
+    def loss(x, kernel):
+        return jnp.sin(conv(x, kernel)).sum()
+
+    for found, expected in zip(gradients(with_fast_convolutions(loss)), gradients(loss), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_arrays_without_elements(avx512):
+    gradient = jax.grad(with_fast_convolutions(lambda x, kernel: conv(x, kernel).sum()), (0, 1))
+    of_x, of_kernel = gradient(drawn(0, 8, 8, 3), drawn(3, 3, 3, 4))
+    assert of_x.shape == (0, 8, 8, 3)
+    np.testing.assert_array_equal(of_kernel, np.zeros((3, 3, 3, 4)))
+    no_column = with_fast_convolutions(lambda x, kernel: conv(x, kernel, padding="VALID"))
+    assert no_column(drawn(2, 8, 1, 3), drawn(3, 3, 3, 4)).shape == (2, 6, 0, 4)
 
 
 def test_only_covered_convolutions_have_another_gradient():

@@ -36,7 +36,7 @@ ENTRY %main (x: f32[2,4,4,3], k: f32[3,3,3,5]) -> f32[8,4] {
   %conv.8 = f32[3,3,3,5]{3,2,1,0} convolution(%x, %x), dim_labels=f01b_i01o->01bf, metadata={op_name="transpose()"}
   %dot.1 = f32[8,8]{1,0} dot(%fusion.1, %fusion.1), metadata={op_name="jit(chunk)/jvp(Net)/dense"}
   %copy.416 = f32[8,4]{0,1} copy(%fusion.1)
-  %while.1 = (s32[], f32[8,4]) while(%fusion.1), condition=%c, body=%b, metadata={op_name="jit(chunk)/scan"}
+  %while.1 = (s32[], f32[8,4]{1,0}) while(%fusion.1), condition=%c, body=%b, metadata={op_name="jit(chunk)/scan"}
 }
 """
 
@@ -59,6 +59,7 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.BatchNorm(use_running_average=False)(nn.Conv(40, (3, 3))(x))
+        x = nn.Conv(40, (5, 5), strides=2)(x)
         return nn.Conv(40, (3, 3), feature_group_count=40, conv_general_dilated=depthwise_conv)(nn.relu(x)).mean((1, 2))
 
 
@@ -75,6 +76,9 @@ def test_operations_of_a_training_step():
     assert {o.detail for o in found if o.kind == GRADIENTS} == {"gradient of the input", "gradient of the kernel"}
     assert Operation(OUTPUTS, "output", "f32[4,8,8,40]") in found
     assert Operation(GRADIENTS, "gradient of the input", "f32[4,8,8,20]") in found
+    assert Operation(GRADIENTS, "gradient of the kernel", "f32[40,5,5,40]") in found  # of the one with stride
+    assert Operation(GRADIENTS, "gradient of the input", "f32[4,8,8,40]") in found
+    assert Operation(OUTPUTS, "output", "f32[4,4,4,40]") in found
     assert {o.detail for o in found if o.shape == "f32[60,120]"} - {COPIES} == {"gradient of the kernel"}
 
 
@@ -82,6 +86,19 @@ def test_times_are_without_those_of_the_operations_inside():
     events = [Event("while", 0, 100), Event("dot", 10, 20), Event("dot", 40, 30), Event("add", 45, 5)]
     events += [Event("dot", 100, 7)]
     assert profile.self_times(reversed(events)) == {"while": 50, "dot": 20 + 25 + 7, "add": 5}
+
+
+def test_operators_of_pytorch():
+    kinds = {
+        "aten::addmm": MATRIX_PRODUCTS,
+        "aten::add_": NORMALIZATION,
+        "aten::native_batch_norm_backward": NORMALIZATION,
+        "aten::mkldnn_convolution": OUTPUTS,
+        "aten::convolution_backward": GRADIENTS,
+        "aten::copy_": COPIES,
+        "aten::multinomial": OTHER,
+    }
+    assert {name: profile.kind_in_pytorch(name) for name in kinds} == kinds
 
 
 def test_tables():

@@ -93,7 +93,7 @@ def figure(panels: Sequence[Sequence[Report]], where: str) -> Figure:
         axes = report.plain_axes(drawn, 1, len(panels), place)
         pareto.draw(axes, lines_of(runs), styles, pareto.latency_kept, f"latency kept (%), {where}")
         axes.set_title(about(runs), fontsize=10)
-    pareto.add_legend(drawn, columns=4 * len(panels))
+    pareto.add_legend(drawn)
     return drawn
 
 

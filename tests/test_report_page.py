@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from test_report import CONTROL, EXPORTS, OTHERS, REPORT, ROOT, SEARCH, changed
 
@@ -320,6 +321,26 @@ def test_networks_and_data_sets_are_compared_with_their_own():
         "resnet20 on CIFAR-10 (JPEG)",
     ]
     assert [len(each.all("svg")) for each in found.all("section")] == [0, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("form", ["", "a-form-with-a-long-name"])
+def test_the_legend_is_within_the_figure(form):
+    lines = [[changed(method=name, variant=form or name)] for name in ("magnitude", "bn_scale", *"abcdefghi")]
+    for plot in pareto.plots(lines, pareto.styles(runs[0].method_name for runs in lines)):
+        canvas = FigureCanvasAgg(plot.figure)
+        canvas.draw()
+        (legend,) = plot.figure.legends
+        box, whole = legend.get_window_extent(), plot.figure.bbox
+        assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 and box.y1 <= whole.y1
+        assert len({round(text.get_window_extent().x0) for text in legend.get_texts()}) == (2 if form else 4)
+
+
+@pytest.mark.parametrize(
+    ("variant", "name"),
+    [("default", "ddnp"), ("ddnp", "ddnp"), ("authors", "ddnp (authors)"), ("62,ddnp", "ddnp (62)")],
+)
+def test_the_name_of_a_method(variant, name):
+    assert changed(variant=variant).method_name == name
 
 
 def drawn(lines):

@@ -19,6 +19,7 @@ LEGEND = (
     "measured interleaved with it: milliseconds of different runs depend on other load on the machine."
 )
 _COLORS, _MARKERS = figures.COLORS[:-1], "os^DvPX"  # 6 and 7: no two of 42 methods look the same; black is the base's
+_LEGEND_INCHES = (0.65, 0.072)  # width of a column of the legend: of its marker, and of each letter
 
 Style = tuple[str, str]  # color and marker
 
@@ -98,10 +99,12 @@ def draw(
     axes.set_ylabel("top-1 accuracy (%)")
 
 
-def add_legend(figure: Figure, columns: int = 3) -> None:
-    """Adds a legend below all plots of a figure, with each method once."""
+def add_legend(figure: Figure) -> None:
+    """Adds a legend below all plots of a figure, with each method once, in as many columns as fit."""
     entries = itertools.chain(*(zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes))
     handles = {label: handle for handle, label in entries}
+    longest = _LEGEND_INCHES[0] + _LEGEND_INCHES[1] * max(map(len, handles))
+    columns = max(int(figure.get_figwidth() / longest), 1)
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
     )

@@ -168,8 +168,9 @@ class Report:
 
     @property
     def method_name(self) -> str:
-        """The method, and its form where that has a name of its own."""
-        return self.method if self.variant in ("default", self.method) else f"{self.method} ({self.variant})"
+        """The method, and the names of its form that are not the method's own."""
+        forms = [name for name in self.variant.split(",") if name not in ("default", self.method)]
+        return f"{self.method} ({','.join(forms)})" if forms else self.method
 
     @property
     def p_name(self) -> str:

@@ -133,14 +133,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for stage in flags.only:
         if stage not in STAGES:
             raise ValueError(f"--only={stage!r} is unknown; use {', '.join(STAGES)}, separated by commas.")
-    for name, known in (("network", NETWORKS), ("precision", PRECISIONS)):
-        if getattr(flags, name) not in known:
-            raise ValueError(f"--{name}={getattr(flags, name)!r} is unknown; use one of {', '.join(known)}.")
-    if flags.batch_size is None:
-        flags.batch_size = NETWORKS[flags.network].batch_size
-    for name in ("batch_size", "rounds"):
-        if getattr(flags, name) < 1:
-            raise ValueError(f"--{name}={getattr(flags, name)} must be at least 1.")
+    steps.check_flags(flags, {"precision": PRECISIONS}, counts=("rounds",))
     if flags.json and not flags.json.parent.is_dir():
         raise ValueError(f"--json={flags.json}: there is no folder {flags.json.parent}; make it first.")
     if flags.json and flags.json.is_dir():

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from experiments import launch
-from experiments.steps import NETWORKS, OURS, ours, pytorch
+from experiments.steps import NETWORKS, OURS, check_flags, ours, pytorch
 
 # JAX and PyTorch are imported after the process is restricted to one core.
 
@@ -248,14 +248,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="steps that are profiled")
     parser.add_argument("--longest", type=int, default=12, help="rows of the second table")
     flags = parser.parse_args(arguments)
-    for name, known in (("network", NETWORKS), ("stage", OURS)):
-        if getattr(flags, name) not in known:
-            raise ValueError(f"--{name}={getattr(flags, name)!r} is unknown; use one of {', '.join(known)}.")
-    if flags.batch_size is None:
-        flags.batch_size = NETWORKS[flags.network].batch_size
-    for name in ("batch_size", "steps", "longest"):
-        if getattr(flags, name) < 1:
-            raise ValueError(f"--{name}={getattr(flags, name)} must be at least 1.")
+    check_flags(flags, {"stage": OURS}, counts=("steps", "longest"))
     return flags
 
 

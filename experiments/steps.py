@@ -6,9 +6,10 @@ the backbone's part, with the normalized batch already on the device: forward an
 network; forward, backward and SGD with momentum; forward.
 """
 
+import argparse
 import importlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -53,6 +54,27 @@ OURS = {
     "evaluation": {"evaluation": ""},
 }
 BATCH_SIZE = {"search": "search.batch_size", "training": "base.batch_size", "evaluation": "eval_batch_size"}
+
+
+def check_flags(flags: argparse.Namespace, known: Mapping[str, Collection[str]], counts: Collection[str]) -> None:
+    """Checks flags of a command that measures steps; `batch_size` becomes the network's where it is not given.
+
+    Args:
+      flags: The flags, with `network` and `batch_size`.
+      known: Values that flags may have, by name.
+      counts: Names of the flags that must be at least 1, beside `batch_size`.
+
+    Raises:
+      ValueError: Names the flag.
+    """
+    for name, values in {"network": NETWORKS, **known}.items():
+        if getattr(flags, name) not in values:
+            raise ValueError(f"--{name}={getattr(flags, name)!r} is unknown; use one of {', '.join(values)}.")
+    if flags.batch_size is None:
+        flags.batch_size = NETWORKS[flags.network].batch_size
+    for name in ("batch_size", *counts):
+        if getattr(flags, name) < 1:
+            raise ValueError(f"--{name}={getattr(flags, name)} must be at least 1.")
 
 
 def steps_per_turn(platform: str) -> int:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -15,6 +16,7 @@ from ddnp_jax.models.layers import depthwise_conv
 from experiments import profile
 from experiments.profile import COPIES, GRADIENTS, MATRIX_PRODUCTS, NORMALIZATION, OTHER, OUTPUTS, Event, Operation
 
+ROOT = Path(__file__).parents[1]
 PROGRAM = """HloModule jit_chunk
 
 %fused_computation.1 (param_0: f32[8,4]) -> f32[8,4] {
@@ -136,7 +138,7 @@ def test_the_command_profiles_both():
     command = [sys.executable, "-m", "experiments.profile", "--stage=evaluation", "--batch_size=2", "--steps=1"]
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     environment = {**os.environ, "XLA_FLAGS": flags}
-    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=environment)
     assert result.stdout.startswith("resnet56, evaluation, 2 images, one core.\n\n| operations ")
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in result.stdout.splitlines()[2:11]]
     times = {row[0]: (float(row[1]), float(row[3])) for row in cells[2:]}

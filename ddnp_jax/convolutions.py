@@ -28,7 +28,7 @@ Padding = Sequence[tuple[int, int]]
 KERNEL_GRADIENT = "kernel_gradient"  # scope of these operations in profiles
 _VECTOR = 16  # numbers in a vector of AVX-512
 _LEAST_PIXELS = 256  # of a matrix product: with fewer, adding up its results takes longer than computing them
-_NHWC = ("NHWC", "HWIO", "NHWC")
+_NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))  # kernels: HWIO
 
 
 def with_fast_convolutions(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,7 +75,7 @@ def _is_covered(eqn: core.JaxprEqn) -> bool:
         "rhs_dilation": (1, 1),
         "feature_group_count": 1,
         "batch_group_count": 1,
-        "dimension_numbers": lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2)),  # as _NHWC
+        "dimension_numbers": _NHWC,
     }
     return (
         all(given[name] == value for name, value in covered.items())

@@ -109,19 +109,22 @@ def flags(fusions: str) -> list[str]:
 
 def description() -> str:
     """The processor's name, as the system gives it, and the cores that this process may use."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):  # only Linux has this file; `platform` knows no name there
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    name = _cpuinfo("model name") or platform.processor() or platform.machine()
     return f"{name}, {cores()} cores"
 
 
 @functools.cache
 def has_avx512() -> bool:
-    """Whether the processor is known to have AVX-512; only Linux tells."""
+    """Whether the processor is known to have AVX-512."""
+    return "avx512f" in _cpuinfo("flags").split()
+
+
+def _cpuinfo(field: str) -> str:
+    """What Linux says of its first processor; "" for an unknown field and on other systems."""
     with contextlib.suppress(OSError):
-        return "avx512f" in Path("/proc/cpuinfo").read_text()
-    return False
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
+    return ""
 
 
 def cores() -> int:

@@ -4,15 +4,16 @@
 
 The steps are those of `experiments.benchmark`. Everything runs on one core and in one thread, so that the times of the
 operations add up to that of the compiled program. The time of an operation does not include the operations inside it
-(of a loop). XLA
-fuses elementwise operations into the convolutions before and behind them, whose time then includes theirs.
+(of a loop). XLA fuses elementwise operations into the convolutions before and behind them, whose time then includes
+theirs.
 
-Times are XLA's and PyTorch's own, by their profilers, which slow a step down by a few percent. For CPUs and
-Linux only; PyTorch is left out where it is not installed.
+Times are XLA's and PyTorch's own, by their profilers. For CPUs and Linux only; PyTorch is left out where it is not
+installed.
 """
 
 import argparse
 import importlib.util
+import itertools
 import multiprocessing
 import os
 import re
@@ -32,7 +33,6 @@ OUTPUTS, GRADIENTS = "convolutions: outputs", "convolutions: gradients"
 NORMALIZATION = "normalization, activations, additions"
 MATRIX_PRODUCTS, COPIES, OTHER = "matrix products", "copies and transposes", "other"
 KINDS = (OUTPUTS, GRADIENTS, NORMALIZATION, MATRIX_PRODUCTS, COPIES, OTHER)
-
 
 Result = TypeVar("Result")
 
@@ -59,7 +59,7 @@ class Event(NamedTuple):
     duration: float
 
 
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\(")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\(")  # name, shape, opcode
 _DEPTHWISE = "jit(_shifted_sum)"  # a depthwise convolution on a CPU, see `ddnp_jax.models.layers`
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 
@@ -71,28 +71,27 @@ def operations(program: str, network: str) -> dict[str, Operation]:
       program: The program's text (HLO, after optimization).
       network: Name of the network's class, by which its operations are told from others.
     """
-    lines: dict[str, list[str]] = {}  # of computations
+    computations: dict[str, list[re.Match[str]]] = {}  # their instructions
     for line in program.splitlines():
         if start := _COMPUTATION.match(line):
-            inside = lines.setdefault(start[1], [])
-        elif _INSTRUCTION.match(line):
-            inside.append(line)
+            inside = computations.setdefault(start[1], [])
+        elif instruction := _INSTRUCTION.match(line):
+            inside.append(instruction)
     found = {}
-    for line in (line for computation in lines.values() for line in computation):
-        name, shape, opcode = _INSTRUCTION.match(line).groups()  # type: ignore[union-attr]
-        fused = re.search(r"calls=%?([\w.-]+)", line)
-        parts = [line, *(lines[fused[1]] if fused else [])]
-        found[name] = Operation(*_kind(parts, opcode, network), re.sub(r"\{[^}]*\}", "", shape))
+    for instruction in itertools.chain(*computations.values()):
+        fused = re.search(r"calls=%?([\w.-]+)", instruction.string)
+        parts = [instruction, *(computations[fused[1]] if fused else [])]
+        found[instruction[1]] = Operation(*_kind(parts, network), re.sub(r"\{[^}]*\}", "", instruction[2]))
     return found
 
 
-def _kind(parts: Sequence[str], opcode: str, network: str) -> tuple[str, str]:
-    """Kind and detail of an operation, from the lines of its instruction and of what is fused into it."""
+def _kind(parts: Sequence[re.Match[str]], network: str) -> tuple[str, str]:
+    """Kind and detail of an operation, from its instruction and those that are fused into it."""
     from ddnp_jax.convolutions import KERNEL_GRADIENT
 
-    text = "\n".join(parts)
-    opcodes = {match[3] for part in parts if (match := _INSTRUCTION.match(part))}
-    path = match[1] if (match := re.search(r'op_name="([^"]*)"', parts[0])) else ""
+    text = "\n".join(part.string for part in parts)
+    opcodes = {part[3] for part in parts}
+    path = match[1] if (match := re.search(r'op_name="([^"]*)"', parts[0].string)) else ""
     if KERNEL_GRADIENT in text:
         return GRADIENTS, "gradient of the kernel"
     if "convolution" in opcodes or _DEPTHWISE in text:

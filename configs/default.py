@@ -55,6 +55,7 @@ SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "hrank": ("hrank", {}),
     "chip": ("chip", {}),
     "cc": ("cc", {}),
+    "stored": ("stored", {}),
 }
 
 

@@ -121,7 +121,7 @@ def test_fields_set_in_commands_are_those_of_some_method():
     text = "\n".join(page.read_text() for page in [*PAGES, *ROOT.glob("results/*/README.md")])
     named = set(re.findall(r"--config\.([\w.]*\w)", text))
     assert {"budget.p", "search.width_optimizer.learning_rate"} < named
-    configs = [cifar10_r56.get_config(method) for method in ("ddnp", "nppm", "chip")]
+    configs = [cifar10_r56.get_config(method) for method in ("ddnp", "nppm", "chip", "stored")]
     known = {name for config in configs for name in fields_of(config)}
     assert not named - known
 

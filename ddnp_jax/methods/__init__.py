@@ -14,7 +14,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from ddnp_jax.methods import allocations, scores
+from ddnp_jax.methods import allocations, scores, stored
 from ddnp_jax.methods.base import (
     AdamW,
     Importance,
@@ -92,6 +92,7 @@ METHODS: dict[str, Method] = {
     "hrank": _scoring("hrank", steps=10),
     "chip": _scoring("chip", steps=10),
     "cc": _scoring("cc", steps=10, allocation="cc"),
+    "stored": Method(stored.Fields, stored.build, steps=0, passes=1),
 }
 
 

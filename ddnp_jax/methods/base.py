@@ -126,6 +126,11 @@ class Survey(NamedTuple):
     then: Callable[[Sequence[np.ndarray]], "Search"]
 
 
+def no_step(*_: Any, **__: Any) -> Any:
+    """The step of a search that has none; never called."""
+    raise RuntimeError("a method that needs no images has no search step.")
+
+
 class Search(NamedTuple):
     """A method's search over batches, as pure functions.
 

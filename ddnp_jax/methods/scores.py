@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddnp_jax.methods.allocations import ALLOCATIONS
-from ddnp_jax.methods.base import Importance, Measured, Problem, Search
+from ddnp_jax.methods.base import Importance, Measured, Problem, Search, no_step
 from ddnp_jax.methods.evidence import Evidence
 from ddnp_jax.parallel import ONE_DEVICE, Devices
 
@@ -230,11 +230,7 @@ def _of_weights(score: Score, problem: Problem) -> Search:
         evidence = Evidence(problem.topology, problem.variables, np.random.default_rng(np.asarray(state)))
         return tuple(np.asarray(score.of(evidence, gate)) for gate in range(len(problem.topology.gates))), None
 
-    return Search(steps=0, init=jax.random.key_data, step=_no_step, propose=propose)
-
-
-def _no_step(*_: Any, **__: Any) -> Any:
-    raise RuntimeError("a score that needs no images has no search step.")
+    return Search(steps=0, init=jax.random.key_data, step=no_step, propose=propose)
 
 
 def _over_images(score: Score, problem: Problem) -> Search:

@@ -204,12 +204,13 @@ def verify(
     check_finite(variables, "the network")
     check_finite(small_variables, "the smaller network")
     masks = selection.masks(topology)
-    masked = jax.jit(lambda v, x: apply_masked(model, v, x, masks, topology, interpreter=FullPrecision))
+    # The masks are arguments, so that the cache of compiled programs has one program for all selections.
+    masked = jax.jit(lambda v, x, masks: apply_masked(model, v, x, masks, topology, interpreter=FullPrecision))
     cut = jax.jit(lambda v, x: evaluate(small.evaluate, FullPrecision(), v, x))
     images = jnp.asarray(images)
     pairs = [
         [np.asarray(leaf) for leaf in jax.tree.leaves(found if outputs is None else picked(found, outputs))]
-        for found in (masked(variables, images), cut(small_variables, images))
+        for found in (masked(variables, images, masks), cut(small_variables, images))
     ]
     return compare_outputs(list(zip(*pairs, strict=True)), tolerance, "the smaller network", "the masked one")
 

@@ -233,6 +233,14 @@ def test_the_cut_network_is_the_masked_one_also_in_pytorch(tmp_path, name, kind)
     assert {k: v.shape for k, v in load_file(tmp_path / "weights.safetensors").items()} == wanted
 
 
+@functools.cache
+def residual_network(name):
+    """The network with random weights and statistics, and its topology with gates in the residual streams."""
+    attributes = {"shortcut": "projection"} if name == "resnet20" else {}
+    model, shape = models.create(name, num_classes=CLASSES, **attributes), shape_of(name)
+    return model, zoo.randomized(model, shape), trace(model, shape, residual=True)
+
+
 @pytest.mark.parametrize("widths", ["unequal", "equal"])
 @pytest.mark.parametrize(
     ("name", "gates"),
@@ -243,16 +251,14 @@ def test_the_cut_network_is_the_masked_one_also_in_pytorch(tmp_path, name, kind)
 )
 def test_residual_streams_are_cut(name, gates, widths):
     """Blocks add or project their inputs where the unpruned ones do, although a cut makes other shapes equal or not."""
-    attributes = {"shortcut": "projection"} if name == "resnet20" else {}
-    model, shape = models.create(name, num_classes=CLASSES, **attributes), shape_of(name)
-    topology = trace(model, shape, residual=True)
+    model, variables, topology = residual_network(name)
     assert len(topology.gates) == gates
     kept = [min(channels, 8) for channels in topology.widths]
     if widths == "unequal":
         kept = [channels // 2 + i % 3 for i, channels in enumerate(topology.widths)]
-    variables, selection = zoo.randomized(model, shape), Selection.first(kept)
+    selection = Selection.first(kept)
     small = compact(model, variables, selection, topology)
-    verify(model, variables, *small, selection, topology, images(shape))
+    verify(model, variables, *small, selection, topology, images(shape_of(name)))
 
 
 @pytest.mark.parametrize("name", BACKBONES)

@@ -539,7 +539,9 @@ def test_selection_keeps_the_best_ranked_channels_within_the_budget():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match=r"^method='dnp' is unknown; choose one of .*ddnp.*magnitude.*taylor.*cc, stored\.$"):
+    with pytest.raises(
+        ValueError, match=r"^method='dnp' is unknown; choose one of .*ddnp.*magnitude.*taylor.*cc, stored\.$"
+    ):
         methods.build("dnp", make_problem())
     with pytest.raises(ValueError) as error:
         methods.configure("ddnp", {"tie_wieght": 0.5})

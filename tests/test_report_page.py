@@ -323,9 +323,10 @@ def test_networks_and_data_sets_are_compared_with_their_own():
     assert [len(each.all("svg")) for each in found.all("section")] == [0, 2, 2, 2, 2]
 
 
-@pytest.mark.parametrize("form", ["", "a-form-with-a-long-name"])
+@pytest.mark.parametrize("form", ["", "with-a-long-name-"])
 def test_the_legend_is_within_the_figure(form):
-    lines = [[changed(method=name, variant=form or name)] for name in ("magnitude", "bn_scale", *"abcdefghi")]
+    names = ("magnitude", "bn_scale", *"abcdefghi")
+    lines = [[changed(method=name, variant=f"{form}{i:x}" if form else name)] for i, name in enumerate(names)]
     for plot in pareto.plots(lines, pareto.styles(runs[0].method_name for runs in lines)):
         canvas = FigureCanvasAgg(plot.figure)
         canvas.draw()
@@ -333,6 +334,17 @@ def test_the_legend_is_within_the_figure(form):
         box, whole = legend.get_window_extent(), plot.figure.bbox
         assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 and box.y1 <= whole.y1
         assert len({round(text.get_window_extent().x0) for text in legend.get_texts()}) == (2 if form else 4)
+
+
+@pytest.mark.parametrize(
+    ("variants", "labels"),
+    [(("62,ddnp", "62,cc"), ["ddnp", "cc"]), (("62,ddnp", "cc"), ["ddnp (62)", "cc"])],
+)
+def test_the_legend_leaves_out_the_form_that_all_methods_have(variants, labels):
+    lines = [[changed(method=name, variant=each)] for name, each in zip(("ddnp", "cc"), variants, strict=True)]
+    for plot in pareto.plots(lines, pareto.styles(runs[0].method_name for runs in lines)):
+        (legend,) = plot.figure.legends
+        assert {*labels} <= {text.get_text() for text in legend.get_texts()}
 
 
 @pytest.mark.parametrize(

@@ -103,11 +103,16 @@ def add_legend(figure: Figure) -> None:
     """Adds a legend below all plots of a figure, with each method once, in as many columns as fit."""
     entries = itertools.chain(*(zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes))
     handles = {label: handle for handle, label in entries}
-    longest = _LEGEND_INCHES[0] + _LEGEND_INCHES[1] * max(map(len, handles))
+    names = _without_shared_form(list(handles))
+    longest = _LEGEND_INCHES[0] + _LEGEND_INCHES[1] * max(map(len, names))
     columns = max(int(figure.get_figwidth() / longest), 1)
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
-    )
+    figure.legend(handles.values(), names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+
+
+def _without_shared_form(labels: Sequence[str]) -> list[str]:
+    """The labels without the form in parentheses that all methods have: it does not tell them apart."""
+    forms = {label.partition(" (")[2] for label in labels if label not in ("base", CONTROL)}
+    return [label.partition(" (")[0] for label in labels] if len(forms) == 1 and "" not in forms else list(labels)
 
 
 def _draw_line(

@@ -130,7 +130,7 @@ def _our_round(stage: str, config: "Config", network: Network, steps: int) -> Ca
     preprocessing = data.Preprocessing.of(data.complete(config.data))
     images = data.InMemory(pixels, rng.integers(0, classes, count, np.int32), preprocessing)
     model = models.create(config.model.name, classes, **{**config.model.attributes, "dtype": config.dtype})
-    variables = jax.jit(model.init)(jax.random.key(config.seed), np.zeros((1, *network.image_shape), np.float32))
+    variables = model.init(jax.random.key(config.seed), np.zeros((1, *network.image_shape), np.float32))
     if stage == "evaluation":
         mode = config.parallel.mode
         evaluate = evaluator(as_network(model).evaluate, images, batch_size, mode)

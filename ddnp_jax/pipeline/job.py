@@ -244,16 +244,21 @@ def _check_cut(network: Network, rebuild: Rebuild | None, topology: Topology, bu
         return
     rng = np.random.default_rng(0)
 
-    def draw(leaf: Any) -> Any:
+    def draw(leaf: jax.ShapeDtypeStruct) -> Any:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return leaf
+            return _zeros(leaf)
         values = rng.normal(size=leaf.shape).astype(leaf.dtype)
         if leaf.ndim > 1:  # a kernel: activations keep their size, however deep the network is
             return values * math.sqrt(2 / math.prod(leaf.shape[:-1]))
         return abs(values)  # variances are positive
 
-    drawn = jax.tree.map(draw, stages.initial_variables(network, topology.input_shape, 0))
+    drawn = jax.tree.map(draw, _shapes(network, topology))
     rehearse(network.model, drawn, topology, budget.smallest_widths, rebuild)
+
+
+def _shapes(network: Network, topology: Topology) -> Any:
+    """Shapes and types of the network's variables."""
+    return variable_shapes(network, jax.ShapeDtypeStruct((1, *topology.input_shape), jnp.float32))
 
 
 def _zeros(leaf: jax.ShapeDtypeStruct) -> Any:
@@ -268,7 +273,7 @@ def _check_search(config: Config, network: Network, topology: Topology, budget: 
     fields = config.search.method_fields()
     image = jax.ShapeDtypeStruct((1, *topology.input_shape), jnp.float32)
     label = jax.ShapeDtypeStruct((1,), jnp.int32)
-    variables = jax.tree.map(_zeros, variable_shapes(network, image))
+    variables = jax.tree.map(_zeros, _shapes(network, topology))
     problem = methods.Problem(network.model, variables, topology, budget, fields, steps=1, outputs=outputs)
     try:
         search = methods.build(config.search.method, problem)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -194,9 +195,13 @@ def _tuned(
 
 
 def initial_variables(network: Network, image_shape: Sequence[int], seed: int) -> Any:
-    """Returns the initial variables of base training."""
+    """Returns the initial variables of base training, as arrays of their own.
+
+    They are computed operation by operation: on a CPU, the random numbers of ResNet-56's kernels take 51 s to compile
+    as one program, and 9 s like this.
+    """
     images = np.zeros((1, *image_shape), np.float32)
-    return jax.jit(network.initial)(jax.random.key(seed), images)
+    return jax.tree.map(jnp.copy, network.initial(jax.random.key(seed), images))
 
 
 def schedule(config: TrainerConfig, updates_per_epoch: int) -> optax.Schedule:

@@ -6,7 +6,7 @@ term of the objective, eq. (9), couples them only weakly.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -203,6 +203,11 @@ class _DDNP:
         )
         return scores, k
 
+    @functools.cached_property
+    def _compiled_values(self) -> Callable[[Any, Any], tuple[tuple[jax.Array, ...], jax.Array]]:
+        """`learned_values` outside of a step, compiled once; called directly, its scan is compiled at every call."""
+        return jax.jit(self.learned_values)
+
     def importance(self, scores: tuple[jax.Array, ...], noisy: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """The importance that ranks the channels, without a gradient.
 
@@ -269,7 +274,7 @@ class _DDNP:
         config, topology = self.problem.config, self.problem.topology
         if config.tie_weight == 0 or not self.learns_from_data or config.width == "half":
             return ()
-        scores, k = self.learned_values(state.params, state.inputs)
+        scores, k = self._compiled_values(state.params, state.inputs)
         gaps = np.asarray(self.gaps(scores, k))
         widths = (self.open_parts(scores) + k) / 2 * np.asarray(topology.widths, np.float32)
         cost = {name: float(value) for name, value in self.problem.resource(widths).items()}
@@ -308,7 +313,7 @@ class _DDNP:
         variables = {name: self.learners[name].init(key) for name, key in rngs}
         params = {name: values.get("params", {}) for name, values in variables.items()}
         inputs = {name: {c: v for c, v in values.items() if c != "params"} for name, values in variables.items()}
-        scores, _ = self.learned_values(params, inputs)
+        scores, _ = self._compiled_values(params, inputs)
         ranking = self.importance(scores, tuple(masks.noisy(s, None) for s in scores))
         return State(jnp.int32(0), params, inputs, self.optimizer.init(params), ranking)
 
@@ -337,7 +342,8 @@ class _DDNP:
 
     def propose(self, state: State) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
         """Returns the running average of the importance and the current widths."""
-        return tuple(map(np.asarray, state.ranking)), np.asarray(self.learned_values(state.params, state.inputs)[1])
+        _, k = self._compiled_values(state.params, state.inputs)
+        return tuple(map(np.asarray, state.ranking)), np.asarray(k)
 
 
 def build(problem: Problem) -> Search:

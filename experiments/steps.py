@@ -121,6 +121,7 @@ def _our_round(stage: str, config: "Config", network: Network, steps: int) -> Ca
 
     from ddnp_jax import data, models, parallel, training
     from ddnp_jax.networks import as_network
+    from ddnp_jax.pipeline import stages
     from ddnp_jax.training.evaluation import evaluator
 
     rng = np.random.default_rng(0)
@@ -130,7 +131,7 @@ def _our_round(stage: str, config: "Config", network: Network, steps: int) -> Ca
     preprocessing = data.Preprocessing.of(data.complete(config.data))
     images = data.InMemory(pixels, rng.integers(0, classes, count, np.int32), preprocessing)
     model = models.create(config.model.name, classes, **{**config.model.attributes, "dtype": config.dtype})
-    variables = model.init(jax.random.key(config.seed), np.zeros((1, *network.image_shape), np.float32))
+    variables = stages.initial_variables(as_network(model), network.image_shape, config.seed)
     if stage == "evaluation":
         mode = config.parallel.mode
         evaluate = evaluator(as_network(model).evaluate, images, batch_size, mode)

@@ -15,11 +15,12 @@ import torch
 from flax import nnx
 
 from configs import cifar10_r56, default, digits_r20, imagenet_r50
-from ddnp_jax import cpu, data, pipeline, preemption
+from ddnp_jax import cpu, data, models, pipeline, preemption
 from ddnp_jax.checkpoint import Checkpoints
 from ddnp_jax.config import typed
 from ddnp_jax.cost import latency
 from ddnp_jax.cost.network_times import NetworkTimer
+from ddnp_jax.networks import as_network
 from ddnp_jax.pipeline import stages
 from ddnp_jax.saved import load_pruned, save_pruned
 from experiments import launch
@@ -463,6 +464,12 @@ def test_what_was_made_of_another_base_is_refused(config, tmp_path, monkeypatch)
     run()
     now, before = (json.loads(text) for text in ((tmp_path / "results.json").read_text(), results))
     assert all(now[name]["made_from"] != before[name]["made_from"] for name in ("base", "unfinetuned", "pruned"))
+
+
+def test_initial_variables_are_those_of_the_module():
+    model, images = models.create("resnet20", 10, widths=(4,) * 9), np.zeros((1, 32, 32, 3), np.float32)
+    found = stages.initial_variables(as_network(model), images.shape[1:], seed=3)
+    jax.tree.map(np.testing.assert_array_equal, found, model.init(jax.random.key(3), images))
 
 
 def test_given_weights_are_known_by_their_content(config, tmp_path):

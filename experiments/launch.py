@@ -153,21 +153,36 @@ def _sentence(message: str) -> str:
 def with_arguments(words: str) -> ConfigDict:
     """Returns the configuration of --config with additional arguments, and with the same --config.FIELD=VALUE.
 
+    Fields of a search method are left out where the arguments choose another method, which does not have them.
+
     Args:
-      words: Arguments, separated by commas, which are added to those of --config.
+      words: Arguments, separated by commas, which are added to those of --config; a search replaces that of --config.
 
     Raises:
-      ValueError: An argument is unknown, or a --config.FIELD does not exist with these arguments.
+      ValueError: An argument is unknown.
     """
+    from configs.default import SEARCHES
+
     holder = flags.FLAGS["config"]
     path, _, argument = config_flags.get_config_filename(holder).partition(":")
-    config = runpy.run_path(path)["get_config"](",".join(filter(None, (argument, words))))
-    try:
-        config.update_from_flattened_dict(config_flags.get_override_values(holder))
-    except KeyError as error:
-        name = str(error.args[0]).partition(" does not exist")[0].removeprefix("Key ").strip('"')
-        raise ValueError(f"with {words!r} the configuration has no field {name!r}, which is set.") from error
+    added, given = words.split(","), argument.split(",")
+    if not SEARCHES.keys().isdisjoint(added):
+        given = [word for word in given if word not in SEARCHES]
+    config = runpy.run_path(path)["get_config"](",".join(filter(None, (*given, *added))))
+    values = config_flags.get_override_values(holder)
+    config.update_from_flattened_dict({name: value for name, value in values.items() if has_field(config, name)})
     return config
+
+
+def set_fields() -> list[str]:
+    """Names of the fields that --config.FIELD=VALUE sets."""
+    return list(config_flags.get_override_values(flags.FLAGS["config"]))
+
+
+def has_field(config: ConfigDict, name: str) -> bool:
+    """Whether a configuration has a field, written as 'a.b'."""
+    section, _, rest = name.partition(".")
+    return section in config and (not rest or has_field(config[section], rest))
 
 
 def prune(config: ConfigDict, workdir: str) -> str:

@@ -3,18 +3,21 @@
     python -m experiments.table_a4 --config=configs/imagenet_r50.py:62 --workdir=runs/table_a4 --seeds=3
 
 A row is given by the words that it adds to the argument of --config: `--row=hrank --row=chip,chip_rates
---row=lamp,residual`; without `--row`, the table has all methods. The base network is trained (or loaded) once, and
-every row is a separate run of the pipeline in `workdir/ROW/SEED`. The same command resumes an unfinished table, and a
-command with more rows or seeds extends it. Every row removes the same fraction of all FLOPs, which --config sets, even
-if rows can prune different channels. `table.md` and `table.json` are written after every run. With `finetune.control`,
-the base network is fine-tuned too, once for all rows. A finished run needs only its `config.json` and `report.json` to
-stay in the table, and `latency.json` or `multiple.json` where its budget is measured; its weights may be deleted.
+--row=lamp,residual`; without `--row`, the table has all methods. `--config.search.FIELD=VALUE` sets a field in the rows
+whose method has it; if it is not a field of DDNP, name its method too: `--config=FILE.py:62,nppm`.
+
+The base network is trained (or loaded) once, and every row is a separate run of the pipeline in `workdir/ROW/SEED`. The
+same command resumes an unfinished table, and a command with more rows or seeds extends it. Every row removes the same
+fraction of all FLOPs, which --config sets, even if rows can prune different channels. `table.md` and `table.json` are
+written after every run. With `finetune.control`, the base network is fine-tuned too, once for all rows. A finished run
+needs only its `config.json` and `report.json` to stay in the table, and `latency.json` or `multiple.json` where its
+budget is measured; its weights may be deleted.
 """
 
 import dataclasses
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +26,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from ddnp_jax import data, files, parallel, pipeline
-from ddnp_jax.config import FinetuneConfig, typed
+from ddnp_jax.config import Config, FinetuneConfig, SearchConfig, as_dict, typed
 from ddnp_jax.cost import flops
 from ddnp_jax.fields import listed
 from ddnp_jax.pipeline import report
@@ -103,6 +106,7 @@ def make(config: ConfigDict, workdir: str) -> str:
     folder = Path(workdir).absolute()
     names = list(dict.fromkeys(ROWS.value))
     configs = {name: launch.with_arguments(name) for name in names}
+    _check_set_fields(configs)
     with pipeline.locked(folder):
         job, weights = shared_base(_base_config(config, configs.values()), folder / "base")
         published = {name: _published(name, job) for name in names}
@@ -119,12 +123,25 @@ def make(config: ConfigDict, workdir: str) -> str:
     return f"table: {folder}/table.md"
 
 
+def _check_set_fields(configs: Mapping[str, ConfigDict]) -> None:
+    """Raises for a field on the command line that no row has: it would change nothing."""
+    for name in launch.set_fields():
+        if not any(launch.has_field(config, name) for config in configs.values()):
+            raise ValueError(f"--config.{name} is not a field of any row; the rows are {', '.join(configs)}.")
+
+
 def _base_config(config: ConfigDict, rows: Iterable[ConfigDict]) -> ConfigDict:
-    """Returns the configuration of the base network, which is not trained on the search images of any row."""
-    if config.base.weights:
-        return config
+    """Returns the configuration of the base network, whatever the method of --config and its fields are.
+
+    The base network is not trained on the search images of any row.
+    """
     base = ConfigDict(config.copy_and_resolve_references())
-    base.data.search_fraction = max(row.data.search_fraction for row in (config, *rows))
+    base.variant = "base"
+    with base.unlocked():
+        search = SearchConfig.of("uniform", batch_size=config.search.batch_size)
+        base.search = as_dict(typed(Config(search=search)))["search"]
+    if not config.base.weights:
+        base.data.search_fraction = max(row.data.search_fraction for row in (config, *rows))
     return base
 
 

@@ -12,6 +12,7 @@ from test_sweep import Sized
 
 from configs import cifar10_r56, imagenet_r50
 from ddnp_jax import models
+from ddnp_jax.config import typed
 from ddnp_jax.cost import flops
 from ddnp_jax.topology import trace
 from ddnp_jax.training import loop
@@ -123,9 +124,35 @@ def test_a_row_adds_to_the_argument_of_the_configuration(monkeypatch):
     config = launch.with_arguments("chip,chip_rates")
     assert (config.search.method, config.search.allocation, config.budget.residual) == ("chip", "rates", True)
     assert (config.budget.p, config.finetune.epochs) == (0.2976, 3)
-    monkeypatch.setattr(config_flags, "get_override_values", lambda holder: {"search.tie_weight": 3.0})
-    with pytest.raises(ValueError, match=r"^with 'hrank' the configuration has no field '.*tie_weight', which is set"):
-        launch.with_arguments("hrank")
+
+
+def test_a_field_of_a_method_is_set_in_the_rows_that_have_it(monkeypatch):
+    monkeypatch.setattr(launch.flags, "FLAGS", {"config": None})
+    monkeypatch.setattr(config_flags, "get_config_filename", lambda holder: f"{imagenet_r50.__file__}:nppm,62")
+    values = {"search.decay_at": 0.5, "search.resource_weight": 3.0}
+    monkeypatch.setattr(config_flags, "get_override_values", lambda holder: values)
+    rows = {words: launch.with_arguments(words) for words in ("nppm", "ddnp", "chip,chip_rates", "residual")}
+    assert [rows[words].search.method for words in rows] == ["nppm", "ddnp", "chip", "nppm"]
+    assert [rows[words].search.get("decay_at") for words in rows] == [0.5, None, None, 0.5]
+    assert [rows[words].search.resource_weight for words in rows] == [3.0, 3.0, 3.0, 3.0]
+    assert {row.budget.p for row in rows.values()} == {0.2976}
+    table_a4._check_set_fields(rows)
+    with pytest.raises(
+        ValueError, match=r"^--config\.search\.decay_at is not a field of any row; the rows are ddnp\.$"
+    ):
+        table_a4._check_set_fields({"ddnp": rows["ddnp"]})
+
+
+def test_the_base_is_the_same_whatever_is_set_for_a_method():
+    ddnp, nppm = (cifar10_r56.get_config(argument) for argument in ("62", "62,nppm"))
+    for config in (ddnp, nppm):
+        config.base.weights = "weights"
+        config.data.search_fraction = 0.05
+    ddnp.search.tie_weight, nppm.search.decay_at = 3.0, 0.5
+    bases = [typed(table_a4._base_config(config, [])) for config in (ddnp, nppm)]
+    assert bases[0] == bases[1]
+    nppm.finetune.epochs = 7
+    assert typed(table_a4._base_config(nppm, [])) != bases[0]
 
 
 def test_a_table_resumes_and_takes_further_rows(tmp_path, monkeypatch):
@@ -133,6 +160,7 @@ def test_a_table_resumes_and_takes_further_rows(tmp_path, monkeypatch):
     config = tiny(data, "magnitude")
     monkeypatch.setattr(models, "create", lambda name, classes, **attributes: Sized((20, 12)))
     monkeypatch.setattr(launch, "with_arguments", lambda words: tiny(data, words))
+    monkeypatch.setattr(launch, "set_fields", list)
 
     def make(seeds, *rows):
         monkeypatch.setattr(table_a4, "SEEDS", SimpleNamespace(value=seeds))
@@ -152,6 +180,7 @@ def test_a_table_resumes_and_takes_further_rows(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"belongs to a run with another config:\n  finetune.epochs: workdir has 1"):
         make(1, "magnitude")
     monkeypatch.setattr(launch, "with_arguments", lambda words: tiny(data, words))
+    monkeypatch.setattr(launch, "set_fields", list)
     config.finetune.epochs = 1
     config.finetune.control = True  # which the report lacks
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):
@@ -160,6 +189,7 @@ def test_a_table_resumes_and_takes_further_rows(tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(models, "create", lambda name, classes, **attributes: Sized((20, 12)))
     monkeypatch.setattr(launch, "with_arguments", lambda words: tiny(data, words))
+    monkeypatch.setattr(launch, "set_fields", list)
     both = make(1, "magnitude", "uniform")
     assert both[0] == first
     assert [row["row"] for row in both] == ["magnitude", "uniform"]

@@ -200,14 +200,15 @@ def figure(title: str, panels: Sequence[Panel], curves: Curves) -> Figure:
 
 
 def summary(curves: Curves, metrics: Iterable[str]) -> str:
-    """The last logged values of every setting as a Markdown table, mean ± standard deviation over seeds."""
+    """The last logged values of every setting as a Markdown table, mean ± standard deviation over several seeds."""
     metrics = list(metrics)
     header = ["setting", *metrics]
     rows = []
     for setting in dict.fromkeys(name for name, _ in curves):
-        cells = [setting]
+        cells, has_seeds = [setting], sum(name == setting for name, _ in curves) > 1
         for metric in metrics:
             _, mean, deviation = mean_and_deviation(curves, setting, metric)
-            cells.append(f"{mean[-1]:.3f} ± {deviation[-1]:.3f}" if len(mean) else "-")
+            spread = f" ± {deviation[-1]:.3f}" if has_seeds and len(mean) else ""
+            cells.append(f"{mean[-1]:.3f}{spread}" if len(mean) else "-")
         rows.append(cells)
     return report.table(header, rows)

@@ -31,7 +31,7 @@ def test_mean_and_deviation_over_seeds():
 def test_summary_gives_the_last_values():
     lines = sweep.summary(CURVES, ["loss", "test_top1"]).splitlines()
     assert [cell.strip() for cell in lines[2].strip("|").split("|")] == ["PN", "1.000 ± 0.000", "50.000 ± 0.000"]
-    assert [cell.strip() for cell in lines[3].strip("|").split("|")] == ["DG", "7.000 ± 0.000", "-"]
+    assert [cell.strip() for cell in lines[3].strip("|").split("|")] == ["DG", "7.000", "-"]
 
 
 def test_publish_writes_a_plot_with_a_line_per_setting(tmp_path):

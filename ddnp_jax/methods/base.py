@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddnp_jax import losses
+from ddnp_jax import cpu, losses
 from ddnp_jax.cost.budget import Budget
 from ddnp_jax.losses import Loss
 from ddnp_jax.masking import Observe, apply_masked
@@ -172,6 +172,11 @@ class Seeds(flax.struct.PyTreeNode):
         return jax.tree.map(lambda x: x[place], self.states)
 
 
+def initial_state(search: Search, seed: int) -> Any:
+    """The state of a search before its first step."""
+    return cpu.jit_for_one_call(search.init)(jax.random.key(seed))
+
+
 def over_seeds(search: Search, seeds: Sequence[int]) -> tuple[Seeds, Callable[..., Any]]:
     """The same search from several seeds, as one `jax.vmap`: all see the same batches, each draws for itself.
 
@@ -193,7 +198,7 @@ def over_seeds(search: Search, seeds: Sequence[int]) -> tuple[Seeds, Callable[..
         named = {seed_metric(seed, name): values[i] for name, values in metrics.items() for i, seed in enumerate(seeds)}
         return Seeds(state.step + 1, states), {"loss": jnp.mean(metrics["loss"]), **named}
 
-    states = [search.init(jax.random.key(seed)) for seed in seeds]
+    states = [initial_state(search, seed) for seed in seeds]
     return Seeds(jnp.int32(0), jax.tree.map(lambda *parts: jnp.stack(parts), *states)), step
 
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddnp_jax import cpu, parallel
-from ddnp_jax.methods.base import Search, Survey
+from ddnp_jax import parallel
+from ddnp_jax.methods.base import Search, Survey, initial_state
 from ddnp_jax.training.fitting import Check, History, checked_batch, take_steps
 from ddnp_jax.training.steps import Batch
 
@@ -45,7 +45,7 @@ def run_search(
     if search.survey is not None:
         sums = _sums(search.survey, variables, itertools.islice(batches, search.steps), check or checked_batch)
         search = search.survey.then(sums)
-    state = cpu.jit_for_one_call(search.init)(jax.random.key(seed))
+    state = initial_state(search, seed)
     if not search.steps:
         return parallel.fetch(state), {}
     return take_steps(search.step, state, variables, batches, search.steps, seed, "search" if progress else "", check)

@@ -159,8 +159,9 @@ def prepare(
     measured = functools.partial(latency.measured_once, workdir / latency.FILE, timer)
     multiple_times = functools.partial(multiples.measured_once, workdir / multiples.FILE, timer)
     budget = make_budget(config.budget, timer, measured, multiple_times)
-    _check_cut(network, rebuild, topology, budget, config.budget.residual)
-    _check_search(config, network, topology, budget, outputs)
+    shapes = variable_shapes(network, jax.ShapeDtypeStruct((1, *topology.input_shape), jnp.float32))
+    _check_cut(network, shapes, rebuild, topology, budget, config.budget.residual)
+    _check_search(config, network, shapes, topology, budget, outputs)
     check_room(workdir, 2 * _KEPT * sum(math.prod(v.shape) * _BYTES for v in topology.variables))
     lasting = identity.stripped(own, _MAY_DIFFER)
     log = MetricsLog(workdir / "metrics.jsonl", identity.made_from(lasting))
@@ -238,7 +239,9 @@ def _check_written(workdir: Path, log: MetricsLog, results: Results) -> None:
         loop.seconds(workdir / stage)
 
 
-def _check_cut(network: Network, rebuild: Rebuild | None, topology: Topology, budget: Budget, residual: bool) -> None:
+def _check_cut(
+    network: Network, shapes: Any, rebuild: Rebuild | None, topology: Topology, budget: Budget, residual: bool
+) -> None:
     """Prunes random variables: raises for a network that cannot be pruned, before it is trained."""
     if rebuild is None and isinstance(network.model, Backbone) and not residual:
         return
@@ -252,13 +255,7 @@ def _check_cut(network: Network, rebuild: Rebuild | None, topology: Topology, bu
             return values * math.sqrt(2 / math.prod(leaf.shape[:-1]))
         return abs(values)  # variances are positive
 
-    drawn = jax.tree.map(draw, _shapes(network, topology))
-    rehearse(network.model, drawn, topology, budget.smallest_widths, rebuild)
-
-
-def _shapes(network: Network, topology: Topology) -> Any:
-    """Shapes and types of the network's variables."""
-    return variable_shapes(network, jax.ShapeDtypeStruct((1, *topology.input_shape), jnp.float32))
+    rehearse(network.model, jax.tree.map(draw, shapes), topology, budget.smallest_widths, rebuild)
 
 
 def _zeros(leaf: jax.ShapeDtypeStruct) -> Any:
@@ -268,12 +265,14 @@ def _zeros(leaf: jax.ShapeDtypeStruct) -> Any:
     return np.zeros(leaf.shape, leaf.dtype)
 
 
-def _check_search(config: Config, network: Network, topology: Topology, budget: Budget, outputs: Outputs) -> None:
+def _check_search(
+    config: Config, network: Network, shapes: Any, topology: Topology, budget: Budget, outputs: Outputs
+) -> None:
     """Raises for a network that the method cannot search; no step is computed."""
     fields = config.search.method_fields()
     image = jax.ShapeDtypeStruct((1, *topology.input_shape), jnp.float32)
     label = jax.ShapeDtypeStruct((1,), jnp.int32)
-    variables = jax.tree.map(_zeros, _shapes(network, topology))
+    variables = jax.tree.map(_zeros, shapes)
     problem = methods.Problem(network.model, variables, topology, budget, fields, steps=1, outputs=outputs)
     try:
         search = methods.build(config.search.method, problem)

@@ -36,7 +36,7 @@ def base(job: "Run") -> Any:
 def search(job: "Run", variables: Any) -> Selection:
     """Learns which channels to keep; writes selection.json."""
     method = _method(job, variables)
-    state = cpu.jit_for_one_call(method.init)(jax.random.key(job.config.seed))
+    state = methods.initial_state(method, job.config.seed)
     if method.steps:
         evaluate = _cut_evaluator(job, method, variables)
         state = _run_stage(job, "search", method.step, state, variables, evaluate, job.made_from(variables))

@@ -1,6 +1,7 @@
 """What every test relies on: eight CPU devices, strict numerics, and the shared data where it is there."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -21,6 +22,8 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tracing makes many small objects: with Python's own threshold, garbage collection takes a tenth of the tests' time.
+gc.set_threshold(50_000, 20, 50)
 
 # The files that take longest, most of them with few tests: started first, so that the workers of a run end together.
 LONGEST = (

@@ -243,6 +243,28 @@ def test_proposal_keeps_the_gates_that_are_open_more_often_than_not():
     assert open_often[0] < 0.5 < open_often[1]
 
 
+def ended(p, **fields):
+    """The remark of a search whose gates leave 8 of 8 and 6 of 24 channels open, 4 of the others nearly."""
+    search = make_search(make_problem(p=p, predictor="none", **fields))
+    gates = np.float32([0] * 8 + [0] * 6 + [-3.4] * 4 + [-9] * 14)
+    (said,) = search.ended(search.init(jax.random.key(0)).replace(gates=gates))
+    return said
+
+
+def test_a_search_says_whether_it_has_reached_the_budget():
+    # T at 8 and 6 channels is 972 * 8 + 324 * 48 + 5 * 6 = 23,358 of 70,104; -3.4 is open with a probability of 0.488.
+    undecided = "and 12.5 % of the channels are undecided (open with a probability between 1/4 and 3/4)."
+    found = "the network of the open gates has 0.3332 of the cost, R is"
+    assert ended(0.33) == f"The search has converged: {found} 0.0096, {undecided}"
+    assert ended(0.3) == (
+        f"The search has not converged: {found} 0.1049, {undecided} What helps: more steps; "
+        "optimizer.learning_rate=0.05 raised; resource_weight=4 raised, where R has stopped falling."
+    )
+    below = "more steps; resource_loss=log_abs, by which a cost below the budget counts too."
+    assert ended(0.4) == f"The search has not converged: {found} 0.0000, {undecided} What helps: {below}"
+    assert ended(0.4, resource_loss="log_abs").endswith("What helps: more steps.")
+
+
 def test_gates_start_as_wide_as_asked_for():
     for fields, deviation in (({}, 1.0), ({"initial_deviation": 0.01}, 0.01)):
         gates = make_search(make_problem(predictor="none", **fields)).init(jax.random.key(0)).gates

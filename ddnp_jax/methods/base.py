@@ -20,6 +20,9 @@ from ddnp_jax.topology import Selection, Topology
 
 Importance = tuple[np.ndarray, ...]  # (C_l,) per gate
 
+# A search has not converged if the cost of what it found differs from the budget by more than this factor.
+OFF = 1.05
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamW:
@@ -112,6 +115,31 @@ class Problem(NamedTuple):
             "remaining": remaining / total,
             "resource_loss": losses.resource(self.config.resource_loss, remaining, total, self.budget.p),
         }
+
+
+def off_budget(remaining: float, problem: Problem, faster: str = "") -> list[str]:
+    """Advice for a search whose cost is not the budget; empty if it is, up to the factor `OFF`.
+
+    Args:
+      remaining: The remaining fraction of the cost after the search.
+      problem: The search's problem, whose `config` has the fields of `ResourceFields`.
+      faster: Advice that moves the cost in fewer steps; "" for none.
+    """
+    config, p = problem.config, problem.budget.p
+    if remaining > OFF * p:  # gates far from 1/2 have almost no gradient, so R may stop decreasing above the budget
+        stuck = f"resource_weight={config.resource_weight:g} raised, where R has stopped falling"
+        return ["more steps", *filter(None, [faster]), stuck]
+    if OFF * remaining < p:
+        below = "resource_loss=log_abs, by which a cost below the budget counts too"
+        return ["more steps", *([below] if config.resource_loss == "log_max" else [])]
+    return []
+
+
+def convergence(found: str, remedies: Sequence[str]) -> str:
+    """The note of a search on its convergence: `found`, a sentence with numbers, and advice if there is any."""
+    if remedies:
+        return f"The search has not converged: {found} What helps: {'; '.join(remedies)}."
+    return f"The search has converged: {found}"
 
 
 class Survey(NamedTuple):

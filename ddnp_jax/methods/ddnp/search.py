@@ -19,7 +19,16 @@ from jax.flatten_util import ravel_pytree
 from ddnp_jax import losses
 from ddnp_jax.masking import apply_masked
 from ddnp_jax.methods import masks
-from ddnp_jax.methods.base import AdamW, Problem, ResourceFields, Search, Survey, check_choices
+from ddnp_jax.methods.base import (
+    AdamW,
+    Problem,
+    ResourceFields,
+    Search,
+    Survey,
+    check_choices,
+    convergence,
+    off_budget,
+)
 from ddnp_jax.methods.ddnp import generators
 from ddnp_jax.methods.ddnp.generators import Learner
 from ddnp_jax.methods.evidence import Evidence
@@ -34,9 +43,8 @@ CHOICES = {
     "resource_loss": losses.RESOURCE,
 }
 
-# A search has not converged if k differs from the open part of a gate by more than FAR, or the cost from the budget by
-# more than the factor OFF.
-FAR, OFF = 0.1, 1.05
+# A search has not converged if k differs from the open part of a gate by more than this.
+FAR = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -283,9 +291,7 @@ class _DDNP:
             f"({topology.gates[int(gaps.argmax())].name}), the tie Σ R_w is {np.log1p(gaps).sum():.3f}, and R is "
             f"{cost['resource_loss']:.4f} at {cost['remaining']:.4f} of the cost."
         )
-        if remedies := self.remedies(float(gaps.max()), cost["remaining"]):
-            return (f"The search has not converged: {found} What helps: {'; '.join(remedies)}.",)
-        return (f"The search has converged: {found}",)
+        return (convergence(found, self.remedies(float(gaps.max()), cost["remaining"])),)
 
     def remedies(self, gap: float, remaining: float) -> list[str]:
         """Advice for a search that has not converged; empty if it has.
@@ -294,18 +300,11 @@ class _DDNP:
           gap: The largest value of `gaps` after the search.
           remaining: The remaining fraction of the cost.
         """
-        config, found = self.problem.config, []
-        rate, p = config.width_optimizer.learning_rate, self.problem.budget.p
-        is_above, is_below = remaining > OFF * p, OFF * remaining < p
-        if gap > FAR and rate < 2e-3:
-            found.append(f"width_optimizer.learning_rate={rate:g} raised to 2e-3 or 3e-3")
-        if gap > FAR or is_above or is_below:
-            found.append("more steps")
-        if is_below and config.resource_loss == "log_max":
-            found.append("resource_loss=log_abs, by which a cost below the budget counts too")
-        if is_above:  # gates far from 1/2 have almost no gradient, so R may stop decreasing above the budget
-            found.append(f"resource_weight={config.resource_weight:g} raised, where R has stopped falling")
-        return found
+        rate, found = self.problem.config.width_optimizer.learning_rate, off_budget(remaining, self.problem)
+        if gap <= FAR:
+            return found
+        faster = [f"width_optimizer.learning_rate={rate:g} raised to 2e-3 or 3e-3"] if rate < 2e-3 else []
+        return [*faster, *(found or ["more steps"])]
 
     def init(self, rng: jax.Array) -> State:
         """The state before the first step."""

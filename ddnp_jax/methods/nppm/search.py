@@ -35,7 +35,16 @@ import optax
 
 from ddnp_jax import losses
 from ddnp_jax.methods import masks
-from ddnp_jax.methods.base import AdamW, Measured, Problem, ResourceFields, Search, check_choices
+from ddnp_jax.methods.base import (
+    AdamW,
+    Measured,
+    Problem,
+    ResourceFields,
+    Search,
+    check_choices,
+    convergence,
+    off_budget,
+)
 from ddnp_jax.methods.nppm import memory as episodic
 from ddnp_jax.methods.nppm.memory import Memory
 from ddnp_jax.methods.nppm.predictor import PREDICTORS
@@ -274,6 +283,19 @@ class _NPPM:
         is_open = (np.maximum(np.sum(theta >= masks.OPEN_FROM), 1) / theta.size for theta in importance)
         return importance, np.array([*is_open])
 
+    def ended(self, state: State) -> tuple[str, ...]:
+        """Reports whether the proposed network costs what the budget allows, with numbers, and gives advice if not."""
+        widths = self.propose(state)[1] * np.asarray(self.problem.topology.widths)
+        cost = {name: float(value) for name, value in self.problem.resource(jnp.asarray(widths, jnp.float32)).items()}
+        is_open = np.asarray(masks.open_probability(state.gates))
+        undecided = 100 * np.mean((is_open > 0.25) & (is_open < 0.75))
+        found = (
+            f"the network of the open gates has {cost['remaining']:.4f} of the cost, R is {cost['resource_loss']:.4f}, "
+            f"and {undecided:.1f} % of the channels are undecided (open with a probability between 1/4 and 3/4)."
+        )
+        faster = f"optimizer.learning_rate={self.problem.config.optimizer.learning_rate:g} raised"
+        return (convergence(found, off_budget(cost["remaining"], self.problem, faster)),)
+
 
 def make_optimizer(config: Fields, steps: int) -> optax.GradientTransformation:
     """AdamW of the gates, whose learning rate is multiplied by 0.1 after the fraction `decay_at` of the steps."""
@@ -290,7 +312,7 @@ def build(problem: Problem) -> Search:
         make_optimizer(config, steps),
         optax.adamw(config.predictor_optimizer.learning_rate, weight_decay=config.predictor_optimizer.weight_decay),
     )
-    return Search(steps, search.init, search.step, search.propose, _notes(config, steps))
+    return Search(steps, search.init, search.step, search.propose, _notes(config, steps), ended=search.ended)
 
 
 def _notes(config: Fields, steps: int) -> tuple[str, ...]:

@@ -94,8 +94,9 @@ def export_saved(given: argparse.Namespace) -> None:
         jax.eval_shape(network.evaluate, network.variables(variables), images)
     write = functools.partial(getattr(export, given.format), given.output, model, variables, images[:COMPARED])
     found = write(*((images,) if given.format == "onnx_int8" else ()), serving=serving)
+    taken = "pixels" if serving else "images as the network does,"
     print(
-        f"{given.output}: {given.output.stat().st_size:,} bytes; takes {'pixels' if serving else 'normalized images'} "
+        f"{given.output}: {given.output.stat().st_size:,} bytes; takes {taken} "
         f"(N, {', '.join(map(str, images.shape[1:]))}). Over {len(images[:COMPARED])} "
         f"{'images' if given.images else 'random images'} the largest difference to the network is "
         f"{found.max_difference:.1e}, and {100 * found.argmax_agreement:.1f} % of the predictions are the same."
@@ -107,7 +108,8 @@ def _loaded(folder: Path, given: argparse.Namespace) -> tuple[Any, Any]:
     try:
         return load_pruned(folder, model, variables)
     except ValueError as error:
-        raise ValueError(str(error).replace("load_pruned(..., model=)", "--network=MODULE:NAME")) from error
+        advice = str(error).replace("load_pruned(..., model=)", "--network=MODULE:NAME")
+        raise ValueError(advice.replace("import its module first, or ", "")) from error
 
 
 def _serving(path: Path) -> export.Serving | None:

@@ -32,7 +32,7 @@ PRECISIONS: Mapping[str, Any] = {"float32": np.float32, "bfloat16": jnp.bfloat16
 class ModelConfig:
     """The network, unless you pass your own."""
 
-    name: str = "resnet56"  # one of ddnp_jax.models.names()
+    name: str = "resnet56"  # one of ddnp_jax.models.names(), or MODULE:NAME: a flax module, its class, or a function
     attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # additional attributes of the module
 
 
@@ -300,5 +300,6 @@ def check(config: Config) -> None:
             )
         if trainer.warmup_epochs >= trainer.epochs > 0:
             raise ValueError(
-                f"{name}.warmup_epochs={trainer.warmup_epochs} must be below the {trainer.epochs} epochs of the stage."
+                f"{name}.warmup_epochs={trainer.warmup_epochs} must be below the {trainer.epochs} epochs of the stage; "
+                "give fewer."
             )

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import importlib.util
 import json
+import logging
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -243,6 +244,8 @@ def _converted(served: "_Served") -> bytes:
 
 
 def _graph(function: Callable[[jax.Array], Any], shape: tuple[int | str, ...], name: str) -> Any:
+    # It logs a traceback for every optional package that is missing, among them some that no network here needs.
+    logging.getLogger("jax2onnx").setLevel(logging.ERROR)
     with needed_by("export to ONNX", "onnx"):
         import jax2onnx
 

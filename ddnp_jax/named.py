@@ -17,13 +17,15 @@ from ddnp_jax.networks import as_network, first_line
 CLASSES = 1000  # of this library's models by default
 
 
-def network_of(name: str, attributes: Mapping[str, Any]) -> tuple[Any, Any]:
+def network_of(name: str, attributes: Mapping[str, Any], num_classes: int | None = None) -> tuple[Any, Any]:
     """Returns the network with a name, and its variables.
 
     Args:
       name: A model of this library, or MODULE:NAME. The latter is a network, a module class, or a function that returns
         a network or (network, variables); MODULE is imported, from the working directory too.
       attributes: Keyword arguments to make it with. A module class or function with an argument `rngs` gets one.
+      num_classes: Number of classes, which a module class or function with such an argument gets too; None for
+        `CLASSES`, or its own default.
 
     Returns:
       The network and its variables, None where it came without.
@@ -37,9 +39,9 @@ def network_of(name: str, attributes: Mapping[str, Any]) -> tuple[Any, Any]:
             raise ValueError(
                 f"{name!r} is not a model of this library ({known}); give one, or your own as MODULE:NAME."
             )
-        return models.create(name, **{"num_classes": CLASSES, **attributes}), None
+        return models.create(name, **{"num_classes": num_classes or CLASSES, **attributes}), None
     found = _imported(name)
-    made = found if isinstance(found, nn.Module | nnx.Module) else _made(name, found, attributes)
+    made = found if isinstance(found, nn.Module | nnx.Module) else _made(name, found, attributes, num_classes)
     model, variables = made if type(made) is tuple and len(made) == 2 else (made, None)
     try:
         network = as_network(model)
@@ -69,16 +71,17 @@ def _imported(name: str) -> Any:
     return found
 
 
-def _made(name: str, make: Any, attributes: Mapping[str, Any]) -> Any:
+def _made(name: str, make: Any, attributes: Mapping[str, Any], num_classes: int | None) -> Any:
     if not callable(make):
         raise ValueError(f"{name} is {make!r}, no network and no function that returns one; name one of these.")
     try:
         # The signature of an nnx class is that of its metaclass.
         parameters = inspect.signature(make.__init__ if inspect.isclass(make) else make).parameters
-        return make(**({"rngs": nnx.Rngs(0)} if "rngs" in parameters else {}), **attributes)
+        offered = {"rngs": nnx.Rngs(0), **({"num_classes": num_classes} if num_classes else {})}
+        return make(**{**{key: value for key, value in offered.items() if key in parameters}, **attributes})
     except Exception as error:  # whatever the user's code raises
         given = ", ".join(f"{attribute}={value!r}" for attribute, value in attributes.items())
         raise ValueError(
-            f"{name}({given}) raises {first_line(error)}; name a function that returns the network, and give its "
-            "arguments as --attribute=NAME=VALUE."
+            f"{name}({given}) raises {first_line(error)}; name a function that returns the network and needs no other "
+            "arguments, or give them (--attribute=NAME=VALUE, or model.attributes of a configuration)."
         ) from error

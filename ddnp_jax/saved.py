@@ -104,7 +104,10 @@ def load_pruned(path: str | Path, model: Any = None, variables: Any = None) -> t
         model = _build(description, file)
     network = as_network(model)
     if network.kind != description["kind"]:
-        raise ValueError(f"{file} holds a {description['kind']} network, and model= is a {network.kind} network.")
+        raise ValueError(
+            f"{file} holds a {description['kind']} network, and model= is a {network.kind} network; pass the unpruned "
+            "network that it was made from."
+        )
     if network.kind == "linen":
         _check_attributes(getattr(network, "module", model), description, file)
     network = as_network(network.with_sizes(sizes))
@@ -211,8 +214,11 @@ def _check_attributes(module: nn.Module, description: Mapping[str, Any], file: P
     theirs, missing = description["attributes"], description["missing"]
     for name in theirs | own:
         if name not in ("dtype", *missing) and theirs.get(name) != own.get(name):
-            shown = (repr(each[name]) if name in each else "its default" for each in (theirs, own))
-            raise ValueError(f"{file} holds a network with {name}={next(shown)}, and the model has {next(shown)}.")
+            saved, given = (repr(each[name]) if name in each else "its default" for each in (theirs, own))
+            raise ValueError(
+                f"{file} holds a network with {name}={saved}, and the model has {given}; pass the network with the "
+                "saved attributes."
+            )
 
 
 def _to_json(value: Any) -> Any:

@@ -77,10 +77,10 @@ def _known_fields() -> Iterator[None]:
     except (AttributeError, KeyError) as error:
         if getattr(error, "name", None) == "get_config":
             raise SystemExit("error: --config names a file without get_config(); copy one of configs/.") from error
-        name = re.search(r"[\w.]+", str(error.args[0]))[0]  # a suggestion may follow
-        raise SystemExit(
-            f"error: --config has no field {name!r}; ddnp_jax/config.py and the search method's module list all fields."
-        ) from error
+        name = re.search(r"[\w.]+", str(error.args[0]))[0]
+        close = re.search(r'Did you mean "(\w+)"', str(error.args[0]))
+        advice = f"did you mean {close[1]!r}?" if close else "docs/fields.md lists all fields."
+        raise SystemExit(f"error: --config has no field {name!r}; {advice}") from error
 
 
 def _located(config: str) -> str:

@@ -65,7 +65,10 @@ def test_the_command_compares_the_same_weights_on_the_same_images(tmp_path):
             (f"--torch_checkpoint={__file__}", f"--workdir={__file__}"),
             f"error: workdir={__file__} is a file; give a folder, which is made where there is none.\n",
         ),
-        (("--torch_checkpoint=nowhere.pth", "--config.precison=bfloat16"), "--config has no field 'precison'"),
+        (
+            ("--torch_checkpoint=nowhere.pth", "--config.precison=bfloat16"),
+            "--config has no field 'precison'; did you mean 'precision'?\n",
+        ),
     ],
 )
 def test_bad_input_ends_in_a_sentence(tmp_path, arguments, message):

@@ -155,6 +155,17 @@ def test_photographs_are_streamed_and_small_images_of_one_size_are_not(tmp_path)
     assert isinstance(differing.train, data.Streamed)
 
 
+def test_photographs_that_are_enlarged_are_noted(tmp_path):
+    fill(classes_of(tmp_path, 2, size=(20, 30)), "cat/large.png", "dog/large.png", size=(30, 40))
+    assert not any("enlarged" in note for note in data.from_folder(tmp_path, crop_size=20, resize_size=24).notes)
+    assert data.from_folder(tmp_path, crop_size=21, resize_size=24).notes[-1] == (
+        "6 of 8 images have a side of fewer than crop_size=21 pixels and are enlarged; a smaller crop_size and "
+        "resize_size need less memory and time."
+    )
+    fill(tmp_path, *(f"eel/large{i}.png" for i in range(4)), size=(30, 40))  # now they are half
+    assert not any("enlarged" in note for note in data.from_folder(tmp_path, crop_size=21, resize_size=24).notes)
+
+
 def test_one_mean_makes_grey_images(tmp_path):
     dataset = data.from_folder(classes_of(tmp_path), mean=(0.5,), std=(0.25,))
     assert dataset.image_shape == (12, 12, 1) and dataset.serving()["channel_order"] == "grey"
@@ -218,11 +229,13 @@ def test_the_configuration_opens_the_same_folder(tmp_path):
         (dict(data_dir=""), "data.data_dir must be the folder of images where data.name='folder'."),
         (
             dict(train_split="train[:9]"),
-            "data.train_split='train[:9]' is for TFDS's data sets; leave it 'train' for a folder of images.",
+            "data.train_split='train[:9]' is for TFDS's data sets; leave it 'train' for a folder of images, as "
+            "configs/own.py does.",
         ),
         (
             dict(test_split="test"),
-            "data.test_split='test' is for TFDS's data sets; leave it '' for a folder of images.",
+            "data.test_split='test' is for TFDS's data sets; leave it '' for a folder of images, as "
+            "configs/own.py does.",
         ),
         (dict(test_fraction=1.0), "data.test_fraction=1.0 must be in (0, 1)."),
         (dict(mean=(0.5,) * 2), "data.mean has 2 entries; the images of {name} have 3 channels."),

@@ -428,17 +428,17 @@ def test_a_search_says_how_far_it_has_converged():
         f"The search has converged: {found}and R is 0.0151 at 0.3249 of the cost.",
     )
     assert ended([0.95, 0.25], opened, p=0.30) == (
-        f"The search has not converged: {found}and R is 0.0796 at 0.3249 of the cost. What helps: more steps; "
+        f"The search has not converged: {found}and R is 0.0796 at 0.3249 of the cost. What helps: more than 10 steps; "
         "resource_weight=4 raised, where R has stopped falling.",
     )
     (said,) = ended([0.95, 0.4], opened, p=0.9)
     assert "not converged: k and the open part of its gate differ by 0.100 on average and 0.150 at most (conv2)" in said
-    assert said.endswith("What helps: width_optimizer.learning_rate=0.001 raised to 2e-3 or 3e-3; more steps.")
+    assert said.endswith("What helps: width_optimizer.learning_rate=0.001 raised to 2e-3 or 3e-3; more than 10 steps.")
     (said,) = ended([0.95, 0.4], opened, p=0.9, width_optimizer={"learning_rate": 3e-3})
-    assert said.endswith("What helps: more steps.")
+    assert said.endswith("What helps: more than 10 steps.")
     (said,) = ended([0.95, 0.25], opened, p=0.5, resource_loss="log_max")  # R is 0, but the cost is far from the budget
     assert "not converged" in said and "R is 0.0000 at 0.3249 of the cost" in said
-    assert said.endswith("more steps; resource_loss=log_abs, by which a cost below the budget counts too.")
+    assert said.endswith("more than 10 steps; resource_loss=log_abs, by which a cost below the budget counts too.")
 
 
 @pytest.mark.parametrize("fields", [{"tie_weight": 0.0}, {"width": "half"}, {"importance": "l1"}])
@@ -549,6 +549,11 @@ def test_unknown_names_are_refused():
         "ddnp has no field 'tie_wieght'; its fields are resource_loss, resource_weight, "
     )
     assert str(error.value).endswith("importance_optimizer, width_optimizer.")
+    with pytest.raises(ValueError) as error:
+        methods.configure("ddnp", {"learning_rate": 0.05})
+    assert str(error.value).endswith(
+        " Set that of importance_optimizer, width_optimizer, as in importance_optimizer={'learning_rate': ...}."
+    )
     with pytest.raises(ValueError, match=r"^ddnp's width_optimizer has no field 'lr'; its fields are learning_rate, "):
         methods.configure("ddnp", {"width_optimizer": {"lr": 1.0}})
     for field, choices in {

@@ -207,7 +207,7 @@ def test_batches_are_read_again_where_they_end():
             r"^the batches ended after 2 of 5 steps and cannot be iterated again; give a list",
         ),
         (list, r"^the batches ended after 0 of 5 steps"),
-        (lambda: [BATCHES[0][0]], r"^batch 0 is of type ndarray; a batch must be \(images, targets\)\.$"),
+        (lambda: [BATCHES[0][0]], r"^batch 0 is of type ndarray; .*: \[\(images, targets\)\] for a single one\.$"),
     ],
 )
 def test_batches_that_cannot_be_meant_are_refused(batches, message):
@@ -315,3 +315,14 @@ def test_keys_keep_their_kind_on_the_host():
     fetched = fitting.parallel.fetch(tree)
     assert jax.random.uniform(fetched["key"]) == jax.random.uniform(jax.random.key(5))
     assert isinstance(fetched["x"], np.ndarray)
+
+
+def test_the_last_step_is_shown_and_a_result_prints_in_one_line(capsys):
+    fitted = fit(Net(), random_variables(Net()), BATCHES * 8, steps=13)
+    shown = capsys.readouterr().err.splitlines()
+    assert [line.partition(",")[0] for line in shown] == [f"fit: step {n} of 13" for n in range(1, 14)]
+    assert shown[-1].endswith(f"loss {fitted.history['loss'][-1]:.4f}")
+    loss, top1 = (fitted.history[name][-1] for name in ("loss", "top1"))
+    assert str(fitted) == f"Net after 13 steps: loss {loss:.4g}, top1 {top1:.4g}"
+    longer = fit(Net(), random_variables(Net()), BATCHES * 8, steps=25)
+    assert capsys.readouterr().err.splitlines()[-1] == f"fit: step 25 of 25, loss {longer.history['loss'][-1]:.4f}"

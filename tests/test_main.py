@@ -368,7 +368,7 @@ def test_a_network_of_ones_own_is_exported_with_its_module(folder, printed, monk
     assert refused(*arguments, network) == (
         "error: own has no serving.json; give --input_shape, as in 224,224,3, or --images=FILE.npy."
     )
-    assert "takes normalized images (N, 8, 8, 3)." in printed(*arguments, shape, network)
+    assert "takes images as the network does, (N, 8, 8, 3)." in printed(*arguments, shape, network)
     images = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
     read = jax.export.deserialize(bytearray(Path("network").read_bytes()))
     np.testing.assert_allclose(read.call(images), model(images), rtol=1e-4, atol=1e-5)

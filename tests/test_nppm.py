@@ -257,12 +257,12 @@ def test_a_search_says_whether_it_has_reached_the_budget():
     found = "the network of the open gates has 0.3332 of the cost, R is"
     assert ended(0.33) == f"The search has converged: {found} 0.0096, {undecided}"
     assert ended(0.3) == (
-        f"The search has not converged: {found} 0.1049, {undecided} What helps: more steps; "
+        f"The search has not converged: {found} 0.1049, {undecided} What helps: more than 10 steps; "
         "optimizer.learning_rate=0.05 raised; resource_weight=4 raised, where R has stopped falling."
     )
-    below = "more steps; resource_loss=log_abs, by which a cost below the budget counts too."
+    below = "more than 10 steps; resource_loss=log_abs, by which a cost below the budget counts too."
     assert ended(0.4) == f"The search has not converged: {found} 0.0000, {undecided} What helps: {below}"
-    assert ended(0.4, resource_loss="log_abs").endswith("What helps: more steps.")
+    assert ended(0.4, resource_loss="log_abs").endswith("What helps: more than 10 steps.")
 
 
 def test_gates_start_as_wide_as_asked_for():

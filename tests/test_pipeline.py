@@ -357,12 +357,37 @@ def refused(config, tmp_path, **fields):
         ("finetune.distillation_weight", 1.5, "finetune.distillation_weight=1.5 must be from 0.0 to 1.0."),
         ("finetune.distillation_temperature", 0.0, "finetune.distillation_temperature=0.0 must be at least 0.001."),
         ("base.label_smoothing", float("nan"), "base.label_smoothing=nan must be from 0.0 to 1.0."),
-        ("finetune.warmup_epochs", 5.0, "finetune.warmup_epochs=5.0 must be below the 1 epochs of the stage."),
+        (
+            "finetune.warmup_epochs",
+            5.0,
+            "finetune.warmup_epochs=5.0 must be below the 1 epochs of the stage; give fewer.",
+        ),
         ("base.schedule", "linear", "base.schedule='linear' is unknown; use one of 'constant', 'cosine', 'step'."),
     ],
 )
 def test_numbers_of_the_stages_are_refused_at_once(field, value, message, config, tmp_path):
     assert refused(config, tmp_path, **{field: value}) == message
+
+
+def test_a_network_of_ones_own_is_named_in_the_configuration(config, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from tests.small_job import Own\n"
+        "fixed = Own((6, 10))\n"
+        "def made(num_classes): return Own((num_classes, 12))\n"
+        "def plain(): return (lambda variables, images: images), {}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config.model.attributes = {}
+    for name, widths in (("fixed", (6, 10)), ("made", (10, 12))):
+        config.model.name = f"mine:{name}"
+        job = pipeline.prepare(config, tmp_path / name)
+        assert (job.topology.widths, job.name) == (widths, "Own")
+    assert refused(config, tmp_path, **{"model.name": "mine:plain"}) == (
+        "model.name='mine:plain' must be a flax module, whose weights base.weights names, if any."
+    )
+    assert refused(config, tmp_path, **{"model.name": "mine:absent"}).startswith(
+        "mine has no 'absent'; give MODULE:NAME"
+    )
 
 
 def test_a_workdir_without_its_configuration_is_refused(config, tmp_path):

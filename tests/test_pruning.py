@@ -116,6 +116,14 @@ def test_the_same_network_of_three_kinds_is_pruned_to_the_same_channels(method):
         assert "The search has not converged: k and the open part" in pruned["linen"].describe()
 
 
+def test_the_variables_of_another_network_are_refused_beside_an_nnx_module():
+    module, _ = three_of_one()["nnx"]
+    _, variables = three_of_one()["linen"]
+    sentence = "^the variables are not those of SmallNnx, an nnx module, which holds its own; give variables=None"
+    with pytest.raises(ValueError, match=sentence):
+        ddnp_jax.prune(module, variables, [])
+
+
 def test_an_nnx_module_is_left_as_it_was():
     module, _ = three_of_one()["nnx"]
     before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(module)))

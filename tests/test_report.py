@@ -305,6 +305,19 @@ def test_top_5_accuracy_is_shown_of_more_than_five_classes():
     assert "| change, base to fine-tuned |     -0.50 | -47.50 % |" in of_five and "top-5" not in of_five
 
 
+def test_an_unpruned_network_that_guesses_is_pointed_out():
+    pixels = {"scale": 1 / 255, "mean": [0.5], "std": [0.25], "channel_order": "grey", "resize_size": None}
+
+    def written(top1):
+        return markdown(base_top1=top1, preprocessing={**pixels, "crop_size": None, "num_classes": 4})
+
+    assert (
+        "**The unpruned network is no better than guessing**: it has 29.90 % top-1, and guessing one of 4 classes "
+        in (written(29.9))
+    )
+    assert "guessing" not in written(30.1)
+
+
 def test_no_negative_zero():
     assert "(+0.00 points)" in markdown(pruned_top1=91.999)
 

@@ -587,3 +587,30 @@ def test_rows_behind_a_flatten_are_known_as_pixels_and_channels():
     assert flattened(zoo.Multiplier(), (4, 6, 3))["classifier/kernel"][0][2][0][1] is False  # channels first
     for model in (zoo.MobileNet(), zoo.PreActResNet(), models.create("shufflenet_v2_plus_small", 10)):
         assert flattened(model, (32, 32, 3)) == {}
+
+
+@pytest.mark.parametrize(
+    ("shape", "sentence"),
+    [
+        (
+            np.zeros((2, 8, 8, 3)),
+            "input_shape must be the shape of one image, as in (32, 32, 3); of an array, array.shape[1:].",
+        ),
+        ((8, 8, 3.0), "input_shape must be the shape of one image, as in (32, 32, 3); of an array, array.shape[1:]."),
+        (
+            (1, 8, 8, 3),
+            "input_shape=(1, 8, 8, 3) begins with 1; give the shape of one image, without an axis for the batch: "
+            "(8, 8, 3).",
+        ),
+    ],
+)
+def test_what_is_not_the_shape_of_one_image_is_refused(shape, sentence):
+    with pytest.raises(ValueError) as error:
+        trace(models.create("resnet20", 10), shape)
+    assert str(error.value) == sentence
+
+
+def test_residual_additions_come_with_the_way_to_include_them():
+    advice = "residual=True (--residual, or budget.residual of a configuration) includes residual additions."
+    assert f"\n  {advice}\nsummary: " in trace(models.create("resnet20", 10), (32, 32, 3)).describe()
+    assert advice not in trace(models.create("resnet20", 10), (32, 32, 3), residual=True).describe()

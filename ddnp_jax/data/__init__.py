@@ -119,5 +119,6 @@ def _check_folder(config: DataConfig) -> None:
         value = getattr(config, field)
         if value != usual:
             raise ValueError(
-                f"data.{field}={value!r} is for TFDS's data sets; leave it {usual!r} for a folder of images."
+                f"data.{field}={value!r} is for TFDS's data sets; leave it {usual!r} for a folder of images, as "
+                "configs/own.py does."
             )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 from tqdm import tqdm
 
 from ddnp_jax.config import DataConfig
@@ -96,7 +97,8 @@ def open_folder(
     classes, train, test, notes = _divide(path, test_fraction, held_out.seed)
     train_images, test_images, shape = open_images(train, test, preprocessing)
     if isinstance(train_images, Streamed):
-        _check_headers((*train.paths, *test.paths), train_images.threads)
+        sides = _shorter_sides((*train.paths, *test.paths), train_images.threads)
+        notes += _enlarged(sides, preprocessing.crop_size, section)
     else:
         notes.append(f"All images have {shape[1]} x {shape[0]} pixels: they are kept in memory and not resized.")
     return Dataset(
@@ -149,16 +151,28 @@ class _Tree:
     others: list[str]
 
 
-def _check_headers(paths: Sequence[str], threads: int) -> None:
-    """Checks that all files are images, by reading only their headers."""
+def _shorter_sides(paths: Sequence[str], threads: int) -> list[int]:
+    """The shorter side of every image; checks that all files are images, by reading only their headers."""
 
-    def check(path: str) -> None:
+    def read(path: str) -> int:
         with naming({"source": path}):
-            photos.check_header(path)
+            return photos.check_header(path)
 
     with ThreadPoolExecutor(threads) as pool:
-        for _ in tqdm(pool.map(check, paths), desc="reading headers", unit="image", total=len(paths), delay=1):
-            pass
+        return list(tqdm(pool.map(read, paths), desc="reading headers", unit="image", total=len(paths), delay=1))
+
+
+def _enlarged(sides: list[int], crop_size: int, section: str) -> list[str]:
+    """A note, which is also logged, if most images are smaller than the crops, which only costs memory and time."""
+    small = sum(side < crop_size for side in sides)
+    if 2 * small <= len(sides):
+        return []
+    note = (
+        f"{small} of {len(sides)} images have a side of fewer than {section}crop_size={crop_size} pixels and are "
+        f"enlarged; a smaller {section}crop_size and {section}resize_size need less memory and time."
+    )
+    logging.warning("%s", note)
+    return [note]
 
 
 def _divide(path: Path, test_fraction: float, seed: int) -> tuple[tuple[str, ...], Files, Files, list[str]]:

@@ -135,15 +135,18 @@ def decode(encoded: bytes, min_height: int = 0, min_width: int = 0, channels: in
     return _Photograph(encoded).pixels(min_height, min_width, channels)
 
 
-def check_header(path: str) -> None:
+def check_header(path: str) -> int:
     """Checks that the header of a file is that of an image that `decode` supports; the pixels are not read.
+
+    Returns:
+      The image's shorter side, in pixels.
 
     Raises:
       ValueError: The file cannot be read, is not an image, or has more than `MAX_PIXELS`.
     """
     try:
         with open(path, "rb") as file:
-            _opened(file)
+            return min(_opened(file)[0].size)
     except OSError as error:
         raise ValueError(error.strerror or type(error).__name__) from error
 

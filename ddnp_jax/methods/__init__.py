@@ -131,12 +131,18 @@ def _filled(fields: Any, values: Mapping[str, Any], owner: str) -> Any:
     for name in values:
         if name not in known:
             names = ", ".join(field.name for field in dataclasses.fields(fields))
-            raise ValueError(f"{owner} has no field {name!r}; its fields are {names}.")
+            raise ValueError(f"{owner} has no field {name!r}; its fields are {names}.{_nested(fields, name)}")
     nested = {
         name: _filled(getattr(fields, name), value, f"{owner}'s {name}") if isinstance(value, Mapping) else value
         for name, value in values.items()
     }
     return dataclasses.replace(fields, **nested)
+
+
+def _nested(fields: Any, name: str) -> str:
+    """How to set a field that only the fields of `fields` have, for example the learning rate of an optimizer."""
+    within = [f.name for f in dataclasses.fields(fields) if hasattr(getattr(fields, f.name), name)]
+    return f" Set that of {', '.join(within)}, as in {within[0]}={{{name!r}: ...}}." if within else ""
 
 
 def default_fields(method: str) -> dict[str, Any]:

@@ -128,11 +128,16 @@ def off_budget(remaining: float, problem: Problem, faster: str = "") -> list[str
     config, p = problem.config, problem.budget.p
     if remaining > OFF * p:  # gates far from 1/2 have almost no gradient, so R may stop decreasing above the budget
         stuck = f"resource_weight={config.resource_weight:g} raised, where R has stopped falling"
-        return ["more steps", *filter(None, [faster]), stuck]
+        return [more_steps(problem), *filter(None, [faster]), stuck]
     if OFF * remaining < p:
         below = "resource_loss=log_abs, by which a cost below the budget counts too"
-        return ["more steps", *([below] if config.resource_loss == "log_max" else [])]
+        return [more_steps(problem), *([below] if config.resource_loss == "log_max" else [])]
     return []
+
+
+def more_steps(problem: Problem) -> str:
+    """Advice for a search that is too short."""
+    return f"more than {problem.steps} steps"
 
 
 def convergence(found: str, remedies: Sequence[str]) -> str:

@@ -35,7 +35,13 @@ class NnxNetwork(Network):
 
     def variables(self, given: Any) -> Any:
         """Returns `given` or, if it is None, the module's own variables as nested dictionaries of arrays."""
-        return nnx.to_pure_dict(self._state) if given is None else given
+        if given is None:
+            return nnx.to_pure_dict(self._state)
+        if set(flatten(given)) != set(self._kinds):
+            raise ValueError(
+                f"the variables are not those of {self.name}, an nnx module, which holds its own; give variables=None."
+            )
+        return given
 
     def initial(self, rng: jax.Array, images: Any) -> Any:
         """The module's own variables, which were initialized when the module was created."""

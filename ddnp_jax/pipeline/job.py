@@ -20,6 +20,7 @@ from ddnp_jax.cost.kinds import make_budget
 from ddnp_jax.cost.network_times import ONNX, NetworkTimer
 from ddnp_jax.fields import listed
 from ddnp_jax.models.layers import Backbone
+from ddnp_jax.named import network_of
 from ddnp_jax.networks import Network, Outputs, as_network, picked
 from ddnp_jax.pipeline import exporting, identity, report, stages
 from ddnp_jax.pipeline.results import Results, summarize
@@ -193,9 +194,13 @@ def _formats(config: Config) -> set[str]:
 
 def _network(config: Config, model: Any, num_classes: int) -> tuple[Network, str]:
     """The network to prune and its name: the user's, or the one that the configuration names."""
+    name, attributes = config.model.name, config.model.attributes
+    if model is None and ":" not in name:
+        return as_network(models.create(name, num_classes, **{**attributes, "dtype": config.dtype})), name
     if model is None:
-        attributes = {**config.model.attributes, "dtype": config.dtype}
-        return as_network(models.create(config.model.name, num_classes, **attributes)), config.model.name
+        model, variables = network_of(name, attributes, num_classes)
+        if variables is not None:
+            raise ValueError(f"model.name={name!r} must be a flax module, whose weights base.weights names, if any.")
     network = as_network(model)
     if config.precision != "float32":
         raise ValueError(
@@ -339,7 +344,7 @@ def _given_weights(path: str, network: Network, topology: Topology) -> Any:
     try:
         topology.check(variables)
     except ValueError as error:
-        raise ValueError(f"base.weights={path!r} is of another network: {error}") from error
+        raise ValueError(f"base.weights={path!r} is of another network, or of a pruned one: {error}") from error
     return variables
 
 

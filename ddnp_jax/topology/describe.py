@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 
 from ddnp_jax.cost import flops
+from ddnp_jax.topology.propagation import RESIDUAL
 from ddnp_jax.topology.types import Extent, Topology
 
 LISTED = 60  # layers up to which each one is listed
+CHANNELS = "channels"
 
 
 def describe(topology: Topology) -> str:
@@ -30,7 +32,7 @@ def _unit(topology: Topology, gate: int) -> str:
     """What is removed: channels, or whole groups of them."""
     producer = next((layer.outputs for layer in topology.layers if gate in layer.outputs.gates), Extent(0))
     size = dict(producer.counts).get(gate, 1)
-    return "channels" if size == 1 else f"groups of {size} channels"
+    return CHANNELS if size == 1 else f"groups of {size} channels"
 
 
 def _layers(topology: Topology) -> Iterator[str]:
@@ -43,6 +45,7 @@ def _layers(topology: Topology) -> Iterator[str]:
 def _whole(topology: Topology, is_long: bool) -> Iterator[str]:
     if not is_long:
         yield from (f"  {names}: {reason}" for names, reason in topology.unprunable)
+        yield from _residual(topology)
         return
     by_kind: dict[str, list[str]] = {}
     for names, reason in topology.unprunable:
@@ -51,6 +54,12 @@ def _whole(topology: Topology, is_long: bool) -> Iterator[str]:
     for kind, layers in by_kind.items():
         shown = ", ".join(layers[:3]) + (", ..." if len(layers) > 3 else "")
         yield f"  {kind}: {len(layers)} layers ({shown})"
+    yield from _residual(topology)
+
+
+def _residual(topology: Topology) -> Iterator[str]:
+    if any(RESIDUAL in reason for _, reason in topology.unprunable):
+        yield "  residual=True (--residual, or budget.residual of a configuration) includes residual additions."
 
 
 def _summary(topology: Topology) -> Iterator[str]:
@@ -58,8 +67,10 @@ def _summary(topology: Topology) -> Iterator[str]:
     smallest = [1] * len(topology.gates)
     least, least_parameters = flops.total(topology, smallest), flops.parameters(topology, smallest)
     share = 100 * flops.prunable(topology) / max(total, 1)
+    has_groups = any(_unit(topology, gate) != CHANNELS for gate in range(len(topology.gates)))
+    units = "channels and groups of channels" if has_groups else CHANNELS
     yield (
-        f"summary: {len(topology.gates)} gates with {sum(topology.widths)} channels; {share:.1f} % of the "
+        f"summary: {len(topology.gates)} gates with {sum(topology.widths)} {units}; {share:.1f} % of the "
         f"{total / 1e6:,.2f} M multiply-accumulates are in layers that can be pruned."
     )
     yield (

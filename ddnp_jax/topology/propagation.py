@@ -22,6 +22,7 @@ ELEMENTWISE = """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt
     erfc exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or
     pow rem round rsqrt select_n sign sin sinh sqrt square sub tan tanh xor"""
 
+RESIDUAL = "a residual addition"  # the reason why channels stay unpruned unless `trace` is told otherwise
 BY_PLATFORM = "it has another form on each platform"  # the reason why no mask can be applied inside a layer
 
 Axes = tuple[Axis, ...]
@@ -334,7 +335,7 @@ class Propagation:
         """Keeps all channels if activations of different layers are added or combined otherwise than by a product."""
         if not self._residual and len({value.sources for value in values if value.sources}) > 1:
             for axis in axes:
-                self.groups.keep_whole(axis, "a residual addition", where)
+                self.groups.keep_whole(axis, RESIDUAL, where)
 
     def _reduce(self, eqn: core.JaxprEqn, values: list[Value], where: str) -> list[Value]:
         (value,), reduced = values, eqn.params["axes"]

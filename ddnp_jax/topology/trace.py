@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ddnp_jax.models.layers import Backbone
 from ddnp_jax.networks import LeafPath, Network, as_network, flatten, layout_note, replace_leaves
@@ -55,6 +56,7 @@ def trace(
         cannot be counted; `keep` names an unknown gate; or the variables are those of another network.
     """
     network = as_network(model, **call_kwargs)
+    _check_shape(input_shape)
     images = jax.ShapeDtypeStruct((BATCH, *input_shape), jnp.float32)
     shapes = variable_shapes(network, images, variables)
     leaves = flatten(shapes)
@@ -92,6 +94,16 @@ def trace(
             for path, leaf in leaves.items()
         ),
     )
+
+
+def _check_shape(input_shape: Any) -> None:
+    if not isinstance(input_shape, tuple | list) or not all(isinstance(size, int | np.integer) for size in input_shape):
+        raise ValueError("input_shape must be the shape of one image, as in (32, 32, 3); of an array, array.shape[1:].")
+    if len(input_shape) == 4 and input_shape[0] == 1:
+        raise ValueError(
+            f"input_shape={tuple(input_shape)} begins with 1; give the shape of one image, without an axis for the "
+            f"batch: {tuple(input_shape[1:])}."
+        )
 
 
 def _mark_image(groups: AxisGroups, axes: tuple[Axis, ...]) -> None:

@@ -35,6 +35,11 @@ class Fitted(NamedTuple):
     variables: Any
     history: History
 
+    def __str__(self) -> str:
+        """What the last step measured, in one line."""
+        last = ", ".join(f"{name} {values[-1]:.4g}" for name, values in self.history.items() if len(values))
+        return f"{as_network(self.model).name} after {len(self.history.get('loss', ()))} steps: {last}"
+
 
 def fit(
     model: Any,
@@ -196,6 +201,7 @@ def take_steps(
             pending = metrics
         if pending is not None:
             history.append(_checked(pending, steps))
+            progress.show(steps, history[-1]["loss"])
     names = history[0] if history else {}
     return parallel.fetch(state), {name: np.array([entry[name] for entry in history]) for name in names}
 
@@ -211,7 +217,10 @@ def checked_batch(batch: Any, number: int = 0) -> Batch:
       ValueError: It is something else, or its images are not finite; a ReLU would hide that.
     """
     if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise ValueError(f"batch {number} is of type {type(batch).__name__}; a batch must be (images, targets).")
+        raise ValueError(
+            f"batch {number} is of type {type(batch).__name__}; a batch must be (images, targets), and several are a "
+            "list or another iterable of them: [(images, targets)] for a single one."
+        )
     images, targets = jnp.asarray(batch[0]), jax.tree.map(jnp.asarray, batch[1])
     if jnp.issubdtype(images.dtype, jnp.floating) and not bool(jnp.isfinite(images).all()):
         raise ValueError(f"the images of batch {number} contain NaN or infinite values; give finite images.")
@@ -304,8 +313,8 @@ class _Progress:
             return
         line = f"{self._name}: step {step} of {self._steps}, loss {loss:.4f}"
         if self._live:
-            if time.monotonic() - self._last >= 1:
+            if time.monotonic() - self._last >= 1 or step == self._steps:
                 self._last = time.monotonic()
                 print(f"\r{line}", end="", file=sys.stderr, flush=True)
-        elif step % max(self._steps // 10, 1) == 0:
+        elif step % max(self._steps // 10, 1) == 0 or step == self._steps:
             print(line, file=sys.stderr, flush=True)

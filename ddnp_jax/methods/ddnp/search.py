@@ -27,6 +27,7 @@ from ddnp_jax.methods.base import (
     Survey,
     check_choices,
     convergence,
+    more_steps,
     off_budget,
 )
 from ddnp_jax.methods.ddnp import generators
@@ -304,7 +305,7 @@ class _DDNP:
         if gap <= FAR:
             return found
         faster = [f"width_optimizer.learning_rate={rate:g} raised to 2e-3 or 3e-3"] if rate < 2e-3 else []
-        return [*faster, *(found or ["more steps"])]
+        return [*faster, *(found or [more_steps(self.problem)])]
 
     def init(self, rng: jax.Array) -> State:
         """The state before the first step."""

@@ -13,6 +13,7 @@ CAPTIONS = {"widths": "Channels per gate, before and after", "search": "Accuracy
 _CONVERGED, _NOT_CONVERGED = "The search has converged", "The search has not converged"
 _MISSED = 0.04  # of the unpruned network's time: a latency budget that is missed by more than measurement noise
 _FASTER = 0.98  # a latency ratio below this is more than measurement noise
+_GUESSED = 1.2  # times the accuracy of guessing: an unpruned network below this has not learned
 
 
 def sections(report: Report, has_curve: bool) -> tuple[Section, ...]:
@@ -62,7 +63,7 @@ def _exported_bytes(report: Report) -> list[str]:
 
 def _result(report: Report) -> list[Block]:
     """What has come out, and what must be known of it."""
-    warnings = (*_not_converged(report), *_not_faster(report), *_without_control(report))
+    warnings = (*_untrained(report), *_not_converged(report), *_not_faster(report), *_without_control(report))
     return [
         tables.result_table(report),
         Paragraph(
@@ -237,6 +238,19 @@ def _search(report: Report, has_curve: bool) -> list[Block]:
 
 def _picture(name: str) -> Picture:
     return Picture(name, CAPTIONS[name])
+
+
+def _untrained(report: Report) -> list[str]:
+    """Says so where the unpruned network is no better than guessing: one that is constant passes every other check."""
+    classes = (report.preprocessing or {}).get("num_classes")
+    if classes is None or report.base_top1 > _GUESSED * 100 / classes:
+        return []
+    return [
+        f"**The unpruned network is no better than guessing**: it has {report.base_top1:.2f} % top-1, and guessing one "
+        f"of {classes} classes has {100 / classes:.2f} %. It has not learned, or its weights or the normalization of "
+        "its images are wrong, so the comparison shows nothing. What helps: another base.learning_rate, more "
+        "base.epochs, or the right base.weights."
+    ]
 
 
 def _not_converged(report: Report) -> list[str]:

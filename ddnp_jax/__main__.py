@@ -1,8 +1,9 @@
-"""Describes what can be pruned in a network, exports saved networks, and compares runs.
+"""Describes what can be pruned in a network, exports saved networks, compares runs, and lists fields.
 
     python -m ddnp_jax describe resnet50 --input_shape=224,224,3 --p=0.5
     python -m ddnp_jax export runs/mine --format=onnx --output=network.onnx
     python -m ddnp_jax compare runs/one runs/two/report.json
+    python -m ddnp_jax fields
 
 `--help` after a command lists its arguments.
 """
@@ -19,7 +20,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from ddnp_jax import export, files, torch_weights
+from ddnp_jax import export, field_tables, files, torch_weights
 from ddnp_jax.cost import flops
 from ddnp_jax.cost.budget import Budget, flops_cost
 from ddnp_jax.named import CLASSES, network_of
@@ -160,6 +161,12 @@ def compare(given: argparse.Namespace) -> None:
         files.write_text(given.html, report.comparison_html(reports))
 
 
+def fields(given: argparse.Namespace) -> None:
+    """Prints every field of a configuration, with its default and meaning, as Markdown."""
+    del given
+    print(field_tables.page(), end="")
+
+
 class _Parser(argparse.ArgumentParser):
     """Reports errors in one sentence."""
 
@@ -203,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     over = command("compare", compare)
     over.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, or its report.json")
     over.add_argument("--html", type=Path, metavar="PATH", help="file for an HTML page with the table and plots")
+    command("fields", fields)
     return parser
 
 

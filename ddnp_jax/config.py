@@ -30,51 +30,86 @@ PRECISIONS: Mapping[str, Any] = {"float32": np.float32, "bfloat16": jnp.bfloat16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The network, unless you pass your own."""
+    """The network, unless you pass your own.
 
-    name: str = "resnet56"  # one of ddnp_jax.models.names(), or MODULE:NAME: a flax module, its class, or a function
-    attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # additional attributes of the module
+    Attributes:
+      name: Name of a model in `ddnp_jax.models.names()`, or MODULE:NAME: a flax module, its class, or a function that
+        returns one.
+      attributes: Additional attributes of the module.
+    """
+
+    name: str = "resnet56"
+    attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The data set, unless you pass your own."""
+    """The data set, unless you pass your own.
 
-    name: str = "cifar10"  # 'folder' for image files, or the name of a prepared TFDS data set
-    label: str = ""  # its name in reports; '' for the data set's own name
-    data_dir: str = ""  # folder of images or of prepared TFDS data; '' for TFDS's default, with download
-    train_split: str = "train"  # TFDS split of training images; 'train[:2000]' for the first 2,000
-    test_split: str = ""  # TFDS split of test images; '' for 'test', or 'validation' if there is none
-    test_fraction: float = number(0.2, above=0, below=1)  # held out of every class of a folder without test images
-    seed: int = number(0, least=0, bits=63)  # random seed of the held-out splits
-    # Fractions of the training images: for the search, held out from base training; and for selecting the best
-    # checkpoint, never trained on.
+    Attributes:
+      name: Name of a TFDS data set, or 'folder' for image files.
+      label: Name of the data set in reports; '' for the data set's own name.
+      data_dir: Folder of images or of prepared TFDS data; '' for TFDS's default, with download.
+      train_split: TFDS split of training images; 'train[:2000]' for the first 2,000.
+      test_split: TFDS split of test images; '' for 'test', or 'validation' if there is none.
+      test_fraction: Fraction of every class that is held out for testing, in a folder without test images.
+      seed: Random seed of the held-out splits.
+      search_fraction: Fraction of the training images for the search, held out from base training.
+      validation_fraction: Fraction of the training images for selecting the best checkpoint, never trained on.
+      mean: Mean per channel of images in [0, 1]; () for the usual one of the data set.
+      std: Standard deviation per channel, likewise.
+      bgr: Whether the network takes BGR images; mean and std are in its channel order.
+      pad: Pixels of zero padding per side before random crops of small images.
+      flip: Whether half of the training images are mirrored.
+      crop_size: Side in pixels of the crops of photographs.
+      resize_size: Shorter side of a photograph before the center crop of evaluation.
+      threads: Number of decoder threads; 0 for one per core.
+    """
+
+    name: str = "cifar10"
+    label: str = ""
+    data_dir: str = ""
+    train_split: str = "train"
+    test_split: str = ""
+    test_fraction: float = number(0.2, above=0, below=1)
+    seed: int = number(0, least=0, bits=63)
     search_fraction: float = number(0.05, least=0, below=1, about="a fraction of the training images")
     validation_fraction: float = number(0.02, least=0, below=1, about="a fraction of the training images")
-    mean: tuple[float, ...] = ()  # per channel, of images in [0, 1]; () for the usual mean of the data set
-    std: tuple[float, ...] = number((), above=0)  # standard deviation, likewise
-    bgr: bool = False  # whether the network takes BGR images; mean and std are in its channel order
-    pad: int = number(4, least=0, about="a number of pixels")  # zero padding per side before crops of small images
-    flip: bool = True  # random horizontal flip
-    crop_size: int = number(224, least=1)  # side in pixels of the crops of photographs
-    resize_size: int = number(256, least=1)  # shorter side of a photograph before the center crop of evaluation
-    threads: int = number(0, least=0, about="how many threads; 0 is one per core")  # decoder threads
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = number((), above=0)
+    bgr: bool = False
+    pad: int = number(4, least=0, about="a number of pixels")
+    flip: bool = True
+    crop_size: int = number(224, least=1)
+    resize_size: int = number(256, least=1)
+    threads: int = number(0, least=0, about="how many threads; 0 is one per core")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BudgetConfig:
-    """How much of the network to keep."""
+    """How much of the network to keep.
 
-    kind: str = choice("flops", "flops", "params", "latency")  # what is counted; 'flops' are those of prunable layers
+    Attributes:
+      kind: What is counted: 'flops' (of prunable layers), 'params' or 'latency'.
+      p: Fraction of the cost that remains.
+      convention: How FLOPs are counted: 'macs', or 'authors' with 3 more per output element.
+      residual: Whether channels of residual streams may be removed too, one set for all blocks of a stage.
+      multiple: Widths are multiples of this, except those of unpruned gates; 0 for the fastest on the device, which is
+        measured.
+      latency_points: Widths per gate at which layers are timed, for 'latency'.
+      latency_batch: Images per call of what is measured for 'latency' and for multiple=0; 0 for a device's share of an
+        evaluation batch.
+      runtime: Where times are measured: 'xla', or 'onnx' for ONNX Runtime on the CPU.
+    """
+
+    kind: str = choice("flops", "flops", "params", "latency")
     p: float = number(0.5, above=0, most=1, about="the fraction of the cost that remains")
-    convention: str = choice("macs", *flops.CONVENTIONS)  # 'macs', or 'authors': 3 more per output element
-    residual: bool = False  # whether channels of residual streams may be removed too, one set for all blocks of a stage
-    # Widths are multiples of this, except those of unpruned gates; 0 for the fastest on the device, which is measured.
+    convention: str = choice("macs", *flops.CONVENTIONS)
+    residual: bool = False
     multiple: int = number(1, least=0)
-    latency_points: int = number(5, least=2)  # for 'latency': widths per gate at which layers are timed
-    # Of what is measured, for 'latency' and for multiple=0:
-    latency_batch: int = number(0, least=0)  # images per call; 0 for a device's share of an evaluation batch
-    runtime: str = choice(network_times.XLA, *network_times.RUNTIMES)  # XLA, or ONNX Runtime on the CPU
+    latency_points: int = number(5, least=2)
+    latency_batch: int = number(0, least=0)
+    runtime: str = choice(network_times.XLA, *network_times.RUNTIMES)
 
     @property
     def runtime_of_times(self) -> str | None:
@@ -84,21 +119,37 @@ class BudgetConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """SGD with momentum, for base training and fine-tuning."""
+    """SGD with momentum, for base training and fine-tuning.
 
-    epochs: int = number(200, least=1)  # passes over the stage's training images
-    batch_size: int = number(128, least=1)  # images per update, over all devices
-    micro_batches: int = number(1, least=1)  # gradient accumulation: micro-batches per update
-    learning_rate: float = number(0.1, least=0.0)  # peak, for this batch size
+    Attributes:
+      epochs: Passes over the stage's training images.
+      batch_size: Images per update, over all devices.
+      micro_batches: Micro-batches per update, for gradient accumulation.
+      learning_rate: Peak learning rate, for this batch size.
+      momentum: Momentum of SGD.
+      weight_decay: Coefficient of L2 regularization of every parameter.
+      warmup_epochs: Epochs of linear warm-up from 0.
+      schedule: Learning rate over the run: 'constant', 'step' (x0.1 at decay_at) or 'cosine' (to 0).
+      decay_at: When the 'step' schedule decays, as fractions of the run.
+      label_smoothing: Label smoothing of the cross-entropy.
+      augment: Whether to crop and flip at random, as configured in `data`.
+      chunk_steps: Steps per dispatch; the run logs and stops only between chunks.
+      save_every: Chunks between checkpoints and evaluations on held-out training images.
+    """
+
+    epochs: int = number(200, least=1)
+    batch_size: int = number(128, least=1)
+    micro_batches: int = number(1, least=1)
+    learning_rate: float = number(0.1, least=0.0)
     momentum: float = number(0.9, least=0.0, most=1.0)
-    weight_decay: float = number(1e-4, least=0.0)  # L2 regularization of every parameter
-    warmup_epochs: float = number(0.0, least=0.0)  # linear warm-up from 0
-    schedule: str = choice("step", *SCHEDULES)  # 'constant', 'step' (x0.1 at decay_at) or 'cosine' (to 0)
-    decay_at: tuple[float, ...] = number((0.5, 0.75), above=0, most=1, about="fractions of the run")  # for 'step'
-    label_smoothing: float = number(0.0, least=0.0, most=1.0)  # label smoothing of the cross-entropy
-    augment: bool = True  # random crops and flips, as configured in `data`
-    chunk_steps: int = number(50, least=1)  # steps per dispatch; the run logs and stops only between chunks
-    save_every: int = number(8, least=1)  # chunks between checkpoints and evaluations on held-out training images
+    weight_decay: float = number(1e-4, least=0.0)
+    warmup_epochs: float = number(0.0, least=0.0)
+    schedule: str = choice("step", *SCHEDULES)
+    decay_at: tuple[float, ...] = number((0.5, 0.75), above=0, most=1, about="fractions of the run")
+    label_smoothing: float = number(0.0, least=0.0, most=1.0)
+    augment: bool = True
+    chunk_steps: int = number(50, least=1)
+    save_every: int = number(8, least=1)
 
     @property
     def step_batch(self) -> int:
@@ -108,36 +159,60 @@ class TrainerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaseConfig(TrainerConfig):
-    """Base training."""
+    """Base training.
 
-    weights: str = ""  # PyTorch checkpoint or save_pruned folder; '' to train from scratch
+    Attributes:
+      weights: Path of a PyTorch checkpoint or of a folder written by `save_pruned`; '' to train from scratch.
+    """
+
+    weights: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TrainerConfig):
-    """Fine-tuning of the pruned network."""
+    """Fine-tuning of the pruned network.
 
-    epochs: int = number(200, least=0)  # 0 to skip fine-tuning
-    control: bool = False  # whether to fine-tune the unpruned network too, for a fair comparison
-    warmup_epochs: float = number(5.0, least=0.0)  # linear warm-up from 0
-    distillation_weight: float = number(0.0, least=0.0, most=1.0)  # from the unpruned network
-    distillation_temperature: float = number(4.0, least=1e-3)  # of the distillation loss
-    recalibration_steps: int = number(0, least=0)  # batches for re-estimating batch statistics before fine-tuning
+    Attributes:
+      epochs: Passes over the training images, search images included; 0 to skip fine-tuning.
+      control: Whether to fine-tune the unpruned network too, for a fair comparison.
+      warmup_epochs: Epochs of linear warm-up from 0.
+      distillation_weight: Weight of the distillation from the unpruned network.
+      distillation_temperature: Temperature of the distillation loss.
+      recalibration_steps: Number of batches for re-estimating batch statistics before fine-tuning.
+    """
+
+    epochs: int = number(200, least=0)
+    control: bool = False
+    warmup_epochs: float = number(5.0, least=0.0)
+    distillation_weight: float = number(0.0, least=0.0, most=1.0)
+    distillation_temperature: float = number(4.0, least=1e-3)
+    recalibration_steps: int = number(0, least=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """The search; on the command line and in config.json, the method's fields are on the same level as these."""
+    """The search; on the command line and in config.json, the method's fields are on the same level as these.
+
+    Attributes:
+      method: Name of the method, one of `ddnp_jax.methods.METHODS`.
+      epochs: Passes over the search images; always 1 for scores.
+      images: How many of the search images are used, drawn at random; 0 for all.
+      batch_size: Images per step, over all devices.
+      augment: Whether to crop and flip at random, as configured in `data`.
+      chunk_steps: Steps per dispatch.
+      save_every: Chunks between checkpoints and evaluations.
+      test_curve: Whether to log test accuracy at every checkpoint too, for plots only.
+      fields: Fields of the method by name, where they differ from its defaults; those of other methods are ignored.
+    """
 
     method: str = choice("ddnp", *methods.METHODS)
-    epochs: int = number(200, least=1)  # passes over the search images; always 1 for scores
-    images: int = number(0, least=0)  # how many of the search images are used, drawn at random; 0 for all
-    batch_size: int = number(256, least=1)  # images per step, over all devices
-    augment: bool = False  # random crops and flips, as configured in `data`
-    chunk_steps: int = number(10, least=1)  # steps per dispatch
-    save_every: int = number(10, least=1)  # chunks between checkpoints and evaluations
-    test_curve: bool = False  # also log test accuracy at every checkpoint, for plots only
-    # Fields of the method by name, where they differ from its defaults; those of other methods are ignored.
+    epochs: int = number(200, least=1)
+    images: int = number(0, least=0)
+    batch_size: int = number(256, least=1)
+    augment: bool = False
+    chunk_steps: int = number(10, least=1)
+    save_every: int = number(10, least=1)
+    test_curve: bool = False
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -186,23 +261,45 @@ class SearchConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How work is distributed over devices."""
+    """How work is distributed over devices.
 
-    mode: str = choice("shard_map", *parallel.MODES)  # the results are the same
-    sync_batch_norm: bool = True  # batch statistics over all devices, or of each device
-    cpu_fusions: str = cpu.AUTO  # what XLA:CPU may fuse, as for `configure_cpu`
+    Attributes:
+      mode: How steps are distributed: 'shard_map' or 'pmap'; the results are the same.
+      sync_batch_norm: Whether batch statistics are those of all devices, not of each.
+      cpu_fusions: What XLA:CPU may fuse, as for `configure_cpu`.
+    """
+
+    mode: str = choice("shard_map", *parallel.MODES)
+    sync_batch_norm: bool = True
+    cpu_fusions: str = cpu.AUTO
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """An experiment."""
+    """An experiment.
 
-    seed: int = number(0, least=0, bits=63)  # of weights, order, augmentation and search; for splits see data.seed
-    variant: str = "default"  # name of this variant in reports
-    precision: str = choice("float32", *PRECISIONS)  # of the computation; parameters stay float32
-    eval_batch_size: int = number(512, least=1)  # images per evaluation step, over all devices
-    notes: tuple[str, ...] = ()  # remarks to include in the report
-    export: str = several(*FILES)  # comma-separated formats to export the pruned network to
+    Attributes:
+      seed: Random seed of weights, order, augmentation and search; that of the held-out splits is data.seed.
+      variant: Name of this variant in reports.
+      precision: Data type of the computation, 'float32' or 'bfloat16'; parameters stay float32.
+      eval_batch_size: Images per evaluation step, over all devices.
+      notes: Remarks to include in the report.
+      export: Comma-separated formats to export the pruned network to.
+      model: The network.
+      data: The data set.
+      budget: How much of the network to keep.
+      base: Base training.
+      search: The search.
+      finetune: Fine-tuning.
+      parallel: The devices.
+    """
+
+    seed: int = number(0, least=0, bits=63)
+    variant: str = "default"
+    precision: str = choice("float32", *PRECISIONS)
+    eval_batch_size: int = number(512, least=1)
+    notes: tuple[str, ...] = ()
+    export: str = several(*FILES)
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     budget: BudgetConfig = BudgetConfig()

@@ -430,3 +430,16 @@ def test_a_missing_package_is_named(saved, monkeypatch):
     assert refused("export", "run", "--format=onnx", "--output=network.onnx") == (
         "error: export='onnx' needs jax2onnx; run `pip install ddnp_jax[onnx]`."
     )
+
+
+def test_the_page_of_fields_is_in_the_documentation(printed):
+    page = (Path(__file__).parents[1] / "docs" / "fields.md").read_text()
+    assert printed("fields") == page, "run `python -m ddnp_jax fields > docs/fields.md`"
+    assert (
+        "| `tie_weight` | `1.0` | ρ, the weight of the tie; 0 disentangles importance and width completely. |" in page
+    )
+    optimizer = "AdamW of the gates; its learning rate is multiplied by 0.1 at `decay_at`. Weight decay."
+    assert f"| `optimizer.weight_decay` | `0.01` | {optimizer} |" in page
+    inherited = page[page.index("## `finetune`") : page.index("## `parallel`")]
+    assert "| `momentum` | `0.9` | Momentum of SGD. |" in inherited and "| `control` | `False` | " in inherited
+    assert [line for line in page.splitlines() if line.endswith("| |") and line != "| field | default | |"] == []

@@ -110,7 +110,10 @@ def _loaded(folder: Path, given: argparse.Namespace) -> tuple[Any, Any]:
         return load_pruned(folder, model, variables)
     except ValueError as error:
         advice = str(error).replace("load_pruned(..., model=)", "--network=MODULE:NAME")
-        raise ValueError(advice.replace("import its module first, or ", "")) from error
+        advice = advice.replace("import its module first, or ", "")
+        raise ValueError(
+            advice.replace("pass the network with the saved value", "give the saved value as --attribute=NAME=VALUE")
+        ) from error
 
 
 def _serving(path: Path) -> export.Serving | None:
@@ -154,8 +157,11 @@ def compare(given: argparse.Namespace) -> None:
     """Prints one table of several runs, and writes the page of --html."""
     from ddnp_jax.pipeline import report
 
-    paths = (path / "report.json" if path.is_dir() else path for path in given.runs)
-    reports = [report.read(path) for path in paths]
+    unfinished = [path for path in given.runs if path.is_dir() and not (path / "report.json").exists()]
+    ended = [path for path in given.runs if path not in unfinished] or given.runs
+    if len(ended) < len(given.runs):
+        print(f"left out, without a report.json: {', '.join(map(str, unfinished))}", file=sys.stderr)
+    reports = [report.read(path / "report.json" if path.is_dir() else path) for path in ended]
     print(report.compare(reports))
     if given.html is not None:
         files.write_text(given.html, report.comparison_html(reports))

@@ -11,10 +11,10 @@ from ddnp_jax.config import Config
 _INTRODUCTION = """\
 # Fields of a configuration
 
-On the command line of an experiment, the field `p` of the section `budget` is set by `--config.budget.p=0.4`; in Python,
-a section is a class of `ddnp_jax.config`, and the fields of a method are arguments of `SearchConfig.of` and of `prune`.
-These are the defaults of the library; the configurations in `configs/` set others. `python -m ddnp_jax fields` prints
-this page.
+On the command line of an experiment, the field `p` of the section `budget` is set by `--config.budget.p=0.4`. In
+Python, a section is a class of `ddnp_jax.config`, and the fields of a method are arguments of `SearchConfig.of` and of
+`prune`. These are the defaults of the library; the configurations in `configs/` set others. `python -m ddnp_jax fields`
+prints this page.
 """
 _ENTRY = re.compile(r"^(\w+): (.*)$")
 

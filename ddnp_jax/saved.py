@@ -217,7 +217,7 @@ def _check_attributes(module: nn.Module, description: Mapping[str, Any], file: P
             saved, given = (repr(each[name]) if name in each else "its default" for each in (theirs, own))
             raise ValueError(
                 f"{file} holds a network with {name}={saved}, and the model has {given}; pass the network with the "
-                "saved attributes."
+                "saved value."
             )
 
 

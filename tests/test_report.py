@@ -510,8 +510,13 @@ def test_the_command_compares_folders_and_files(workdir, capsys):
     report.write(workdir, REPORT)
     other = workdir / "other.json"
     other.write_text(json.dumps(changed(seed=4).to_json()))
-    main(["compare", str(workdir), str(other)])
-    assert capsys.readouterr().out == report.compare([REPORT, changed(seed=4)]) + "\n"
+    unfinished = workdir / "unfinished"
+    unfinished.mkdir()
+    main(["compare", str(workdir), str(unfinished), str(other)])
+    printed = capsys.readouterr()
+    assert printed.out == report.compare([REPORT, changed(seed=4)]) + "\n"
+    assert printed.err == f"left out, without a report.json: {unfinished}\n"
+    assert compare_file(unfinished).startswith(f"error: there is no file {unfinished}/report.json")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 import torch
 from flax import nnx
 
-from configs import cifar10_r56, default, digits_r20, imagenet_r50
+from configs import cifar10_r56, default, digits_r20, imagenet_r50, own
 from ddnp_jax import cpu, data, models, pipeline, preemption
 from ddnp_jax.checkpoint import Checkpoints
 from ddnp_jax.config import typed
@@ -25,6 +25,7 @@ from ddnp_jax.pipeline import stages
 from ddnp_jax.saved import load_pruned, save_pruned
 from experiments import launch
 from tests.small_job import Own, P, interrupt_at, tiny
+from tests.test_data_folder import fill
 from tests.test_training import events_of
 
 TUNED = ("finetune", "control")
@@ -388,6 +389,30 @@ def test_a_network_of_ones_own_is_named_in_the_configuration(config, tmp_path, m
     assert refused(config, tmp_path, **{"model.name": "mine:absent"}).startswith(
         "mine has no 'absent'; give MODULE:NAME"
     )
+
+
+def test_the_configuration_of_ones_own_takes_a_folder_and_a_network(tmp_path, monkeypatch):
+    for label in ("cat", "dog", "eel"):
+        fill(tmp_path / "images", *(f"{label}/{i}.png" for i in range(60)), size=(20, 24))
+    (tmp_path / "of_images.py").write_text(
+        "import flax.linen as nn\n"
+        "class Made(nn.Module):\n"
+        "    num_classes: int = 2\n"
+        "    @nn.compact\n"
+        "    def __call__(self, x):\n"
+        "        return nn.Dense(self.num_classes)(nn.Conv(6, (3, 3), name='first')(x).mean((1, 2)))\n"
+        "two = Made()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = own.get_config("taylor,tiny")
+    fields = {"model.name": "of_images:two", "data.data_dir": str(tmp_path / "images")}
+    assert refused(config, tmp_path, **fields).startswith(
+        "Made returns (1, 2) for one image, and images has 3 classes; "
+    )
+    config.model.name = "of_images:Made"
+    job = pipeline.prepare(config, tmp_path / "run")
+    assert (job.config.search.method, job.config.base.epochs, job.topology.input_shape) == ("taylor", 1, (20, 24, 3))
+    assert (job.topology.widths, job.network.model.num_classes) == ((6,), 3)
 
 
 def test_a_workdir_without_its_configuration_is_refused(config, tmp_path):

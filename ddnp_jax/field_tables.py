@@ -1,6 +1,7 @@
 """All fields of a configuration with their defaults and meanings, as Markdown: `docs/fields.md`."""
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,7 @@ Python, a section is a class of `ddnp_jax.config`, and the fields of a method ar
 `prune`. These are the defaults of the library; the configurations in `configs/` set others. `python -m ddnp_jax fields`
 prints this page.
 """
-_ENTRY = re.compile(r"^(\w+): (.*)$")
+_ENTRY = re.compile(r"  (\w+): (.*)")  # further lines of an entry have a larger indent
 
 
 def page() -> str:
@@ -66,10 +67,9 @@ def _meanings(kind: type) -> dict[str, str]:
     found: dict[str, str] = {}
     for each in reversed(kind.__mro__):
         name = ""
-        for line in (each.__dict__.get("__doc__") or "").partition("Attributes:\n")[2].splitlines():
-            entry = _ENTRY.match(line.strip()) if len(line) - len(line.lstrip()) <= 6 else None
-            if entry:
+        for line in inspect.cleandoc(each.__doc__ or "").partition("Attributes:\n")[2].splitlines():
+            if entry := _ENTRY.match(line):
                 name, found[entry[1]] = entry[1], entry[2]
-            elif name and line.strip():
+            elif name:
                 found[name] += " " + line.strip()
     return found

@@ -56,7 +56,8 @@ class Fields(ResourceFields):
       importance: Parameterization of s: 'generator' (g_s), 'scalar' (one parameter per channel), or 'l1' (fixed norms).
       width: Parameterization of k: 'generator' (g_k), 'linear' (g_k of the authors' code), 'scalar' (one parameter per
         gate), or 'half' (fixed at 0.5).
-      output: Function that maps s̄ to the importance: 'sigmoid', 'abs' or 'square'.
+      output: Function that maps s̄ to the importance: 'sigmoid', 'abs' or 'square'. Only the ranking by it counts, so
+        that the last two are the same, and both are far worse than the first (`results/cifar10_r56`).
       learned_inputs: Whether the inputs x_s and x_k are learned.
       bidirectional: Whether g_s also runs backward over the gates, as in the authors' code.
       layer_norm: Whether the GRU's outputs are layer-normalized, as in the authors' code.

@@ -17,7 +17,7 @@ from flax import nnx
 from configs import cifar10_r56, default, digits_r20, imagenet_r50, own
 from ddnp_jax import cpu, data, models, pipeline, preemption
 from ddnp_jax.checkpoint import Checkpoints
-from ddnp_jax.config import typed
+from ddnp_jax.config import Config, typed
 from ddnp_jax.cost import latency
 from ddnp_jax.cost.network_times import NetworkTimer
 from ddnp_jax.networks import as_network
@@ -389,6 +389,12 @@ def test_a_network_of_ones_own_is_named_in_the_configuration(config, tmp_path, m
     assert refused(config, tmp_path, **{"model.name": "mine:absent"}).startswith(
         "mine has no 'absent'; give MODULE:NAME"
     )
+
+
+def test_a_forgotten_data_set_is_named_before_anything_is_downloaded(tmp_path):
+    with pytest.raises(ValueError, match=r"^dataset= is missing beside model=; give one of data\.from_folder or "):
+        pipeline.run(Config(), tmp_path / "run", model=Own((6, 10)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_configuration_of_ones_own_takes_a_folder_and_a_network(tmp_path, monkeypatch):

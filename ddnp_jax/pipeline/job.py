@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from ddnp_jax import data, export, files, methods, models, parallel, torch_weights
 from ddnp_jax.compact import Rebuild, rehearse
-from ddnp_jax.config import STAGES, Config, Stage, as_dict, check, typed
+from ddnp_jax.config import STAGES, Config, DataConfig, Stage, as_dict, check, typed
 from ddnp_jax.cost import latency, multiples
 from ddnp_jax.cost.budget import Budget
 from ddnp_jax.cost.kinds import make_budget
@@ -139,6 +139,7 @@ def prepare(
       ModuleNotFoundError: A package of `config.export` is missing.
     """
     config = typed(config)
+    _check_named(config, model, dataset)
     config = dataclasses.replace(config, data=data.complete(config.data))
     check(config)
     for form in _formats(config):
@@ -185,6 +186,15 @@ def prepare(
         identity=lasting,
         guard=PreemptionGuard(),
     )
+
+
+def _check_named(config: Config, model: Any, dataset: data.Dataset | None) -> None:
+    """Raises for a custom network without any images: the default, CIFAR-10, would be downloaded."""
+    if model is not None and dataset is None and config.data == DataConfig():
+        raise ValueError(
+            "dataset= is missing beside model=; give one of data.from_folder or data.from_arrays, or name a data set "
+            "of TFDS and its folder in the configuration (data.name, data.data_dir)."
+        )
 
 
 def _formats(config: Config) -> set[str]:

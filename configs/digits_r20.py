@@ -22,6 +22,4 @@ def get_config(argument: str = "") -> ConfigDict:
     config.finetune.update(epochs=10, batch_size=64, schedule="cosine", warmup_epochs=0.0, learning_rate=0.02)
     # Batch statistics of the pruned network instead of those of the unpruned one.
     config.finetune.update(chunk_steps=15, control=True, recalibration_steps=60)
-    # 800 steps: with the 1e-3 of 2,000 steps k does not always come back to the open gates.
-    of_method = {"ddnp": {"search.width_optimizer.learning_rate": 3e-3}}
-    return default.choose(config, argument, {"ddnp": 0.5}, {}, of_method)
+    return default.choose(config, argument, {"ddnp": 0.5}, {}, default.OF_METHOD_IN_FEW_STEPS)

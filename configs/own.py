@@ -23,6 +23,5 @@ def get_config(argument: str = "") -> ConfigDict:
     config.finetune.update(epochs=20, batch_size=32, schedule="cosine", warmup_epochs=1.0, learning_rate=0.02)
     for stage in (config.base, config.search, config.finetune):
         stage.chunk_steps = 10
-    # A folder has few images: fewer steps than the papers' 2,000.
-    of_method = {"ddnp": {"search.width_optimizer.learning_rate": 3e-3}}
-    return default.choose(config, argument, {"ddnp": 0.5}, {"tiny": default.SHORT}, of_method)
+    forms = {"tiny": default.SHORT}
+    return default.choose(config, argument, {"ddnp": 0.5}, forms, default.OF_METHOD_IN_FEW_STEPS)

@@ -31,6 +31,12 @@ from ddnp_jax.topology import trace
 PYTORCH = "pytorch"
 COMPARED = 32  # images with which an exported network is compared
 _INTERRUPTED = 130  # exit code of an interrupted shell command
+# What the messages of `load_pruned` advise in Python, and what to do here instead.
+_ADVICE = {
+    "load_pruned(..., model=)": "--network=MODULE:NAME",
+    "import its module first, or ": "",
+    "pass the network with the saved value": "give the saved value as --attribute=NAME=VALUE",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -109,11 +115,10 @@ def _loaded(folder: Path, given: argparse.Namespace) -> tuple[Any, Any]:
     try:
         return load_pruned(folder, model, variables)
     except ValueError as error:
-        advice = str(error).replace("load_pruned(..., model=)", "--network=MODULE:NAME")
-        advice = advice.replace("import its module first, or ", "")
-        raise ValueError(
-            advice.replace("pass the network with the saved value", "give the saved value as --attribute=NAME=VALUE")
-        ) from error
+        message = str(error)
+        for in_python, here in _ADVICE.items():
+            message = message.replace(in_python, here)
+        raise ValueError(message) from error
 
 
 def _serving(path: Path) -> export.Serving | None:

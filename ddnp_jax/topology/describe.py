@@ -18,7 +18,7 @@ def describe(topology: Topology) -> str:
     is_long = len(topology.layers) > LISTED
     lines = [f"gates: {len(topology.gates)}", *_gates(topology)]
     lines += [f"layers: {len(topology.layers)}", *(() if is_long else _layers(topology))]
-    lines += [f"stays unpruned: {len(topology.unprunable)}", *_whole(topology, is_long)]
+    lines += [f"stays unpruned: {len(topology.unprunable)}", *_whole(topology, is_long), *_residual(topology)]
     return "\n".join([*lines, *_summary(topology)])
 
 
@@ -45,7 +45,6 @@ def _layers(topology: Topology) -> Iterator[str]:
 def _whole(topology: Topology, is_long: bool) -> Iterator[str]:
     if not is_long:
         yield from (f"  {names}: {reason}" for names, reason in topology.unprunable)
-        yield from _residual(topology)
         return
     by_kind: dict[str, list[str]] = {}
     for names, reason in topology.unprunable:
@@ -54,7 +53,6 @@ def _whole(topology: Topology, is_long: bool) -> Iterator[str]:
     for kind, layers in by_kind.items():
         shown = ", ".join(layers[:3]) + (", ..." if len(layers) > 3 else "")
         yield f"  {kind}: {len(layers)} layers ({shown})"
-    yield from _residual(topology)
 
 
 def _residual(topology: Topology) -> Iterator[str]:

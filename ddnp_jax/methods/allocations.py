@@ -101,8 +101,8 @@ class Fields:
 
     Attributes:
       allocation: How many channels each gate keeps: 'uniform', the same fraction of every gate; 'global', by one
-        ranking of the channels of all gates; 'rates', as given by `rates`; 'cc', by minimizing the fitted loss of
-        importance.
+        ranking of the channels of all gates; 'rates', as given by `rates`; 'cc', so that another percent of any
+        gate's channels would lose as much importance, by a fitted curve.
       rates: For allocation 'rates': the fraction of each gate's channels to remove, in the order of `topology.gates`,
         for example published rates. All widths are then scaled by one factor to meet the budget.
     """

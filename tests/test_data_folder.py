@@ -53,7 +53,7 @@ def test_train_and_test_lie_beside_each_other(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("present", "used"), [(("val",), "val"), (("validation", "val"), "val"), (("validation",),) * 2]
+    ("present", "used"), [(("val",), "val"), (("validation", "val"), "val"), (("validation",),) * 2, (("valid",), "valid")]
 )
 def test_other_names_of_the_test_folder(tmp_path, present, used):
     used = used if isinstance(used, str) else used[0]
@@ -187,6 +187,14 @@ def test_networks_that_see_blue_first_are_served_so(tmp_path):
     np.testing.assert_array_equal(labels, dataset.test.labels[[3, 1]])
 
 
+def test_the_usual_mean_is_in_the_networks_channel_order(tmp_path):
+    classes_of(tmp_path)
+    for bgr, mean in ((False, (0.485, 0.456, 0.406)), (True, (0.406, 0.456, 0.485))):
+        dataset = data.from_folder(tmp_path, bgr=bgr)
+        assert dataset.preprocessing.mean == mean
+        assert dataset.preprocessing == data.load(DataConfig(name="folder", data_dir=str(tmp_path), bgr=bgr)).preprocessing
+
+
 def test_photographs_are_served_as_the_crops_that_the_network_sees(tmp_path):
     sizes = dict(crop_size=8, resize_size=9)
     dataset = data.from_folder(classes_of(tmp_path, size=(100, 120)), mean=(0.5,) * 3, std=(0.25,) * 3, **sizes)
@@ -280,6 +288,20 @@ def test_a_folder_without_classes_is_named(tmp_path):
     )
     classes_of(tmp_path / "train")
     assert refused(tmp_path).startswith(f"{tmp_path} has 1 folders of classes (train); give at least two, or train and")
+
+
+@pytest.mark.parametrize(("train", "test"), [("train", "dev"), ("Train", "Test"), ("training", "testing")])
+def test_other_names_of_both_folders_are_not_two_classes(tmp_path, train, test):
+    classes_of(tmp_path / train)
+    classes_of(tmp_path / test)
+    sentence = f"{tmp_path} has {train} with folders in it, and {test}; rename them to train and one of test, val, "
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        data.from_folder(tmp_path)
+
+
+def test_trains_are_a_class(tmp_path):
+    classes_of(tmp_path, names=("plane", "train"))
+    assert data.from_folder(tmp_path).class_names == ("plane", "train")
 
 
 def test_classes_without_images_are_named(tmp_path):

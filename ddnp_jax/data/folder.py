@@ -18,7 +18,7 @@ from ddnp_jax.data.preprocessing import Preprocessing
 from ddnp_jax.fields import check_limits
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-TEST_FOLDERS = ("test", "val", "validation")  # folders of test images beside `train`; the first one found is used
+TEST_FOLDERS = ("test", "val", "valid", "validation")  # of test images, beside `train`; the first one found is used
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's
 
 
@@ -26,8 +26,8 @@ def from_folder(
     path: str | Path,
     *,
     name: str | None = None,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     bgr: bool = False,
     pad: int = 4,
     flip: bool = True,
@@ -41,8 +41,8 @@ def from_folder(
 ) -> Dataset:
     """Creates a data set from image files.
 
-    The folder contains a sub-folder for each class, named after the class; or `train` and one of `test`, `val` and
-    `validation` with such sub-folders. Images may be nested deeper in a class's folder. Hidden files and folders are
+    The folder contains a sub-folder for each class, named after the class; or `train` and one of `test`, `val`, `valid`
+    and `validation` with such sub-folders. Images may be nested deeper in a class's folder. Hidden files and folders are
     ignored, links are followed except in cycles, and other files are skipped, which is noted in the report. Small
     images of equal size are kept in memory and augmented by padded crops; others are streamed and cropped.
 
@@ -50,7 +50,7 @@ def from_folder(
       path: The folder.
       name: Name of the data set in reports; None for the folder's name.
       mean: Mean per channel for normalization, in units of [0, 1] and in the network's channel order; with a single
-        value, images are converted to grayscale.
+        value, images are converted to grayscale. None for those of ImageNet.
       std: Standard deviation per channel, likewise.
       bgr: Whether the network takes BGR images.
       pad: Zero padding in pixels on each side before the random crop of small images, in stages with augmentation.
@@ -71,6 +71,8 @@ def from_folder(
         photographs only the headers are read, and a damaged one raises, naming its file, when it is decoded.
       FileNotFoundError: The folder does not exist.
     """
+    order = slice(None, None, -1 if bgr else 1)
+    mean, std = IMAGENET_MEAN[order] if mean is None else mean, IMAGENET_STD[order] if std is None else std
     preprocessing = Preprocessing(
         mean, std, bgr, pad, flip, crop_size=crop_size, resize_size=resize_size, threads=threads
     )
@@ -181,6 +183,8 @@ def _divide(path: Path, test_fraction: float, seed: int) -> tuple[tuple[str, ...
     root = path / "train" if found else path
     tree = _classes(root)
     classes = tuple(tree.images)
+    if not found:
+        _check_one_level(path)
     _check_classes(root, tree)
     if not found:
         train, test = _hold_out(tree, test_fraction, seed)
@@ -253,6 +257,18 @@ def _check_classes(path: Path, tree: _Tree) -> None:
     for name, files in tree.images.items():
         if not files:
             raise ValueError(f"class {name!r} in {path} has no images; fill its folder or remove it.")
+
+
+def _check_one_level(path: Path) -> None:
+    """Raises for folders of training and test images with other names than those that are known: as two classes."""
+    folders = {entry.name: list(_visible(entry.path)) for entry in _visible(path) if entry.is_dir()}
+    for name, entries in folders.items():
+        others = [other for other in folders if other != name]
+        if name.lower().startswith("train") and others and entries and all(entry.is_dir() for entry in entries):
+            raise ValueError(
+                f"{path} has {name} with folders in it, and {', '.join(others)}; rename them to train and one of "
+                f"{', '.join(TEST_FOLDERS)}, or, if {name} is a class, move its images into {path / name} itself."
+            )
 
 
 def _check_test(path: Path, tree: _Tree, classes: tuple[str, ...]) -> None:

@@ -221,7 +221,7 @@ def compare_outputs(
     """Compares the outputs of two forms of a network.
 
     Args:
-      pairs: Reference and actual value of each output, of the same shape.
+      pairs: Reference and actual value of each output, of the same shape and of any type of numbers.
       tolerance: Maximum difference, relative to the output's largest absolute value.
       which: Name of the compared network in messages.
       reference: Name of the reference network in messages.
@@ -229,6 +229,8 @@ def compare_outputs(
     Raises:
       ValueError: An output differs by more than the tolerance, or is not finite.
     """
+    # Booleans cannot be subtracted, and differences of unsigned numbers would wrap around.
+    pairs = [tuple(each.astype(np.result_type(each, np.float32)) for each in pair) for pair in pairs]
     differences = [float(np.max(np.abs(masked - cut))) for masked, cut in pairs]
     agreement = float(np.mean(np.concatenate([np.ravel(a.argmax(-1) == b.argmax(-1)) for a, b in pairs])))
     for (masked, _), difference in zip(pairs, differences, strict=True):
@@ -267,7 +269,7 @@ def rehearse(
     topology: Topology,
     smallest: tuple[int, ...],
     rebuild: Rebuild | None = None,
-) -> None:
+) -> tuple[Any, Any]:
     """Prunes a network at random and verifies it, so that a network that cannot be pruned fails before the search.
 
     Args:
@@ -276,6 +278,9 @@ def rehearse(
       topology: Topology of `model`, as returned by `trace`.
       smallest: Minimum number of channels per gate.
       rebuild: Builds the smaller network, as for `compact`.
+
+    Returns:
+      A smaller network and its variables, as `compact` returns them.
 
     Raises:
       ValueError: The network cannot be pruned; the message names the gates at which it fails.
@@ -288,7 +293,7 @@ def rehearse(
         selection = Selection(tuple(tuple(sorted(map(int, each))) for each in kept))
         return selection, compact(model, variables, selection, topology, rebuild)
 
-    def attempt(gates: set[int]) -> None:
+    def attempt(gates: set[int]) -> tuple[Any, Any]:
         # Widths that differ as much as possible, so that swapped widths do not match by chance.
         selection, small = cut(
             [
@@ -297,10 +302,11 @@ def rehearse(
             ]
         )
         verify(model, variables, *small, selection, topology, images)
+        return small
 
     everything = set(range(len(topology.gates)))
     try:
-        attempt(everything)
+        small = attempt(everything)
     except ValueError as error:
         names = [topology.gates[i].name for i in sorted(everything) if rebuild is None and _fails(attempt, i)]
         if not names:
@@ -310,9 +316,10 @@ def rehearse(
     # Also try equal widths, because code that compares widths may branch differently.
     common = max(*smallest, min(topology.widths) // 2)
     cut([min(common, channels) for channels in topology.widths])
+    return small
 
 
-def _fails(attempt: Callable[[set[int]], None], gate: int) -> bool:
+def _fails(attempt: Callable[[set[int]], Any], gate: int) -> bool:
     try:
         attempt({gate})
     except ValueError:

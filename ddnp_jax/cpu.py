@@ -115,9 +115,8 @@ def description() -> str:
     return f"{name}, {cores()} cores"
 
 
-@functools.cache
 def jit_for_one_call(program: Callable[..., Any]) -> Callable[..., Any]:
-    """As `jax.jit`, for a program that runs once: on a CPU it is compiled with fewer optimizations, in less time.
+    """As `jax.jit`, for a program that runs once or seldom: on a CPU it is compiled with fewer optimizations, sooner.
 
     The initial random numbers of ResNet-56's kernels, for example, take 51 s to compile otherwise.
     """

@@ -48,6 +48,11 @@ OVER_DEVICES = Devices(
 )
 
 
+def description() -> str:
+    """The devices of all processes in words: their number and kind."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
 def sum_over_devices(tree: Any) -> Any:
     """Sum of a pytree of arrays over all devices; only inside a function that `data_parallel` maps."""
     return jax.lax.psum(tree, AXIS)

@@ -125,7 +125,7 @@ def compare(config: "Config", checkpoint: str) -> dict[str, Any]:
     figures = statistics({name: np.concatenate(each) for name, each in logits.items()}, np.concatenate(labels))
     for name, taken in seconds.items():
         figures[name]["images_per_s"] = config.eval_batch_size / float(np.median(taken))
-    figures[OURS]["on"] = f"JAX {jax.__version__}, {jax.device_count()} x {jax.devices()[0].device_kind}"
+    figures[OURS]["on"] = f"JAX {jax.__version__}, {parallel.description()}"
     device = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
     figures[PYTORCH]["on"] = f"PyTorch {torch.__version__}, {device}"
     return {"model": config.model.name, "dataset": dataset.name, "batch": config.eval_batch_size, **figures}

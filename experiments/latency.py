@@ -22,7 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import ddnp_jax
-from ddnp_jax import files, models
+from ddnp_jax import files, models, parallel
 from ddnp_jax.cost import correction, flops, latency, multiples
 from ddnp_jax.cost.budget import Budget
 from ddnp_jax.cost.kinds import latency_budget
@@ -162,7 +162,7 @@ def main() -> None:
                     finished[key] = rows(name, runtime, batch, given.p, given.residual)
                     jax.clear_caches()  # the programs of this network
                 files.write_json(file, finished)
-                device = f"{jax.device_count()} x {jax.devices()[0].device_kind}, JAX {jax.__version__}"
+                device = f"{parallel.description()}, JAX {jax.__version__}"
                 files.write_text(
                     folder / "latency.md", markdown([row for each in finished.values() for row in each], device)
                 )

@@ -110,7 +110,7 @@ def ours(stage: str, argument: str, network: Network, precision: str = "float32"
 
     about = {
         "platform": device.platform,
-        "device": f"{jax.device_count()} x {device.device_kind}",
+        "device": parallel.description(),
         "version": f"JAX {jax.__version__}",
     }
     return Candidate(_our_round(stage, typed(config), network, steps), steps, peak_bytes, about)

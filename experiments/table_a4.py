@@ -234,7 +234,7 @@ def markdown(config: ConfigDict, rows: Sequence[Row]) -> str:
         + (f" Fine-tuned in the same way: {report.mean(controls)} %." if controls else ""),
         _recipe(recipe, first),
         "Several seeds: mean ± sample standard deviation. Δ: to the base. Latency: of a batch of "
-        f"{first.latency_ms.batch}, base and pruned network interleaved, on {first.devices}.",
+        f"{first.latency_ms.batch}, base and pruned network interleaved, on {first.latency_devices or first.devices}.",
     ]
     if has_published:
         lines.append(

@@ -53,7 +53,8 @@ def test_train_and_test_lie_beside_each_other(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("present", "used"), [(("val",), "val"), (("validation", "val"), "val"), (("validation",),) * 2, (("valid",), "valid")]
+    ("present", "used"),
+    [(("val",), "val"), (("validation", "val"), "val"), (("validation",),) * 2, (("valid",), "valid")],
 )
 def test_other_names_of_the_test_folder(tmp_path, present, used):
     used = used if isinstance(used, str) else used[0]
@@ -192,7 +193,8 @@ def test_the_usual_mean_is_in_the_networks_channel_order(tmp_path):
     for bgr, mean in ((False, (0.485, 0.456, 0.406)), (True, (0.406, 0.456, 0.485))):
         dataset = data.from_folder(tmp_path, bgr=bgr)
         assert dataset.preprocessing.mean == mean
-        assert dataset.preprocessing == data.load(DataConfig(name="folder", data_dir=str(tmp_path), bgr=bgr)).preprocessing
+        configured = data.load(DataConfig(name="folder", data_dir=str(tmp_path), bgr=bgr))
+        assert dataset.preprocessing == configured.preprocessing
 
 
 def test_photographs_are_served_as_the_crops_that_the_network_sees(tmp_path):
@@ -283,8 +285,8 @@ def test_folders_that_are_none_are_named(tmp_path):
 def test_a_folder_without_classes_is_named(tmp_path):
     fill(tmp_path, "1.png", "2.png")
     assert refused(tmp_path) == (
-        f"{tmp_path} has 0 folders of classes (none); give at least two, or train and one of test, val, validation "
-        "beside each other."
+        f"{tmp_path} has 0 folders of classes (none); give at least two, or train and one of test, val, valid, "
+        "validation beside each other."
     )
     classes_of(tmp_path / "train")
     assert refused(tmp_path).startswith(f"{tmp_path} has 1 folders of classes (train); give at least two, or train and")

@@ -173,3 +173,17 @@ def test_times_are_taken_in_turn_after_a_call_that_compiles(monkeypatch):
     found = timing.in_turn([lambda: calls.append("first"), second], seconds=0)
     assert calls == ["first", "second"] * 4
     assert found == pytest.approx([1, 2])  # of 2, 21 and 2
+
+
+def test_a_network_that_cannot_be_exported_has_its_report(config, tmp_path, monkeypatch):
+    config = config.copy_and_resolve_references()
+    config.export = "stablehlo"
+
+    def refuse(*args, **kwargs):
+        raise ValueError("an operation is unknown")
+
+    monkeypatch.setattr(exporting.export, "stablehlo", refuse)
+    with pytest.raises(ValueError, match="an operation is unknown"):
+        run(config, tmp_path)
+    found = report.read(tmp_path / "report.json")
+    assert found.exports == {} and found.pruned_top1 == Results(tmp_path / "results.json").values()["pruned"]["top1"]

@@ -15,10 +15,10 @@ import torch
 from flax import nnx
 
 from configs import cifar10_r56, default, digits_r20, imagenet_r50, own
-from ddnp_jax import cpu, data, models, pipeline, preemption
+from ddnp_jax import cpu, data, models, parallel, pipeline, preemption
 from ddnp_jax.checkpoint import Checkpoints
 from ddnp_jax.config import Config, typed
-from ddnp_jax.cost import latency
+from ddnp_jax.cost import latency, timing
 from ddnp_jax.cost.network_times import NetworkTimer
 from ddnp_jax.networks import as_network
 from ddnp_jax.pipeline import stages
@@ -110,10 +110,15 @@ def test_a_run_that_is_stopped_in_every_stage_resumes_bit_for_bit(finished, conf
             interrupt_at(patch, section, step, action)
             pipeline.run(config, tmp_path)
 
-    for section, step in (("base", 3), ("search", 1), ("search", 3)):
-        stop(section, step, kill, Killed)
-    saved = "stage 'search' is saved at step 3; the same command resumes it"
-    stop("search", 2, lambda: os.kill(os.getpid(), signal.SIGTERM), preemption.Preempted, saved)
+    def terminate():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    saved = "stage 'search' is saved at step {}; the same command resumes it"
+    stop("base", 3, kill, Killed)
+    stop("search", 1, kill, Killed)
+    stop("search", 1, terminate, preemption.Preempted, saved.format(2))  # where the state is evaluated, too
+    assert (tmp_path / "search" / "2").is_dir()
+    stop("search", 2, terminate, preemption.Preempted, saved.format(3))
     assert (tmp_path / "search" / "3").is_dir()
     stop("finetune", 4, kill, Killed)
     report = pipeline.run(config, tmp_path)
@@ -130,6 +135,20 @@ def test_finished_stages_are_not_run_again(finished, config, monkeypatch):
     assert pipeline.run(config, finished[0]) == finished[1]
     assert pipeline.run(typed(config), finished[0]) == finished[1]
     assert (finished[0] / "metrics.jsonl").read_text() == before
+
+
+def test_a_report_names_the_devices_of_its_times(finished, config, tmp_path, monkeypatch):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    monkeypatch.setattr(parallel, "description", lambda: "1 x abacus")
+    monkeypatch.setattr(timing, "in_turn", lambda calls: [30.0, 20.0])
+    report = pipeline.run(config, workdir)
+    assert (report["devices"], report["latency_devices"]) == ("8 x cpu", "1 x abacus")
+    assert report["latency_ms"] == {"batch": 15, "before": 30.0, "after": 20.0, "runtime": "XLA"}
+    written = (workdir / "report.md").read_text()
+    assert "Latency: forward pass of a batch of 15 on 1 x abacus." in written and "On 8 x cpu." in written
+    changed = ("latency_devices", "latency_ms", "other_latencies", "speedups")
+    same = {name: value for name, value in finished[1].items() if name not in changed}
+    assert same == {name: value for name, value in report.items() if name not in changed}
 
 
 def test_events_have_the_log_and_come_back_where_they_are_lost(finished, config):
@@ -487,6 +506,36 @@ def test_an_own_model_that_cannot_be_cut_is_refused_before_it_is_trained(config,
     config.precision = "bfloat16"
     with pytest.raises(ValueError, match="precision='bfloat16' is for this library's models; give Own its own data"):
         pipeline.prepare(config, tmp_path / "run", model=Own((20, 12)), rebuild=Own)
+    assert not (tmp_path / "run").exists()
+
+
+class TwoHeads(nn.Module):
+    """Has a second head that is computed in training mode alone, with a kernel that is no variable of the network."""
+
+    returned: int = 2
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.relu(nn.Conv(8, (3, 3), name="first")(x))
+        logits = nn.Dense(10)(nn.relu(nn.Conv(8, (3, 3), name="second")(x)).mean((1, 2)))
+        if not train:
+            return logits
+        second = x.mean((1, 2)) @ np.ones((8, 10), np.float32)
+        return (logits, second) if self.returned == 2 else logits + second
+
+
+def test_a_network_that_cannot_be_trained_is_refused_before_any_work(config, tmp_path):
+    sentence = r"in training mode, TwoHeads returns \[0\] \(1, 10\), \[1\] \(1, 10\); select one of them with outputs="
+    with pytest.raises(ValueError, match=sentence):
+        pipeline.prepare(config, tmp_path / "run", model=TwoHeads())
+    sentence = (
+        "^TwoHeads can be pruned, but not trained afterwards: .* What it computes in training mode alone must not"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        pipeline.prepare(config, tmp_path / "run", model=TwoHeads(1))
+    with pytest.raises(ValueError, match=sentence):
+        first = lambda outputs: outputs[0] if isinstance(outputs, tuple) else outputs  # noqa: E731
+        pipeline.prepare(config, tmp_path / "run", model=TwoHeads(), outputs=first)
     assert not (tmp_path / "run").exists()
 
 

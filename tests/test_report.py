@@ -250,6 +250,15 @@ def test_markdown_tables_of_stages_and_widths():
     ) in written
 
 
+def test_cells_of_a_table_may_have_bars_and_a_single_character():
+    assert report.table(("setting", "p"), [("|s|", "1"), ("s", "2")]) == (
+        "| setting |  p |\n"  #
+        "| ------- | -: |\n"
+        "| \\|s\\|   |  1 |\n"
+        "| s       |  2 |"
+    )
+
+
 @pytest.mark.parametrize(
     ("after", "sentence"),
     [

@@ -99,3 +99,12 @@ def test_a_run_fine_tunes_what_another_run_selected(tmp_path):
     with pytest.raises(ValueError, match=r"^search\.selection='nowhere' is not a file"):
         run("third", "stored", **{"search.selection": "nowhere"})
     assert not (tmp_path / "third").exists()
+
+    path = path.rename(tmp_path / "moved.json")
+    fields = {"search.selection": str(path), "finetune.epochs": 1}
+    assert run("second", "stored", **fields)["pruned_top1"] == second["pruned_top1"]
+    Selection.first((1, 1)).save(path)
+    before = (tmp_path / "second" / "selection.json").read_bytes()
+    with pytest.raises(ValueError, match=r"given\.selection: workdir has '[0-9a-f]{64}', this run has '[0-9a-f]{64}'"):
+        run("second", "stored", **fields)
+    assert (tmp_path / "second" / "selection.json").read_bytes() == before

@@ -43,11 +43,8 @@ class NetworkTimer:
 
     @property
     def device(self) -> str:
-        """What computes the network; a CPU by its name and cores, because times hold only for CPUs of the same kind."""
-        if self.runtime == ONNX:
-            return f"ONNX Runtime, {cpu.description()}"
-        device = jax.devices()[0]
-        return cpu.description() if device.platform == "cpu" else device.device_kind
+        """What computes the network."""
+        return device_of(self.runtime)
 
     def ms(self, every_widths: Sequence[Sequence[int]]) -> list[float]:
         """Median milliseconds per batch at several widths, interleaved.
@@ -79,6 +76,14 @@ class NetworkTimer:
         network = as_network(self.model, **dict(self.topology.call_kwargs))
         images = jax.ShapeDtypeStruct((self.batch, *self.topology.input_shape), jnp.float32)
         return network.bind(jax.tree.map(_ordinary, variable_shapes(network, images, self.variables)))
+
+
+def device_of(runtime: str) -> str:
+    """What a runtime computes on; a CPU by its name and cores, because times hold only for CPUs of the same kind."""
+    if runtime == ONNX:
+        return f"ONNX Runtime, {cpu.description()}"
+    device = jax.devices()[0]
+    return cpu.description() if device.platform == "cpu" else device.device_kind
 
 
 def compiled(runtime: str, function: Callable[[Any, Any], Any], variables: Any, x: jax.Array) -> Callable[[], Any]:

@@ -42,8 +42,8 @@ def from_folder(
     """Creates a data set from image files.
 
     The folder contains a sub-folder for each class, named after the class; or `train` and one of `test`, `val`, `valid`
-    and `validation` with such sub-folders. Images may be nested deeper in a class's folder. Hidden files and folders are
-    ignored, links are followed except in cycles, and other files are skipped, which is noted in the report. Small
+    and `validation` with such sub-folders. Images may be nested deeper in a class's folder. Hidden files and folders
+    are ignored, links are followed except in cycles, and other files are skipped, which is noted in the report. Small
     images of equal size are kept in memory and augmented by padded crops; others are streamed and cropped.
 
     Args:
@@ -71,10 +71,14 @@ def from_folder(
         photographs only the headers are read, and a damaged one raises, naming its file, when it is decoded.
       FileNotFoundError: The folder does not exist.
     """
-    order = slice(None, None, -1 if bgr else 1)
-    mean, std = IMAGENET_MEAN[order] if mean is None else mean, IMAGENET_STD[order] if std is None else std
+    step = -1 if bgr else 1
     preprocessing = Preprocessing(
-        mean, std, bgr, pad, flip, crop_size=crop_size, resize_size=resize_size, threads=threads
+        IMAGENET_MEAN[::step] if mean is None else mean,
+        IMAGENET_STD[::step] if std is None else std,
+        *(bgr, pad, flip),
+        crop_size=crop_size,
+        resize_size=resize_size,
+        threads=threads,
     )
     held_out = HeldOut(seed, search_fraction, validation_fraction)
     return open_folder(path, name, preprocessing, held_out, test_fraction)

@@ -46,11 +46,21 @@ def build(problem: Problem) -> Search:
     return Search(steps=0, init=init, step=no_step, propose=propose, notes=notes, widths=widths)
 
 
+def file(selection: str) -> Path:
+    """Returns the file of a selection.
+
+    Raises:
+      ValueError: There is no such file.
+    """
+    path = Path(selection).expanduser()
+    if not path.is_file():
+        raise ValueError(f"selection={selection!r} is not a file; give the selection.json of an earlier run.")
+    return path
+
+
 def _read(problem: Problem) -> Selection:
     name, budget = problem.config.selection, problem.budget
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise ValueError(f"selection={name!r} is not a file; give the selection.json of an earlier run.")
+    path = file(name)
     try:
         kept = Selection.load(path)
         kept.check(problem.topology)

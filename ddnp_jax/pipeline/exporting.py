@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ddnp_jax import data, export, parallel
+from ddnp_jax.config import Config
 from ddnp_jax.cost import timing
+from ddnp_jax.cost.network_times import ONNX
 from ddnp_jax.fields import listed
 from ddnp_jax.networks import Network, picked
 
@@ -40,19 +42,31 @@ def write(job: "Run", base: Any, small: Network, tuned: Any) -> None:
         job.results.measured(
             f"export_{form}",
             job.made_from(base, tuned),
-            functools.partial(_written, job, form, unpruned, small, tuned),
+            functools.partial(_on_first_process, _write, job, form, small, tuned),
             functools.partial(_is_there, job.workdir),
         )
+        if form in RUNTIMES:
+            job.results.measured(
+                f"latencies_in_{form}",
+                job.timed_from(ONNX, base, tuned),
+                functools.partial(_on_first_process, _latencies, job, form, unpruned),
+            )
 
 
-def _written(job: "Run", form: str, unpruned: _Unpruned, small: Network, tuned: Any) -> dict[str, Any]:
-    """What the first process has found, which alone writes; nothing in the others."""
-    found: dict[str, Any] = {}
-    parallel.on_first_process(lambda: found.update(_write(job, form, unpruned, small, tuned)))
-    return found
+def timed(config: Config) -> list[str]:
+    """The formats in whose runtime both networks are timed: those that are exported, and that of the budget."""
+    wanted = {*listed(config.export), *(("onnx",) if config.budget.runtime_of_times == ONNX else ())}
+    return [form for form in RUNTIMES if form in wanted]
 
 
-def _write(job: "Run", form: str, unpruned: _Unpruned, small: Network, tuned: Any) -> dict[str, Any]:
+def _on_first_process(measure: Callable[..., Any], *args: Any) -> Any:
+    """What the first process has found, which alone writes and measures; None in the others."""
+    found: list[Any] = []
+    parallel.on_first_process(lambda: found.append(measure(*args)))
+    return found[0] if found else None
+
+
+def _write(job: "Run", form: str, small: Network, tuned: Any) -> dict[str, Any]:
     folder = job.workdir / FOLDER
     folder.mkdir(exist_ok=True)
     path = folder / export.FILES[form][0]
@@ -68,7 +82,6 @@ def _write(job: "Run", form: str, unpruned: _Unpruned, small: Network, tuned: An
         "compared_images": len(pixels),
         **check._asdict(),
         "top1": _top1(job, path) if form == "onnx_int8" else None,
-        "latencies": _latencies(job, form, unpruned(), path) if form in RUNTIMES else [],
     }
 
 
@@ -110,9 +123,9 @@ def _unpruned(job: "Run", base: Any) -> _Call:
         return export.read_onnx(path)
 
 
-def _latencies(job: "Run", form: str, unpruned: _Call, path: Path) -> list[dict[str, Any]]:
+def _latencies(job: "Run", form: str, unpruned: _Unpruned) -> list[dict[str, Any]]:
     """Times of the unpruned network and of an ONNX file, interleaved."""
-    calls = [unpruned, export.read_onnx(path)]
+    calls = [unpruned(), export.read_onnx(job.workdir / FOLDER / export.FILES[form][0])]
     found = []
     for batch in sorted({1, job.local_batch}):
         images = np.zeros((batch, *job.dataset.image_shape), np.float32)

@@ -22,15 +22,17 @@ from ddnp_jax.saved import DESCRIPTION
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-def given(network: Network, dataset: data.Dataset, weights: str) -> dict[str, Any]:
+def given(network: Network, dataset: data.Dataset, weights: str, selection: Path | None = None) -> dict[str, Any]:
     """Describes the inputs of a run other than its configuration, as JSON values.
 
     Args:
       network: The network.
       dataset: The images.
       weights: Path of the initial weights, a file or a folder written by `save_pruned`; "" for none.
+      selection: File of the channels to keep, if they are given.
     """
-    return {"model": described(network.model), "data": dataset.fingerprint(), "weights": _content(weights)}
+    found = {"model": described(network.model), "data": dataset.fingerprint(), "weights": _content(weights)}
+    return found if selection is None else {**found, "selection": _content(str(selection))}
 
 
 def digest(*parts: Any) -> str:
@@ -89,7 +91,7 @@ def _name(value: Any) -> str:
 
 
 def _content(path: str) -> str:
-    """SHA-256 of the initial weights; for a folder, that of its description, which contains the weights' checksum."""
+    """SHA-256 of a file; of a folder of weights that of its description, which contains the weights' checksum."""
     if not path:
         return ""
     file = Path(path).expanduser()

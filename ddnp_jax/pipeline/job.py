@@ -14,14 +14,15 @@ from ml_collections import ConfigDict
 from ddnp_jax import data, export, files, methods, models, parallel, torch_weights
 from ddnp_jax.compact import Rebuild, rehearse
 from ddnp_jax.config import STAGES, Config, DataConfig, Stage, as_dict, check, typed
-from ddnp_jax.cost import latency, multiples
+from ddnp_jax.cost import latency, multiples, network_times
 from ddnp_jax.cost.budget import Budget
 from ddnp_jax.cost.kinds import make_budget
-from ddnp_jax.cost.network_times import ONNX, NetworkTimer
+from ddnp_jax.cost.network_times import NetworkTimer
 from ddnp_jax.fields import listed
+from ddnp_jax.methods import stored
 from ddnp_jax.models.layers import Backbone
 from ddnp_jax.named import network_of
-from ddnp_jax.networks import Network, Outputs, as_network, picked
+from ddnp_jax.networks import Network, Outputs, as_network, first_line, picked
 from ddnp_jax.pipeline import exporting, identity, report, stages
 from ddnp_jax.pipeline.results import Results, summarize
 from ddnp_jax.pipeline.workdir import check_room, check_workdir, claim_workdir, locked
@@ -33,7 +34,7 @@ from ddnp_jax.training.log import MetricsLog
 
 # Fields of the configuration that may change when a run resumes: they do not affect the pruned network, or are paths
 # that are compared by their contents.
-_MAY_DIFFER = ("data.threads", "data.data_dir", "base.weights", "finetune.control", "export")
+_MAY_DIFFER = ("data.threads", "data.data_dir", "base.weights", "search.selection", "finetune.control", "export")
 _KEPT, _BYTES = 4, 4  # checkpoints of a stage, including the one being written; bytes of a float32
 _WRITTEN = ("results.json", "metrics.jsonl", *STAGES)  # files and folders of a workdir that has been used
 
@@ -77,6 +78,10 @@ class Run:
     def made_from(self, *inputs: Any) -> str:
         """Returns a fingerprint of a result's inputs: the run's identity and pytrees of arrays."""
         return identity.made_from(self.identity, *inputs)
+
+    def timed_from(self, runtime: str, *inputs: Any) -> str:
+        """Returns a fingerprint of a time's inputs, which are also the devices."""
+        return self.made_from(*inputs, network_times.device_of(runtime), parallel.description())
 
     def stage_images(self, stage: Stage) -> np.ndarray:
         """Returns the indices of a stage's training images."""
@@ -150,19 +155,20 @@ def prepare(
     _check_splits(config, dataset)
     network, name = _network(config, model, dataset.num_classes)
     _check_outputs(network, dataset, outputs)
+    selection = _stored_selection(config)
     topology = trace(network.model, dataset.image_shape, residual=config.budget.residual)
     network = as_network(network.model, **dict(topology.call_kwargs))
     workdir = Path(workdir)
     batch = config.budget.latency_batch or _local_batch(config)
     timer = NetworkTimer(network.model, topology, batch, config.budget.runtime, rebuild=rebuild)
     weights = _given_weights(config.base.weights, network, topology)
-    own = {**as_dict(config), "given": identity.given(network, dataset, config.base.weights)}
+    own = {**as_dict(config), "given": identity.given(network, dataset, config.base.weights, selection)}
     _check_workdir(workdir, own)  # a measured budget writes its table there
     measured = functools.partial(latency.measured_once, workdir / latency.FILE, timer)
     multiple_times = functools.partial(multiples.measured_once, workdir / multiples.FILE, timer)
     budget = make_budget(config.budget, timer, measured, multiple_times)
     shapes = variable_shapes(network, jax.ShapeDtypeStruct((1, *topology.input_shape), jnp.float32))
-    _check_cut(network, shapes, rebuild, topology, budget, config.budget.residual)
+    _check_cut(network, shapes, rebuild, topology, budget, config.budget.residual, outputs)
     _check_search(config, network, shapes, topology, budget, outputs)
     check_room(workdir, 2 * _KEPT * sum(math.prod(v.shape) * _BYTES for v in topology.variables))
     lasting = identity.stripped(own, _MAY_DIFFER)
@@ -199,7 +205,7 @@ def _check_named(config: Config, model: Any, dataset: data.Dataset | None) -> No
 
 def _formats(config: Config) -> set[str]:
     """Formats of `ddnp_jax.export` that the run needs."""
-    return {*listed(config.export), *(("onnx",) if config.budget.runtime_of_times == ONNX else ())}
+    return {*listed(config.export), *exporting.timed(config)}
 
 
 def _network(config: Config, model: Any, num_classes: int) -> tuple[Network, str]:
@@ -223,15 +229,33 @@ def _check_outputs(network: Network, dataset: data.Dataset, outputs: Outputs) ->
     """Raises for a network whose outputs are not logits of the data set's classes; nothing is computed."""
     images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
 
-    def logits(rng: jax.Array, x: jax.Array) -> jax.Array:
+    def evaluated(rng: jax.Array, x: jax.Array) -> jax.Array:
         return picked(network.evaluate(network.initial(rng, x), x), outputs, network.name)
 
-    shape = jax.eval_shape(logits, jax.random.key(0), images).shape
-    if shape != (1, dataset.num_classes):
-        raise ValueError(
-            f"{network.name} returns {shape} for one image, and {dataset.name} has {dataset.num_classes} classes; give "
-            f"it {dataset.num_classes} outputs, or pick the logits with outputs=."
-        )
+    def trained(rng: jax.Array, x: jax.Array) -> jax.Array:
+        return picked(network.train(network.initial(rng, x), x, rng)[0], outputs, f"in training mode, {network.name}")
+
+    modes = {"": evaluated}
+    if not isinstance(network.model, Backbone):  # this library's return the same in both
+        modes[" in training mode"] = trained
+    for mode, logits in modes.items():
+        shape = jax.eval_shape(logits, jax.random.key(0), images).shape
+        if shape != (1, dataset.num_classes):
+            raise ValueError(
+                f"{network.name} returns {shape} for one image{mode}, and {dataset.name} has {dataset.num_classes} "
+                f"classes; give it {dataset.num_classes} outputs, or pick the logits with outputs=."
+            )
+
+
+def _stored_selection(config: Config) -> Path | None:
+    """The file of the channels to keep, of the method that takes one."""
+    fields = config.search.method_fields()
+    if not isinstance(fields, stored.Fields):
+        return None
+    try:
+        return stored.file(fields.selection)
+    except ValueError as error:
+        raise ValueError(f"search.{error}") from error
 
 
 def _check_workdir(workdir: Path, own: dict[str, Any]) -> None:
@@ -255,9 +279,15 @@ def _check_written(workdir: Path, log: MetricsLog, results: Results) -> None:
 
 
 def _check_cut(
-    network: Network, shapes: Any, rebuild: Rebuild | None, topology: Topology, budget: Budget, residual: bool
+    network: Network,
+    shapes: Any,
+    rebuild: Rebuild | None,
+    topology: Topology,
+    budget: Budget,
+    residual: bool,
+    outputs: Outputs,
 ) -> None:
-    """Prunes random variables: raises for a network that cannot be pruned, before it is trained."""
+    """Prunes random variables: raises for a network that cannot be pruned, or not trained then, before any work."""
     if rebuild is None and isinstance(network.model, Backbone) and not residual:
         return
     rng = np.random.default_rng(0)
@@ -270,7 +300,21 @@ def _check_cut(
             return values * math.sqrt(2 / math.prod(leaf.shape[:-1]))
         return abs(values)  # variances are positive
 
-    rehearse(network.model, jax.tree.map(draw, shapes), topology, budget.smallest_widths, rebuild)
+    drawn = jax.tree.map(draw, shapes)
+    model, variables = rehearse(network.model, drawn, topology, budget.smallest_widths, rebuild)
+    small = as_network(model, **dict(topology.call_kwargs))
+
+    def trained(variables: Any, images: jax.Array, rng: jax.Array) -> jax.Array:
+        return picked(small.train(variables, images, rng)[0], outputs, small.name)
+
+    images = jax.ShapeDtypeStruct((1, *topology.input_shape), jnp.float32)
+    try:
+        jax.eval_shape(trained, small.variables(variables), images, jax.random.key(0))
+    except Exception as error:  # anything that a network's own code may raise
+        raise ValueError(
+            f"{network.name} can be pruned, but not trained afterwards: {first_line(error)}. What it computes in "
+            "training mode alone must not depend on channels that are removed."
+        ) from error
 
 
 def _zeros(leaf: jax.ShapeDtypeStruct) -> Any:
@@ -399,8 +443,11 @@ def _run(job: Run) -> dict[str, Any]:
     parallel.on_first_process(lambda: _save(job, small, tuned))
     if job.config.finetune.control:
         stages.control(job, variables)
-    exporting.write(job, variables, small, tuned)
-    return report.write(job.workdir, summarize(job, selection))
+    try:
+        exporting.write(job, variables, small, tuned)
+    finally:  # a network that cannot be exported still has its report
+        found = report.write(job.workdir, summarize(job, selection))
+    return found
 
 
 def _save(job: Run, network: Network, variables: Any) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from ddnp_jax import files, parallel
@@ -72,7 +71,7 @@ def summarize(job: "Run", selection: Selection) -> Report:
     convention, widths = config.budget.convention, selection.widths
     control = results["control"] if config.finetune.control else {}
     training = _training(job, results["search_steps"])
-    exports = {form: results[f"export_{form}"] for form in listed(config.export)}
+    exports = {form: results[f"export_{form}"] for form in listed(config.export) if f"export_{form}" in results}
     return Report(
         method=config.search.method,
         variant=config.variant,
@@ -108,9 +107,10 @@ def summarize(job: "Run", selection: Selection) -> Report:
         training=training,
         batch_norm="synced" if config.parallel.sync_batch_norm else "per device",
         precision=np.dtype(getattr(job.network.model, "dtype", None) or np.float32).name,
-        devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        devices=results["devices"],
         latency_ms=Latency(**results["latency_ms"]),
-        other_latencies=tuple(_other_latencies(exports, results)),
+        latency_devices=parallel.description(),
+        other_latencies=tuple(_other_latencies(config, results)),
         verification=Verification(**results["verification"]),
         exports={form: built(Export, found) for form, found in exports.items()},
         notes=(
@@ -119,20 +119,17 @@ def summarize(job: "Run", selection: Selection) -> Report:
             *_fastest_multiple(job),
             *results["search_notes"],
             *_fitted(job, results["proposed_p"]),
-            *_recalibrated(config.finetune.recalibration_steps, config.finetune.batch_size),
+            *_recalibrated(config.finetune.recalibration_steps, config.finetune.step_batch),
         ),
     )
 
 
-def _other_latencies(exports: Mapping[str, Any], results: Mapping[str, Any]) -> Iterator[Latency]:
+def _other_latencies(config: Config, results: Mapping[str, Any]) -> Iterator[Latency]:
     """Times of single images, and those of other runtimes."""
     if results["latency_ms"]["batch"] > 1:
         yield Latency(**results["latency_ms_of_one"])
-    exported = [Latency(**times) for found in exports.values() for times in found["latencies"]]
-    yield from exported
-    in_onnx = [Latency(**times, runtime=exporting.RUNTIMES["onnx"]) for times in results.get("latencies_in_onnx", ())]
-    if not any(each.runtime == exporting.RUNTIMES["onnx"] for each in exported):  # the same network as a file
-        yield from in_onnx
+    for form in exporting.timed(config):
+        yield from (Latency(**times) for times in results.get(f"latencies_in_{form}", ()))
 
 
 def _cost(job: "Run", selection: Selection, correction: Mapping[str, float] | None) -> Cost:

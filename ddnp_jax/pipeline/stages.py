@@ -15,6 +15,8 @@ from ddnp_jax.cost.budget import Budget
 from ddnp_jax.fields import listed
 from ddnp_jax.masking import apply_masked
 from ddnp_jax.networks import Network, as_network, picked
+from ddnp_jax.pipeline import exporting
+from ddnp_jax.preemption import PreemptionGuard
 from ddnp_jax.topology import Selection
 from ddnp_jax.training import loop
 from ddnp_jax.training.evaluation import evaluator, image_sums
@@ -156,15 +158,19 @@ def finetune(job: "Run", variables: Any, selection: Selection, small: Network, s
     tuned = _tuned(job, "finetune", variables, small, small_variables, made_from)
     made_from = job.made_from(tuned)
     job.results.measured("pruned", made_from, lambda: _test(job, small, tuned))
+    job.results.measured("devices", made_from, parallel.description)
     networks = [(job.network, variables), (small, tuned)]
-    job.results.measured("latency_ms", made_from, lambda: _latency(job, networks, job.local_batch))
-    job.results.measured("latency_ms_of_one", made_from, lambda: _latency(job, networks, 1))
-    if job.config.budget.runtime_of_times == network_times.ONNX and "onnx" not in listed(job.config.export):
-        batches = sorted({1, job.local_batch})
+    timed_from = job.timed_from(network_times.XLA, tuned)
+    job.results.measured("latency_ms", timed_from, lambda: _latency(job, networks, job.local_batch))
+    job.results.measured("latency_ms_of_one", timed_from, lambda: _latency(job, networks, 1))
+    if "onnx" in exporting.timed(job.config) and "onnx" not in listed(job.config.export):
         job.results.measured(
             "latencies_in_onnx",
-            made_from,
-            lambda: [_latency(job, networks, batch, network_times.ONNX) for batch in batches],
+            job.timed_from(network_times.ONNX, tuned),
+            lambda: [
+                {"runtime": exporting.RUNTIMES["onnx"], **_latency(job, networks, batch, network_times.ONNX)}
+                for batch in sorted({1, job.local_batch})
+            ],
         )
     return tuned
 
@@ -228,7 +234,7 @@ def _train(
 ) -> Any:
     """One run of the trainer; returns the variables after the last step."""
     config = job.config.base if stage == "base" else job.config.finetune
-    test = _evaluator(job, network, job.dataset.train)
+    validate = _evaluator(job, network, job.dataset.train, guard=None)  # what comes before a checkpoint is not stopped
     sgd = optimizer(config, job.stage_steps(stage)[1])
     step = training.train_step(
         network, sgd, label_smoothing=config.label_smoothing, outputs=job.outputs, distillation=distillation
@@ -240,7 +246,7 @@ def _train(
         step,
         training.init_state(network, variables, sgd),
         constants,
-        lambda state: _named("validation", test(state.variables(network), held_out)),
+        lambda state: _named("validation", validate(state.variables(network), held_out)),
         made_from,
     )
     return state.variables(network)
@@ -288,19 +294,23 @@ def _recalibrate(job: "Run", network: Network, variables: Any) -> Any:
     return parallel.fetch(state).variables(network)
 
 
-def _evaluator(job: "Run", network: Network, images: data.Images) -> Callable[..., dict[str, float]]:
+def _evaluator(
+    job: "Run", network: Network, images: data.Images, guard: PreemptionGuard | None
+) -> Callable[..., dict[str, float]]:
     def forward(variables: Any, pixels: jax.Array) -> jax.Array:
         return picked(network.evaluate(variables, pixels), job.outputs, network.name)
 
-    return evaluator(forward, images, job.config.eval_batch_size, job.config.parallel.mode, job.guard)
+    return evaluator(forward, images, job.config.eval_batch_size, job.config.parallel.mode, guard)
 
 
 def _masked_evaluator(job: "Run", images: data.Images) -> Callable[..., dict[str, float]]:
+    """Evaluates a masked network before a checkpoint: not stopped on a signal, so that the checkpoint is saved."""
+
     def forward(constants: Any, pixels: jax.Array) -> jax.Array:
         found = apply_masked(job.network.model, constants["variables"], pixels, constants["masks"], job.topology)
         return picked(found, job.outputs, job.network.name)
 
-    return evaluator(forward, images, job.config.eval_batch_size, job.config.parallel.mode, job.guard)
+    return evaluator(forward, images, job.config.eval_batch_size, job.config.parallel.mode)
 
 
 def _named(images: str, metrics: dict[str, float]) -> dict[str, float]:
@@ -309,7 +319,7 @@ def _named(images: str, metrics: dict[str, float]) -> dict[str, float]:
 
 def _test(job: "Run", network: Network, variables: Any) -> dict[str, float]:
     test = job.dataset.test
-    return _evaluator(job, network, test)(variables, np.arange(len(test)))
+    return _evaluator(job, network, test, job.guard)(variables, np.arange(len(test)))
 
 
 def _latency(

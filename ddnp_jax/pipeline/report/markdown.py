@@ -40,7 +40,8 @@ def _block(block: Block) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
     """A Markdown table whose source is aligned too; the columns after the first `text_columns` are figures."""
-    lengths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    header, *rows = ([cell.replace("|", r"\|") for cell in line] for line in (header, *rows))
+    lengths = [max(2, *map(len, column)) for column in zip(header, *rows, strict=True)]  # "-:" is the shortest rule
     sides = ["<"] * text_columns + [">"] * (len(header) - text_columns)
     rule = ["-" * n if side == "<" else "-" * (n - 1) + ":" for n, side in zip(lengths, sides, strict=True)]
     lines = [

@@ -159,8 +159,9 @@ class Report:
     training: Mapping[str, Training] = dataclasses.field(default_factory=dict)  # of stages that took steps
     batch_norm: str  # where batch statistics are taken: "synced" or "per device"
     precision: str
-    devices: str
+    devices: str  # on which fine-tuning ended
     latency_ms: Latency  # of a device's share of an evaluation batch
+    latency_devices: str = ""  # on one of which it was measured; "" in older reports, which measured it on `devices`
     other_latencies: tuple[Latency, ...] = ()  # of single images, and in other runtimes
     verification: Verification
     exports: Mapping[str, Export] = dataclasses.field(default_factory=dict)  # by format
@@ -221,7 +222,8 @@ class Report:
     @property
     def latency_measured_on(self) -> str:
         """What `latency_ms` is of: how many images, and on which device."""
-        where = self.devices if self.devices.startswith("1 x ") else f"one of {self.devices}"
+        devices = self.latency_devices or self.devices
+        where = devices if devices.startswith("1 x ") else f"one of {devices}"
         return f"a batch of {self.latency_ms.batch} on {where}"
 
     @property

@@ -7,11 +7,12 @@ A row is given by the words that it adds to the argument of --config: `--row=hra
 whose method has it; if it is not a field of DDNP, name its method too: `--config=FILE.py:62,nppm`.
 
 The base network is trained (or loaded) once, and every row is a separate run of the pipeline in `workdir/ROW/SEED`. The
-same command resumes an unfinished table, and a command with more rows or seeds extends it. Every row removes the same
-fraction of all FLOPs, which --config sets, even if rows can prune different channels. `table.md` and `table.json` are
-written after every run. With `finetune.control`, the base network is fine-tuned too, once for all rows. A finished run
-needs only its `config.json` and `report.json` to stay in the table, and `latency.json` or `multiple.json` where its
-budget is measured; its weights may be deleted.
+same command resumes an unfinished table, and a command that names more rows or seeds extends it. Every row removes the
+same fraction of all FLOPs, which --config sets, even if rows can prune different channels. `table.md` and `table.json`
+have the rows that the command names, as far as they are finished, and are written after every run. With
+`finetune.control`, the base network is fine-tuned too, once for all rows. A finished run needs only its `config.json`
+and `report.json` to stay in the table, and `latency.json` or `multiple.json` where its budget is measured; its weights
+may be deleted.
 """
 
 import dataclasses
@@ -110,17 +111,26 @@ def make(config: ConfigDict, workdir: str) -> str:
     with pipeline.locked(folder):
         job, weights = shared_base(_base_config(config, configs.values()), folder / "base")
         published = {name: _published(name, job) for name in names}
-        finished: dict[str, list[Report]] = {}
+        runs: dict[tuple[int, str], tuple[ConfigDict, Path]] = {}
         for seed in range(SEEDS.value):
             for name in names:
                 own = _row_config(configs[name], config, job, weights)
                 own.seed, own.finetune.control = seed, config.finetune.control and name == names[0]
-                found = _run(own, folder / re.sub(r"\W+", "-", name) / str(seed))
-                finished.setdefault(name, []).append(found)
-                jax.clear_caches()  # other rows do not need the compiled programs of this row's network
-                rows = [Row(name, tuple(runs), published[name]) for name, runs in finished.items()]
-                parallel.on_first_process(lambda rows=rows: _write(folder, config, rows))
+                runs[seed, name] = own, folder / re.sub(r"\W+", "-", name) / str(seed)
+        finished = {key: found for key, run in runs.items() if (found := _finished(*run))}
+        parallel.on_first_process(lambda: _write(folder, config, _rows(finished, published)))
+        for key in [key for key in runs if key not in finished]:
+            pipeline.run(*runs[key])
+            finished[key] = report.read(runs[key][1] / "report.json")
+            jax.clear_caches()  # other rows do not need the compiled programs of this row's network
+            parallel.on_first_process(lambda: _write(folder, config, _rows(finished, published)))
     return f"table: {folder}/table.md"
+
+
+def _rows(finished: Mapping[tuple[int, str], Report], published: Mapping[str, Published | None]) -> list[Row]:
+    """The rows of the table so far, in the order of `published`, each with the seeds that are finished."""
+    runs = {name: tuple(finished[key] for key in sorted(finished) if key[1] == name) for name in published}
+    return [Row(name, found, published[name]) for name, found in runs.items() if found]
 
 
 def _check_set_fields(configs: Mapping[str, ConfigDict]) -> None:
@@ -158,16 +168,15 @@ def _published(name: str, job: pipeline.Run) -> Published | None:
     return rows[method] if abs(reduction - rows["ddnp"].flops_reduction) < 1 else None
 
 
-def _run(config: ConfigDict, workdir: Path) -> Report:
-    """Runs or resumes one run; a finished one is not repeated unless more is asked of it: a control, an export."""
+def _finished(config: ConfigDict, workdir: Path) -> Report | None:
+    """The report of a finished run; None for others, and if more is asked of it now: a control, an export."""
     path = workdir / "report.json"
-    if path.exists() and (workdir / "config.json").exists():
-        pipeline.prepare(config, workdir)  # raises if the report is that of another configuration
-        found = report.read(path)
-        if set(listed(config.export)) <= set(found.exports) and (found.control or not config.finetune.control):
-            return found
-    pipeline.run(config, workdir)
-    return report.read(path)
+    if not (path.exists() and (workdir / "config.json").exists()):
+        return None
+    pipeline.prepare(config, workdir)  # raises if the report is that of another configuration
+    found = report.read(path)
+    is_complete = set(listed(config.export)) <= set(found.exports) and (found.control or not config.finetune.control)
+    return found if is_complete else None
 
 
 def _row_config(row: ConfigDict, config: ConfigDict, job: pipeline.Run, weights: Path) -> ConfigDict:
@@ -184,6 +193,8 @@ def _row_config(row: ConfigDict, config: ConfigDict, job: pipeline.Run, weights:
 
 
 def _write(folder: Path, config: ConfigDict, rows: Sequence[Row]) -> None:
+    if not rows:
+        return
     files.write_json(folder / "table.json", to_json(config, rows))
     files.write_text(folder / "table.md", markdown(config, rows))
 
@@ -207,7 +218,9 @@ def to_json(config: ConfigDict, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _controls(rows: Sequence[Row]) -> list[float]:
-    return [run.control_top1 for row in rows for run in row.runs if run.control_top1 is not None]
+    """Accuracy of the fine-tuned base network, one for each seed, whichever rows have it."""
+    found = {run.seed: run.control_top1 for row in rows for run in row.runs if run.control_top1 is not None}
+    return list(found.values())
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any] | None:

@@ -202,3 +202,9 @@ def test_a_table_resumes_and_takes_further_rows(tmp_path, monkeypatch):
     ]
     assert [report["pruned_top1"] for report in reports] == [row["top-1 after"]["mean"] for row in both]
     assert reports[0]["base_top1"] == reports[1]["base_top1"]
+
+    (two,) = make(2, "magnitude")
+    monkeypatch.setattr(loop, "_dispatch", None)
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        make(2, "magnitude", "lamp")
+    assert json.loads((tmp_path / "run" / "table.json").read_text())["rows"] == [two]  # with both seeds

@@ -3,7 +3,7 @@
 import hashlib
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from flax.traverse_util import unflatten_dict
 
 from ddnp_jax import files
 from ddnp_jax.compact import check_finite
+from ddnp_jax.models.layers import Backbone
 from ddnp_jax.networks import LeafPath, Network, Sizes, as_network, flatten, replace_leaves
 
 DESCRIPTION = "model.json"
@@ -110,6 +111,9 @@ def load_pruned(path: str | Path, model: Any = None, variables: Any = None) -> t
         )
     if network.kind == "linen":
         _check_attributes(getattr(network, "module", model), description, file)
+    if isinstance(model, Backbone):  # its sizes are an attribute, and not sizes of its submodules
+        widths = {"widths": description["attributes"].get("widths")}
+        network = as_network(_with_attributes(model.clone, network.name, widths, file))
     network = as_network(network.with_sizes(sizes))
     loaded = _variables(network, variables, leaves, file)
     check_finite(loaded, str(file.parent))
@@ -212,8 +216,9 @@ def _is_json(value: Any, written: Any) -> bool:
 def _check_attributes(module: nn.Module, description: Mapping[str, Any], file: Path) -> None:
     own, _ = _attributes(module)
     theirs, missing = description["attributes"], description["missing"]
+    may_differ = ("dtype", *missing, *(("widths",) if isinstance(module, Backbone) else ()))
     for name in theirs | own:
-        if name not in ("dtype", *missing) and theirs.get(name) != own.get(name):
+        if name not in may_differ and theirs.get(name) != own.get(name):
             saved, given = (repr(each[name]) if name in each else "its default" for each in (theirs, own))
             raise ValueError(
                 f"{file} holds a network with {name}={saved}, and the model has {given}; pass the network with the "
@@ -253,8 +258,13 @@ def _build(description: Mapping[str, Any], file: Path) -> nn.Module:
         )
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise ValueError(f"{file}: {name} is not a flax module.")
+    return _with_attributes(found, name, description["attributes"], file)
+
+
+def _with_attributes(make: Callable[..., nn.Module], name: str, attributes: Mapping[str, Any], file: Path) -> nn.Module:
+    """Makes a module with saved attributes; `name` is that of its class."""
     try:
-        return found(**{key: _from_json(value) for key, value in description["attributes"].items()})
+        return make(**{key: _from_json(value) for key, value in attributes.items()})
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(f"{file}: {name} does not accept the saved attributes ({error}).") from error
 

@@ -96,9 +96,19 @@ def test_a_model_with_other_attributes_is_refused(tmp_path):
     model = models.create("resnet20", 7, shortcut="avgpool")
     save_pruned(tmp_path, model, zoo.randomized(model, SHAPE))
     for same in (model, model.clone(dtype=jnp.bfloat16)):
-        assert load_pruned(tmp_path, model=same)[0] is same
+        assert load_pruned(tmp_path, model=same)[0] == same
     with pytest.raises(ValueError, match=r"holds a network with shortcut='avgpool', and the model has its default"):
         load_pruned(tmp_path, model=models.create("resnet20", 7))  # without parameters: the weights would fit
+
+
+def test_a_network_of_this_library_is_loaded_given_the_unpruned_one(tmp_path):
+    model = models.create("resnet20", 7)
+    small = model.clone(widths=(5, 6, 7, 8, 9, 10, 11, 12, 13))
+    variables = zoo.randomized(small, SHAPE)
+    save_pruned(tmp_path, small, variables)
+    loaded_model, loaded = load_pruned(tmp_path, model=model.clone(dtype=jnp.bfloat16))
+    assert loaded_model == small.clone(dtype=jnp.bfloat16)
+    jax.tree.map(np.testing.assert_array_equal, loaded, variables)
 
 
 class WithDefault(nn.Module):

@@ -469,15 +469,29 @@ def test_compare_takes_mean_and_deviation_over_seeds():
         {"flops_convention": "authors"},
         {"budget": dataclasses.replace(REPORT.budget, kind="params")},
         {"epochs": dataclasses.replace(REPORT.epochs, finetune=50)},
+        {"precision": "bfloat16"},
+        {"training": {"finetune": dataclasses.replace(REPORT.training["finetune"], batch_size=64)}},
     ],
 )
 def test_compare_averages_only_what_differs_in_the_seed_alone(other):
     assert compared(changed(seed=0), changed(seed=1, **other))["seeds"] == ["1", "1"]
 
 
+def test_compare_names_settings_that_have_no_column():
+    settings = {"seed": 0, "search.tie_weight": 1.0, "finetune.weight_decay": 1e-4, "search.save_every": 10}
+    runs = [
+        changed(seed=0, settings=settings),
+        changed(seed=1, settings=settings | {"seed": 1, "search.save_every": 5}),
+        changed(seed=0, settings=settings | {"search.tie_weight": 2.0}),
+    ]
+    found = compared(*runs, changed(method="magnitude", variant="magnitude", settings=settings))
+    assert found["method"] == ["ddnp, search.tie_weight=1.0", "ddnp, search.tie_weight=2.0", "magnitude"]
+    assert found["seeds"] == ["2", "1", "1"]
+
+
 def test_compare_refuses_the_same_seed_twice():
     with pytest.raises(
-        ValueError, match=r"Two reports of ddnp on resnet20 with p=0\.5 have seed 3; give each run once"
+        ValueError, match=r"Two reports of ddnp on resnet20 with p=0\.5 have seed 3 and the same settings; give each"
     ):
         report.compare([REPORT, REPORT])
 

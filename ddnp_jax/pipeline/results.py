@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from ddnp_jax import files, parallel
 from ddnp_jax.config import STAGES, Config, Stage, TrainerConfig
@@ -75,6 +76,7 @@ def summarize(job: "Run", selection: Selection) -> Report:
     return Report(
         method=config.search.method,
         variant=config.variant,
+        settings=_settings(job),
         model=job.name,
         dataset=job.dataset.name,
         preprocessing=job.dataset.serving(),
@@ -122,6 +124,12 @@ def summarize(job: "Run", selection: Selection) -> Report:
             *_recalibrated(config.finetune.recalibration_steps, config.finetune.step_batch),
         ),
     )
+
+
+def _settings(job: "Run") -> dict[str, Any]:
+    """The configuration by section and field, without what may change when the run resumes."""
+    sections = {name: value for name, value in job.identity.items() if name != "given"}
+    return flatten_dict(sections, sep=".")
 
 
 def _other_latencies(config: Config, results: Mapping[str, Any]) -> Iterator[Latency]:

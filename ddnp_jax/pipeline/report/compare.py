@@ -1,5 +1,7 @@
 """Comparison of several runs: one table, and plots of accuracy against cost."""
 
+import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,6 +16,10 @@ _HEADER = (
     *("method", *_SETTINGS, "seeds"),
     *("FLOPs removed (%)", "parameters removed (%)", "base top-1 (%)", "before fine-tuning", "after fine-tuning"),
     *("change", CONTROL, "change to that", "seconds"),
+)
+# Settings in which the runs of a line may differ.
+_WITHOUT_EFFECT = re.compile(
+    r"seed|notes|eval_batch_size|search\.test_curve|.*\.(chunk_steps|save_every|mode|cpu_fusions)"
 )
 _FOOT = (
     "Several seeds: mean ± sample standard deviation. Accuracies: test set, last epoch. Change: from the base to after "
@@ -33,7 +39,7 @@ def compare(reports: Sequence[Report]) -> str:
     Raises:
       ValueError: Two runs of one line have the same seed.
     """
-    rows = [_row(runs) for runs in lines_of(reports)]
+    rows = _rows(lines_of(reports))
     return f"{markdown.table(_HEADER, rows, text_columns=3)}\n\n{_FOOT}\n"
 
 
@@ -50,7 +56,7 @@ def comparison_html(reports: Sequence[Report]) -> str:
       ValueError: Two runs of one line have the same seed.
     """
     lines = lines_of(reports)
-    table, common = _shortened([_row(runs) for runs in lines])
+    table, common = _shortened(_rows(lines))
     sections = [Section("", [table, Paragraph(_FOOT)])]
     styles = pareto.styles(runs[0].method_name for runs in lines)
     drawn: dict[str, pareto.Plot] = {}
@@ -102,8 +108,32 @@ def _task(run: Report) -> tuple[str, str, str]:
 
 
 def _all_but_the_seed(report: Report) -> tuple[Any, ...]:
+    training = {stage: of for stage, of in report.to_json()["training"].items() if stage != "control"}
+    return _named(report), report.precision, json.dumps([training, _settings(report)], sort_keys=True)
+
+
+def _settings(report: Report) -> dict[str, Any]:
+    """The settings that the runs of a line have in common."""
+    return {name: value for name, value in report.settings.items() if not _WITHOUT_EFFECT.fullmatch(name)}
+
+
+def _named(report: Report) -> tuple[Any, ...]:
+    """What the columns of the table say of a run's settings."""
     epochs = (report.epochs.of(stage) if report.was_run(stage) else None for stage in STAGES if stage != "control")
     return report.method_name, report.model, report.dataset, report.p_name, report.flops_convention, *epochs
+
+
+def _rows(lines: Sequence[Sequence[Report]]) -> list[list[str]]:
+    """The lines of the table; those that differ only in settings without a column name these beside the method."""
+    rows = []
+    for runs in lines:
+        # Reports of older versions have no settings.
+        alike = [_settings(other[0]) for other in lines if _named(other[0]) == _named(runs[0]) and other[0].settings]
+        own = _settings(runs[0])
+        differing = [f"{name}={own[name]}" for name in own if any(other.get(name) != own[name] for other in alike)]
+        method, *cells = _row(runs)
+        rows.append([", ".join([method, *differing]), *cells])
+    return rows
 
 
 def _row(runs: Sequence[Report]) -> list[str]:
@@ -112,8 +142,8 @@ def _row(runs: Sequence[Report]) -> list[str]:
     if len(set(seeds)) < len(seeds):
         twice = next(seed for seed in seeds if seeds.count(seed) > 1)
         raise ValueError(
-            f"Two reports of {first.method_name} on {first.model} with p={first.p_name} have seed {twice}; give each "
-            "run once, and runs that differ in more than the seed different values of config.variant."
+            f"Two reports of {first.method_name} on {first.model} with p={first.p_name} have seed {twice} and the same "
+            "settings; give each run once."
         )
     return [
         *(first.method_name, first.model, first.dataset, first.p_name, first.flops_convention),

@@ -127,6 +127,7 @@ class Report:
 
     method: str
     variant: str = "default"  # name of the method's form
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # "section.field" -> value; without paths
     model: str
     dataset: str
     preprocessing: Mapping[str, Any] | None = None  # what is done to an image first, `Dataset.serving`

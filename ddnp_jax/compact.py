@@ -230,7 +230,7 @@ def compare_outputs(
       ValueError: An output differs by more than the tolerance, or is not finite.
     """
     # Booleans cannot be subtracted, and differences of unsigned numbers would wrap around.
-    pairs = [tuple(each.astype(np.result_type(each, np.float32)) for each in pair) for pair in pairs]
+    pairs = [(_floating(masked), _floating(cut)) for masked, cut in pairs]
     differences = [float(np.max(np.abs(masked - cut))) for masked, cut in pairs]
     agreement = float(np.mean(np.concatenate([np.ravel(a.argmax(-1) == b.argmax(-1)) for a, b in pairs])))
     for (masked, _), difference in zip(pairs, differences, strict=True):
@@ -241,6 +241,10 @@ def compare_outputs(
                 f"{difference:.3g} (allowed: {allowed:.3g}), and {agreement:.2%} of the predictions agree."
             )
     return Verification(max(differences), agreement)
+
+
+def _floating(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.result_type(array, np.float32))
 
 
 def check_finite(variables: Any, whose: str) -> None:

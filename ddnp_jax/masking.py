@@ -41,8 +41,8 @@ def apply_masked(
       masks: One mask (C_l,) per gate.
       topology: Topology of `model`, as returned by `trace`.
       observe: Called while tracing with the index of a gate and the unmasked input (..., C_l) of its consumers, once
-        for every distinct input, in the order of the forward pass. Channels are moved to the last axis if necessary, as
-        after a flatten.
+        for every distinct input, in the order of the forward pass. Channels are moved to the last axis if necessary;
+        those with m > 1 positions each, as after a flatten or in groups, are (..., m, C_l).
       interpreter: Evaluates the program; `FullPrecision` for verification.
 
     Returns:
@@ -121,10 +121,9 @@ def _along_axis(length: int, masks: Sequence[tuple[Mask, Span]]) -> jax.Array:
 
 
 def _channels_last(x: jax.Array, consumer: Consumer, channels: int) -> jax.Array:
-    """Moves the channels of one gate to the last axis, (..., C_l)."""
+    """Moves the channels of one gate to the last axis: (..., C_l), or (..., m, C_l) if each has m > 1 positions."""
     if consumer.axis == x.ndim - 1 and x.shape[consumer.axis] == channels:
         return x
     positions = consumer.span.positions(channels)
-    taken = jnp.take(x, positions.T.reshape(-1), axis=consumer.axis)
-    before, after = x.shape[: consumer.axis], x.shape[consumer.axis + 1 :]
-    return jnp.moveaxis(taken.reshape(*before, positions.shape[1], channels, *after), consumer.axis + 1, -1)
+    taken = jnp.moveaxis(x, consumer.axis, -1)[..., positions.T]
+    return taken if positions.shape[1] > 1 else taken[..., 0, :]

@@ -18,7 +18,7 @@ from ddnp_jax.cost.correction import correct
 from ddnp_jax.cost.network_times import NetworkTimer
 from ddnp_jax.losses import Loss
 from ddnp_jax.networks import Outputs, as_network
-from ddnp_jax.topology import Gate, Selection, Topology, trace
+from ddnp_jax.topology import Gate, Keep, Selection, Topology, trace
 from ddnp_jax.training.fitting import TargetsCheck, checked_batch
 from ddnp_jax.training.steps import Batch
 
@@ -83,7 +83,7 @@ def prune(
     input_shape: tuple[int, ...] | None = None,
     budget: Budget | None = None,
     residual: bool = False,
-    keep: Iterable[str] | Callable[[Gate], bool] = (),
+    keep: Keep = (),
     floors: Floors = None,
     multiple: int | Literal["auto"] = 1,
     rebuild: Rebuild | None = None,
@@ -116,7 +116,7 @@ def prune(
       budget: A budget of another kind, as from `latency_budget`, whose `topology` is then used; it replaces `p`,
         `residual`, `keep`, `floors` and `multiple`.
       residual: Whether channels that are added to those of other layers may be removed too.
-      keep: Names of gates to leave unpruned, or a predicate on gates.
+      keep: Names of gates to leave unpruned, a single name, or a predicate on gates.
       floors: Minimum width of every gate, as a number of channels (integer) or a fraction (below 1): one value for all
         gates, a mapping by gate name, or a function of the gate.
       multiple: Widths are multiples of this, except those of unpruned gates; "auto" for the multiple that is fastest on
@@ -143,8 +143,7 @@ def prune(
     images, _ = checked_batch(first)
     if budget is None:
         shape = tuple(images.shape[1:] if input_shape is None else input_shape)
-        kept = (keep,) if isinstance(keep, str) else keep if callable(keep) else tuple(keep)
-        traced = trace(model, shape, variables=own, residual=residual, keep=kept, **(call_kwargs or {}))
+        traced = trace(model, shape, variables=own, residual=residual, keep=keep, **(call_kwargs or {}))
         exact = 1 if multiple == "auto" else multiple
         budget = Budget(traced, p, multiple=exact, floors=floors_of(traced, floors))
         if multiple == "auto":

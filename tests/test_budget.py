@@ -321,6 +321,16 @@ def test_a_multiple_of_zero_is_the_fastest_one():
         make_budget(config(multiple=0), topology((), [("only", 3, 5, 1, None, None)]), no_table)
 
 
+def test_what_is_unused_has_a_reason_only_where_no_gate_can_be_wider():
+    budget = Budget(TWO, 0.7, multiple=5)
+    filled = budget.fit((1.0, 0.5))
+    assert filled == (10, 5)  # 25 of 28
+    assert budget.describe(filled).splitlines()[3] == (
+        "  11% of the budget is unused: at these widths no gate can be a step wider within it."
+    )
+    assert budget.describe((5, 5)).splitlines()[3] == "  29% of the budget is unused."
+
+
 def test_a_network_without_gates_is_refused_before_anything_is_measured():
     nothing = topology((), [("only", 1, 10, 1, None, None)])
     with pytest.raises(ValueError, match=r"^the network has no gate to prune"):

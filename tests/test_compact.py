@@ -10,7 +10,7 @@ import zoo
 from flax import nnx
 
 from ddnp_jax import models
-from ddnp_jax.compact import compact, rehearse, verify
+from ddnp_jax.compact import Verification, compact, compare_outputs, rehearse, verify
 from ddnp_jax.masking import apply_masked
 from ddnp_jax.saved import load_pruned, save_pruned
 from ddnp_jax.topology import Selection, trace
@@ -408,3 +408,10 @@ def test_names_with_slashes_are_saved(tmp_path):
     save_pruned(tmp_path, function, variables)
     _, loaded = load_pruned(tmp_path, model=function)
     jax.tree.map(np.testing.assert_array_equal, loaded, variables)
+
+
+def test_outputs_of_any_number_type_are_compared():
+    for whole, cut in ((np.array([[True, False]]),) * 2, (np.uint8([[3, 200]]),) * 2):
+        assert compare_outputs([(whole, cut)], 0.0, "one", "the other") == Verification(0.0, 1.0)
+    with pytest.raises(ValueError, match=r"^one does not .* logits differ by up to 1 \(allowed: 0\.4\)"):
+        compare_outputs([(np.uint8([[3, 4]]), np.uint8([[4, 4]]))], 0.1, "one", "the other")

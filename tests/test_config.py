@@ -84,7 +84,7 @@ def test_values_beyond_the_limits_are_refused(config, message):
         ),
         (
             Config(search=SearchConfig(fields={"importance": "none"})),
-            "search.importance='none' is unknown; use one of generator, scalar, l1.",
+            "search.importance='none' is unknown; use one of 'generator', 'scalar', 'l1'.",
         ),
         (
             Config(search=SearchConfig(fields={"tie_wieght": 1.0})),

@@ -73,6 +73,15 @@ def test_a_network_that_is_never_faster_is_not_scaled():
     assert len(device.timed) == 1
 
 
+@pytest.mark.parametrize("p", [0.9, 1.0])
+def test_widths_that_do_not_change_are_timed_once(p):
+    """As those of a stored selection."""
+    device, stored = Formula(0.0, 1.0), tuple(width // 2 for width in TOPOLOGY.widths)
+    found = correction.correct(budget(p, device), lambda _: stored)
+    assert found == (1.0, flops.prunable(TOPOLOGY, stored) / flops.prunable(TOPOLOGY))
+    assert device.timed == [stored]
+
+
 def test_the_nearest_of_all_rounds_counts():
     measured = iter((0.9, 0.63, 0.45, 0.8, 0.7))
     noisy = type("Noisy", (), {"fraction": lambda *_: next(measured)})()

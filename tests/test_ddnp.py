@@ -504,7 +504,7 @@ def test_the_energy_is_that_of_the_whole_network_over_all_images_whatever_the_ba
     taken = []
     monkeypatch.setattr(searching, "take_steps", lambda step, *_: (taken.append(step.__self__), {}))
     uneven = [(IMAGES[:3], LABELS[:3]), (IMAGES[3:7], LABELS[3:7]), (IMAGES[7:], LABELS[7:])]
-    search = ddnp.build(make_problem(**AUTHORS))
+    search = ddnp.build(make_problem(steps=2, **AUTHORS))
     methods.run_search(search, VARIABLES, uneven)
     for found, wanted in zip(taken[0].energy, reference_energy(), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-5)
@@ -538,6 +538,18 @@ def test_selection_keeps_the_best_ranked_channels_within_the_budget():
     assert methods.select(search, None, Budget(topology(), 1.0)).widths == WIDTHS
 
 
+def test_what_is_not_finite_is_not_selected():
+    whole, nan = tuple(map(np.ones, WIDTHS)), np.full(24, np.nan)
+    search = methods.Search(0, None, None, lambda state: state, widths=lambda *_: pytest.fail("too late"))
+    for *state, what in (((whole[0], nan), None, "an importance"), (whole, np.array([0.5, np.inf]), "a width")):
+        with pytest.raises(ValueError) as error:
+            methods.select(search, state, Budget(topology(), 0.5))
+        assert str(error.value) == (
+            f"gate conv2: the search gave {what} that is NaN or infinite; check that the gradients of the network's "
+            "loss are finite, or use another method."
+        )
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(
         ValueError, match=r"^method='dnp' is unknown; choose one of .*ddnp.*magnitude.*taylor.*cc, stored\.$"
@@ -554,16 +566,36 @@ def test_unknown_names_are_refused():
     assert str(error.value).endswith(
         " Set that of importance_optimizer, width_optimizer, as in importance_optimizer={'learning_rate': ...}."
     )
-    with pytest.raises(ValueError, match=r"^ddnp's width_optimizer has no field 'lr'; its fields are learning_rate, "):
-        methods.configure("ddnp", {"width_optimizer": {"lr": 1.0}})
     for field, choices in {
-        "importance": "one of generator, scalar, l1",
-        "width": "one of generator, linear, scalar, half",
-        "output": "one of sigmoid, abs, square",
-        "resource_loss": "one of log_abs, log_max, abs, square",
+        "importance": "one of 'generator', 'scalar', 'l1'",
+        "width": "one of 'generator', 'linear', 'scalar', 'half'",
+        "output": "one of 'sigmoid', 'abs', 'square'",
+        "resource_loss": "one of 'log_abs', 'log_max', 'abs', 'square'",
     }.items():
         with pytest.raises(ValueError, match=rf"^{field}='wrong' is unknown; use {choices}\.$"):
             methods.configure("ddnp", {field: "wrong"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"band": "x"}, "band='x' must be a number."),
+        ({"band": -1}, "band=-1.0 must be from 0 to 1."),
+        ({"floor": 3.0}, "floor=3.0 must be in [0, 1)."),
+        ({"energy_weight": 5.0}, "energy_weight=5.0 must be from 0 to 1."),
+        ({"importance_average": 2.0}, "importance_average=2.0 must be in [0, 1)."),
+        ({"tie_weight": -1.0}, "tie_weight=-1.0 must be at least 0."),
+        ({"tie_noise": -1.0}, "tie_noise=-1.0 must be at least 0."),
+        ({"resource_weight": float("nan")}, "resource_weight=nan must be at least 0."),
+        ({"importance_optimizer": 0.05}, "importance_optimizer=0.05 must be a section, with the fields learning_rate"),
+        ({"width_optimizer": {"lr": 1.0}}, "width_optimizer.lr is not a field of the configuration; there are learn"),
+        ({"width_optimizer": {"learning_rate": -1}}, "width_optimizer.learning_rate=-1.0 must be at least 0."),
+    ],
+)
+def test_values_of_fields_are_refused_by_name(fields, message):
+    with pytest.raises(ValueError) as error:
+        methods.configure("ddnp", fields)
+    assert str(error.value).startswith(message)
 
 
 def test_fields_have_their_defaults_unless_they_are_given():

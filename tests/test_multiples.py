@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo
@@ -64,6 +66,24 @@ def test_multiples_without_a_network_are_left_out(monkeypatch):
     monkeypatch.setattr(NetworkTimer, "ms", lambda self, every_widths: [1.0] * len(every_widths))
     found = multiples.measure(NetworkTimer(narrow, trace(narrow, (16, 16, 3)), 4))
     assert [int(name) for name in found.ms] == [1, 4]  # from 8 on nothing could be cut
+
+
+def test_networks_that_cannot_be_halved_are_timed_at_their_smallest(monkeypatch):
+    """The first gate has 2 channels of the 32 that the last layer reads; the other 30 stay."""
+
+    class Joined(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = jnp.concatenate([nn.Conv(n, (1, 1), use_bias=False, name=f"conv{n}")(x) for n in (2, 30)], -1)
+            return nn.Dense(5, use_bias=False, name="head")(x.mean((1, 2)))
+
+    timed = []
+    monkeypatch.setattr(NetworkTimer, "ms", lambda self, every: timed.extend(every) or [1.0] * len(every))
+    timer = NetworkTimer(Joined(), trace(Joined(), (1, 1, 3), keep=("conv30",)), 4)
+    found = multiples.measure(timer)
+    assert found.p == 0.9519  # (3 + 31 * 5) / (6 + 32 * 5), rounded up
+    assert timed == [(1,), (1,)]
+    assert "(2 networks with 95% of the prunable FLOPs, batch 4" in found.describe(1)
 
 
 def test_they_are_measured_once_and_then_read(monkeypatch, tmp_path):

@@ -275,10 +275,11 @@ def test_gates_start_as_wide_as_asked_for():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"predictor": "lstm"}, "predictor='lstm' is unknown; use one of none, gru, authors, linear"),
-        ({"predictor_loss": "huber"}, "predictor_loss='huber' is unknown; use one of absolute, squared"),
+        ({"predictor": "lstm"}, "predictor='lstm' is unknown; use one of 'none', 'gru', 'authors', 'linear'"),
+        ({"predictor_loss": "huber"}, "predictor_loss='huber' is unknown; use one of 'absolute', 'squared'"),
         ({"memory_steps": 0}, "memory_steps=0 must be at least 1"),
         ({"predictor_batch_size": 0}, "predictor_batch_size=0 must be at least 1"),
+        ({"predictor_noise": -1.0}, "predictor_noise=-1.0 must be at least 0"),
         ({"initial_deviation": -1.0}, "initial_deviation=-1.0 must be at least 0"),
         ({"decay_at": 80}, r"decay_at=80.* must be in \(0, 1\]"),
         ({"memory_size": 64}, "memory_size=64 must be above predictor_batch_size=64"),

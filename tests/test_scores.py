@@ -2,6 +2,7 @@
 
 import bisect
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,9 +48,23 @@ def test_batch_norm_scale():
         np.testing.assert_allclose(found, scale, rtol=1e-6)
 
 
-def test_a_gate_without_normalization_is_named():
-    import flax.linen as nn
+def test_batch_norm_scales_of_a_group_are_added():
+    class Normalized(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for name, groups in (("first", 1), ("second", 4)):
+                x = nn.Conv(8, (3, 3), feature_group_count=groups, name=name)(x)
+                x = nn.relu(nn.BatchNorm(use_running_average=True, name=f"{name}_norm")(x))
+            return nn.Dense(2, name="last")(x.mean((1, 2)))
 
+    variables = Normalized().init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
+    for name in ("first_norm", "second_norm"):
+        variables["params"][name]["scale"] = np.float32([1, -100, 3, 4, 5, -6, 7, 8])
+    found = scores.bn_scale(Evidence(ddnp_jax.trace(Normalized(), (4, 4, 3)), variables), 0)
+    assert found.tolist() == [202, 14, 22, 30]
+
+
+def test_a_gate_without_normalization_is_named():
     class Plain(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -129,25 +144,92 @@ def test_a_score_of_features_is_one_function(monkeypatch):
     np.testing.assert_allclose(history["top1"], [100 * right[:6].mean(), 100 * right[6:].mean()], rtol=1e-5)
 
 
-def feature_maps():
+def feature_maps(dtype=jnp.float32):
     """Per gate the feature maps (N, H, W, C), in float64."""
-    _, seen = Tiny().apply(VARIABLES, IMAGES, capture_intermediates=True, mutable=["intermediates"])
+    _, seen = Tiny(dtype).apply(VARIABLES, IMAGES, capture_intermediates=True, mutable=["intermediates"])
     return [np.maximum(np.float64(seen["intermediates"][f"bn{i}"]["__call__"][0]), 0) for i in (1, 2)]
 
 
-def evidence():
-    problem = methods.Problem(Tiny(), VARIABLES, topology(), Budget(topology(), 0.5), allocations.Fields(), 1)
-    return Evidence(topology(), VARIABLES, problem=problem, batch=(IMAGES, LABELS))
+def evidence(model=None, variables=VARIABLES, images=IMAGES):
+    model = model or Tiny()
+    found = ddnp_jax.trace(model, images.shape[1:])
+    problem = methods.Problem(model, variables, found, Budget(found, 0.5), allocations.Fields(), 1)
+    return Evidence(found, variables, problem=problem, batch=(images, np.zeros(len(images), np.int32)))
 
 
-def test_hrank_is_the_mean_rank_of_the_feature_maps():
-    ranks = np.linalg.matrix_rank(np.float32(feature_maps()[0]).transpose(0, 3, 1, 2)).mean(0)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_hrank_is_the_mean_rank_of_the_feature_maps(dtype):
+    ranks = np.linalg.matrix_rank(np.float32(feature_maps(dtype)[0]).transpose(0, 3, 1, 2)).mean(0)
     assert np.ptp(ranks) > 0
-    np.testing.assert_allclose(scores.hrank(evidence(), 0), ranks, rtol=1e-6)
+    np.testing.assert_allclose(scores.hrank(evidence(Tiny(dtype)), 0), ranks, rtol=1e-6)
     with pytest.raises(
-        ValueError, match=r"^the channels of gate conv2 are read as \(\d+, 24\), without height and width"
+        ValueError, match=r"^the channels of gate conv2 are read as \(8, 24\), not as maps of several pixels with heig"
     ):
-        scores.hrank(evidence(), 1)  # behind a mean over all pixels
+        scores.hrank(evidence(Tiny(dtype)), 1)  # behind a mean over all pixels
+
+
+class Squeezed(nn.Module):
+    """The first convolution is read as a map and behind a mean of all pixels, the second one only behind one."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3), name="first")(x))
+        x = x * nn.sigmoid(nn.Conv(4, (1, 1), name="excite")(x.mean((1, 2), keepdims=True)))
+        self.sow("intermediates", "scaled", x)
+        x = nn.relu(nn.Conv(5, (3, 3), name="second")(x)).mean((1, 2), keepdims=True)
+        self.sow("intermediates", "pooled", x)
+        return nn.Conv(2, (1, 1), name="head")(x).squeeze((1, 2))
+
+
+class Grouped(nn.Module):
+    """Convolutions over any number of axes, the second one in groups of two channels."""
+
+    window: tuple
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, self.window, name="first")(x))
+        x = nn.relu(nn.Conv(8, self.window, feature_group_count=4, name="grouped")(x))
+        self.sow("intermediates", "map", x)
+        x = nn.relu(nn.Conv(3, self.window, name="last")(x))
+        return nn.Dense(2, name="head")(x.mean(range(1, x.ndim - 1)))
+
+
+def with_features(model, shape):
+    """Evidence of a network with random weights and images, and the arrays that it sows."""
+    images = np.float32(np.random.default_rng(0).normal(size=(3, *shape)))
+    variables = model.init(jax.random.key(0), images)["params"]
+    _, seen = model.apply({"params": variables}, images, mutable=["intermediates"])
+    sown = {name: np.asarray(values[0]) for name, values in seen["intermediates"].items()}
+    return evidence(model, {"params": variables}, images), sown
+
+
+def test_maps_of_one_pixel_have_no_rank():
+    found, sown = with_features(Squeezed(), (6, 6, 3))
+    ranks = np.linalg.matrix_rank(sown["scaled"].transpose(0, 3, 1, 2)).mean(0)
+    np.testing.assert_allclose(scores.hrank(found, 0), ranks, rtol=1e-6)
+    losses = [without_each_row(each.reshape(36, 4).T) for each in np.float64(sown["scaled"])]
+    np.testing.assert_allclose(scores.chip(found, 0), np.mean(losses, axis=0), rtol=1e-4)
+    with pytest.raises(ValueError, match=r"^the channels of gate second are read as \(3, 1, 1, 5\), not as maps of "):
+        scores.hrank(found, 1)
+    losses = [without_each_row(each.reshape(1, 5).T) for each in np.float64(sown["pooled"])]
+    np.testing.assert_allclose(scores.chip(found, 1), np.mean(losses, axis=0), rtol=1e-4)
+
+
+def test_hrank_of_a_group_is_the_mean_over_its_maps():
+    found, sown = with_features(Grouped((3, 3)), (6, 6, 3))
+    ranks = np.linalg.matrix_rank(sown["map"].transpose(0, 3, 1, 2)).mean(0)
+    assert np.ptp(ranks.reshape(4, 2), axis=1).any()
+    np.testing.assert_allclose(scores.hrank(found, 0), ranks.reshape(4, 2).mean(1), rtol=1e-6)
+    losses = [without_each_row(each.T.reshape(4, 72)) for each in np.float64(sown["map"].reshape(3, 36, 8))]
+    np.testing.assert_allclose(scores.chip(found, 0), np.mean(losses, axis=0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(9, 3), (4, 4, 4, 3)])
+def test_hrank_needs_maps_with_height_and_width(shape):
+    found, _ = with_features(Grouped((3,) * (len(shape) - 1)), shape)
+    with pytest.raises(ValueError, match=r"^the channels of gate first are read as \(3, .*, 2, 4\), not as maps of "):
+        scores.hrank(found, 0)
 
 
 def without_each_row(matrix):
@@ -161,6 +243,7 @@ def test_chip_is_the_mean_loss_of_nuclear_norm():
     losses = [without_each_row(each.reshape(-1, each.shape[-1]).T) for each in maps]
     first, second = importance("chip")
     np.testing.assert_allclose(first, np.mean(losses, axis=0), rtol=1e-4)
+    assert scores.chip(evidence(Tiny(jnp.bfloat16)), 0).dtype == jnp.float32
     np.testing.assert_allclose(second, np.mean([without_each_row(each[:, None]) for each in pooled], axis=0), rtol=1e-4)
 
 
@@ -202,6 +285,26 @@ def test_cc_is_the_information_loss_of_the_layers_that_read_a_channel():
     found = importance("cc")
     np.testing.assert_allclose(found[0], second, rtol=1e-3, atol=1e-6 * second.max())
     np.testing.assert_allclose(found[1], dense, rtol=1e-3, atol=1e-6 * dense.max())
+
+
+def test_cc_refuses_layers_whose_kernel_is_computed():
+    class Computed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(4, (3, 3), name="first")(x)).mean((1, 2))
+            weight, scale = (self.param(name, nn.initializers.ones, (4, 2)) for name in ("weight", "scale"))
+            return nn.Dense(2, name="stored")(x) + x @ (weight * scale)
+
+    images = IMAGES[..., :3]
+    variables = Computed().init(jax.random.key(0), images)
+    found = ddnp_jax.trace(Computed(), images.shape[1:])
+    problem = methods.Problem(Computed(), variables, found, Budget(found, 0.5), methods.configure("cc"), 1)
+    with pytest.raises(ValueError) as error:
+        methods.initial_state(methods.build("cc", problem), 0)
+    assert str(error.value) == (
+        "gate first is read by Computed, whose kernel is computed from several parameters, so that the loss of a "
+        "channel is unknown; leave the gate unpruned with keep=, or use another method."
+    )
 
 
 def residual_network():
@@ -295,8 +398,10 @@ def test_published_rates_are_scaled_to_the_budget():
     assert selection.widths == (6, 11)  # 27,271; (7, 10) would be 29,534 and (6, 12) 29,220
     with pytest.raises(ValueError, match=r"^rates has 1 entries and the network 2 gates; give one for each, in the "):
         make_search("magnitude", allocation="rates", rates=(0.5,))
-    with pytest.raises(ValueError, match=r"^rates holds 1\.0; give fractions of channels to remove, in \[0, 1\)\.$"):
-        methods.configure("magnitude", {"rates": (0.5, 1.0)})
+    with pytest.raises(ValueError, match=r"^rates=\(0\.5, 0\.75\) needs allocation='rates', and it is 'uniform'; "):
+        make_search("magnitude", rates=(0.5, 0.75))
+    with pytest.raises(ValueError, match=r"^rates=\(0\.5, 1\.0\) must be in \[0, 1\) in every entry: fractions of c"):
+        methods.configure("magnitude", {"allocation": "rates", "rates": (0.5, 1.0)})
 
 
 def test_fitted_losses_have_the_same_slope_at_cc_widths():
@@ -330,7 +435,7 @@ def test_losses_without_a_curve_have_widths():
 
 
 def test_an_unknown_allocation_is_refused():
-    with pytest.raises(ValueError, match=r"^allocation='all' is unknown; use one of uniform, global, rates, cc\.$"):
+    with pytest.raises(ValueError, match=r"^allocation='all' is unknown; use one of 'uniform', 'global', 'rates', "):
         methods.configure("taylor", {"allocation": "all"})
     with pytest.raises(ValueError, match=r"^taylor has no field 'tie_weight'; its fields are allocation, rates\.$"):
         methods.configure("taylor", {"tie_weight": 1.0})

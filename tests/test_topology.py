@@ -297,6 +297,24 @@ def test_a_kernel_of_two_parameters_produces_nothing_that_could_be_scored():
     assert reason_of(topology, "Middle/TwoKernels_0") == "its kernel is computed from several parameters"
 
 
+def test_a_single_name_is_kept():
+    assert trace(zoo.VGG(), SHAPE, keep="hidden") == trace(zoo.VGG(), SHAPE, keep=iter(["hidden"]))
+    assert len(trace(zoo.VGG(), SHAPE, keep="hidden").gates) == 3
+    with pytest.raises(ValueError, match=r"^keep names 'hid', which is not a gate"):
+        trace(zoo.VGG(), SHAPE, keep="hid")
+
+
+def test_call_kwargs_that_cannot_be_hashed_are_refused():
+    class Sized(nn.Module):
+        @nn.compact
+        def __call__(self, x, sizes):
+            return nn.Dense(sizes[0])(x)
+
+    assert trace(Sized(), SHAPE, sizes=(2,)).call_kwargs == (("sizes", (2,)),)
+    with pytest.raises(ValueError, match=r"^the network's argument sizes=\[2\] must be hashable; give a tuple inst"):
+        trace(Sized(), SHAPE, sizes=[2])
+
+
 def test_call_kwargs_and_other_inputs_reach_the_model():
     class Switch(nn.Module):
         @nn.compact
@@ -422,6 +440,23 @@ def test_apply_masked_keeps_the_data_type_and_observes_channels_last():
         observe=lambda gate, x: seen.append((gate, x.shape, x.dtype)),
     )
     assert seen == [(0, (2, 32, 6), jnp.float32)]
+
+
+def test_the_observed_channels_of_a_concatenation_and_of_another_axis_order_are_last():
+    class Joined(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            parts = [nn.Conv(features, (1, 1), name=f"conv{features}")(x) for features in (4, 3)]
+            x = jnp.moveaxis(jnp.concatenate(parts, -1), -1, 1)
+            return jax.lax.conv(x, self.param("head", nn.initializers.ones, (2, 7, 1, 1)), (1, 1), "VALID")
+
+    topology, variables = trace(Joined(), SHAPE), zoo.randomized(Joined(), SHAPE)
+    x = np.random.default_rng(0).normal(size=(2, *SHAPE)).astype(np.float32)
+    seen = {}
+    apply_masked(Joined(), variables, x, tuple(map(jnp.ones, topology.widths)), topology, observe=seen.setdefault)
+    for gate, name in enumerate(("conv4", "conv3")):
+        weights = variables["params"][name]
+        np.testing.assert_allclose(seen[gate], x @ weights["kernel"][0, 0] + weights["bias"], rtol=1e-4, atol=1e-5)
 
 
 def test_apply_masked_names_what_does_not_fit():

@@ -121,9 +121,9 @@ class Budget:
         lines.append(f"budget: {reached} of at most {wanted} {self.counted.unit} (p = {self.p:g})")
         unused = 1 - self.cost(widths) / self.wanted
         if unused > NOTED_UNUSED:
-            lines.append(
-                f"  {unused:.0%} of the budget is unused: at these widths no gate can be a step wider within it."
-            )
+            full = self._wider(np.asarray(widths), np.asarray(widths)) is None  # not so for a stored selection
+            reason = ": at these widths no gate can be a step wider within it" if full else ""
+            lines.append(f"  {unused:.0%} of the budget is unused{reason}.")
         gates = zip(self.topology.gates, widths, strict=True)
         return "\n".join([*lines, *(f"  {gate.name}: {width} of {gate.channels}" for gate, width in gates)])
 
@@ -166,16 +166,19 @@ class Budget:
         return size
 
     def _fill(self, widths: np.ndarray, ideal: np.ndarray) -> tuple[int, ...]:
+        while (wider := self._wider(widths, ideal)) is not None:
+            widths = wider
+        return tuple(map(int, widths))
+
+    def _wider(self, widths: np.ndarray, ideal: np.ndarray) -> np.ndarray | None:
+        """The widths with one gate a step wider within the budget, the one that lost most first; None if none can."""
         whole, wanted = np.asarray(self.topology.widths), self.wanted
-        while True:
-            for gate in np.argsort(widths - ideal, kind="stable"):
-                wider = widths.copy()
-                wider[gate] = min(widths[gate] + self.multiple, whole[gate])
-                if wider[gate] > widths[gate] and self.cost(wider) <= wanted:
-                    widths = wider
-                    break
-            else:
-                return tuple(map(int, widths))
+        for gate in np.argsort(widths - ideal, kind="stable"):
+            wider = widths.copy()
+            wider[gate] = min(widths[gate] + self.multiple, whole[gate])
+            if wider[gate] > widths[gate] and self.cost(wider) <= wanted:
+                return wider
+        return None
 
 
 def _change(name: str, before: int, after: int) -> str:

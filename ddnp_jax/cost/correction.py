@@ -42,18 +42,22 @@ def correct(budget: Budget, choose: Callable[[Budget], tuple[int, ...]]) -> Corr
       choose: Widths that meet a budget, as the search proposes them.
 
     Returns:
-      The correction whose network is measured nearest to `budget.p`, of at most `ROUNDS` that are tried; None for a
-      budget without a timer.
+      The correction whose network is measured nearest to `budget.p`, of at most `ROUNDS` that are tried; fewer where
+      the widths stay the same. None for a budget without a timer.
     """
     if budget.timer is None:
         return None
     savings = 1.0
+    widths: tuple[int, ...] = ()
     points, tried = [(1.0, 1.0)], []  # (measured, predicted)
     for _ in range(ROUNDS):
-        widths = choose(budget.with_savings(savings))
+        before, widths = widths, choose(budget.with_savings(savings))
+        if widths == before:  # as those of a stored selection
+            break
         measured, predicted = budget.timer.fraction(widths), budget.cost(widths) / budget.total
         tried.append(Correction(savings, measured))
-        if abs(measured - budget.p) <= CLOSE or min(1 - measured, 1 - predicted) < _LEAST_SAVINGS:
+        close = abs(measured - budget.p) <= CLOSE
+        if close or budget.p >= 1 or min(1 - measured, 1 - predicted) < _LEAST_SAVINGS:
             break
         points.append((measured, predicted))
         savings = (1 - budget.p) / (1 - _predicted_at(budget.p, points))

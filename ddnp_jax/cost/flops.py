@@ -1,8 +1,9 @@
 """Costs of a network: multiply-accumulates (MACs) of its convolution and dense layers, and parameters.
 
 There are two conventions. "macs": MACs per image; biases, batch norm and activations are free. "authors", as in the
-DDNP and NPPM authors' code: a layer that touches a gate costs 3 more per output element (batch norm 2, activation 1);
-other layers cost their MACs. Padding is counted like pixels. Matrix products of two activations are not counted.
+DDNP and NPPM authors' code: a layer that touches a gate costs 3 more per output element (batch norm 2, activation 1),
+a transposed convolution per input position and output channel; other layers cost their MACs. Padding is counted like
+pixels. Matrix products of two activations are not counted.
 """
 
 import functools

@@ -44,7 +44,7 @@ class LayerTimes:
     Attributes:
       name: Name of the layer, as in the topology.
       kernel_shape: Shape of the kernel in the unpruned network.
-      positions: Output positions.
+      positions: Positions at which the kernel is applied, as in the topology.
       inputs: Ascending numbers of input channels, up to the whole; empty where no gate changes them.
       outputs: The same of the output channels; a depthwise layer has only these.
       ms: Milliseconds per batch, (len(inputs) or 1) rows of (len(outputs) or 1).

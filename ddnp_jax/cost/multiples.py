@@ -19,7 +19,7 @@ from ddnp_jax.cost.network_times import NetworkTimer
 
 MULTIPLES = (1, 4, 8, 16, 32)
 FILE = "multiple.json"  # in the workdir
-P = 0.5  # fraction of the prunable FLOPs of the networks that are timed
+P = 0.5  # fraction of the prunable FLOPs of the networks that are timed, where so few can be reached
 DRAWS = 2  # random networks of every multiple
 NOISE = 0.02  # a coarser multiple must be faster by this
 
@@ -35,6 +35,7 @@ class MultipleTimes:
       ms: Milliseconds per batch by the multiple of the widths, summed over `DRAWS` networks and scaled to the same
         FLOPs.
       channels: Channels per gate of the unpruned network.
+      p: Fraction of the prunable FLOPs of these networks.
     """
 
     device: str
@@ -42,6 +43,7 @@ class MultipleTimes:
     runtime: str
     ms: Mapping[str, float]
     channels: tuple[int, ...]
+    p: float = P
 
     def fastest(self, among: Collection[int] = MULTIPLES) -> int:
         """The fastest multiple among these and 1; a coarser one only where it saves more than `NOISE`."""
@@ -55,26 +57,27 @@ class MultipleTimes:
         """What was measured and which multiple was chosen, in one sentence."""
         times = ", ".join(f"{ms:.2f} ms with multiples of {multiple}" for multiple, ms in self.ms.items())
         return (
-            f"Widths are multiples of {chosen}, the fastest that can meet the budget ({DRAWS} networks with {P:.0%} of "
-            f"the prunable FLOPs, batch {self.batch}, {self.device}): {times}."
+            f"Widths are multiples of {chosen}, the fastest that can meet the budget ({DRAWS} networks with "
+            f"{self.p:.0%} of the prunable FLOPs, batch {self.batch}, {self.device}): {times}."
         )
 
 
 def measure(timer: NetworkTimer) -> MultipleTimes:
     """Times networks of the same FLOPs whose widths are multiples of each of `MULTIPLES`.
 
-    Multiples at which no network of half the FLOPs exists are left out.
+    They have half of the prunable FLOPs, or as few as can be reached. Multiples at which there are none are left out.
     """
+    p = max(P, Budget(timer.topology, P).least_p)
     rng = np.random.default_rng(0)
     draws = [rng.uniform(0.3, 1.0, len(timer.topology.gates)) for _ in range(DRAWS)]
-    budgets = [Budget(timer.topology, P, multiple=multiple) for multiple in MULTIPLES]
-    budgets = [budget for budget in budgets if budget.least_p <= P]
+    budgets = [Budget(timer.topology, p, multiple=multiple) for multiple in MULTIPLES]
+    budgets = [budget for budget in budgets if budget.least_p <= p]
     every_widths = [budget.fit(draw) for budget in budgets for draw in draws]
     # Coarse widths leave some of the FLOPs unused, by which they must not seem faster.
     work = _by_multiple([flops.total(timer.topology, widths) for widths in every_widths])
     sums = _by_multiple(timer.ms(every_widths)) * work[0] / work
     ms = {str(budget.multiple): float(each) for budget, each in zip(budgets, sums, strict=True)}
-    return MultipleTimes(timer.device, timer.batch, timer.runtime, ms, timer.topology.widths)
+    return MultipleTimes(timer.device, timer.batch, timer.runtime, ms, timer.topology.widths, p)
 
 
 def _by_multiple(values: Sequence[float]) -> np.ndarray:

@@ -14,6 +14,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from ddnp_jax.fields import filled, names
 from ddnp_jax.methods import allocations, scores, stored
 from ddnp_jax.methods.base import (
     AdamW,
@@ -63,7 +64,7 @@ class Method(NamedTuple):
     """A pruning method.
 
     Attributes:
-      fields: Creates its fields with their defaults, a dataclass that raises ValueError for invalid values.
+      fields: Creates its fields with their defaults, a dataclass that raises ValueError for values beyond its limits.
       build: Builds its search for a problem.
       steps: Default number of steps; 0 for methods that need no images.
       job_fields: Defaults of this method for fields of the pipeline's `search` section.
@@ -120,28 +121,20 @@ def configure(method: str, fields: Mapping[str, Any] | None = None) -> Any:
       The fields, for `Problem.config`.
 
     Raises:
-      ValueError: The method or a field is unknown, or a value is invalid.
+      ValueError: The method or a field is unknown, or a value is of another type or beyond its limits; the message
+        names the field.
     """
-    kind = find(method).fields
-    return _filled(kind(), fields or {}, method)
-
-
-def _filled(fields: Any, values: Mapping[str, Any], owner: str) -> Any:
-    known = {field.name for field in dataclasses.fields(fields)}
-    for name in values:
-        if name not in known:
-            names = ", ".join(field.name for field in dataclasses.fields(fields))
-            raise ValueError(f"{owner} has no field {name!r}; its fields are {names}.{_nested(fields, name)}")
-    nested = {
-        name: _filled(getattr(fields, name), value, f"{owner}'s {name}") if isinstance(value, Mapping) else value
-        for name, value in values.items()
-    }
-    return dataclasses.replace(fields, **nested)
+    defaults, values = find(method).fields(), fields or {}
+    known = names(defaults)
+    if unknown := [name for name in values if name not in known]:
+        hint = _nested(defaults, unknown[0])
+        raise ValueError(f"{method} has no field {unknown[0]!r}; its fields are {', '.join(known)}.{hint}")
+    return filled(defaults, values)
 
 
 def _nested(fields: Any, name: str) -> str:
     """How to set a field that only the fields of `fields` have, for example the learning rate of an optimizer."""
-    within = [f.name for f in dataclasses.fields(fields) if hasattr(getattr(fields, f.name), name)]
+    within = [each for each in names(fields) if hasattr(getattr(fields, each), name)]
     return f" Set that of {', '.join(within)}, as in {within[0]}={{{name!r}: ...}}." if within else ""
 
 

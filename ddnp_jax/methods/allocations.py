@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddnp_jax.cost.budget import Budget
-from ddnp_jax.methods.base import Importance, check_choices
+from ddnp_jax.fields import check_limits, choice, number
+from ddnp_jax.methods.base import Importance
 from ddnp_jax.topology import Topology
 
 _MOST_REMOVED = 0.95  # largest fraction of a gate's channels that CC's allocation removes
@@ -107,13 +108,15 @@ class Fields:
         for example published rates. All widths are then scaled by one factor to meet the budget.
     """
 
-    allocation: str = "uniform"
-    rates: tuple[float, ...] = ()
+    allocation: str = choice("uniform", *ALLOCATIONS)
+    rates: tuple[float, ...] = number((), least=0, below=1, about="fractions of channels to remove")
 
     def __post_init__(self) -> None:
-        check_choices(self, {"allocation": tuple(ALLOCATIONS)})
-        if wrong := [rate for rate in self.rates if not 0 <= rate < 1]:
-            raise ValueError(f"rates holds {wrong[0]!r}; give fractions of channels to remove, in [0, 1).")
+        check_limits(self)
+        if self.rates and self.allocation != "rates":
+            raise ValueError(
+                f"rates={self.rates} needs allocation='rates', and it is {self.allocation!r}; set it, or give no rates."
+            )
 
     def check(self, topology: Topology) -> None:
         """Checks that the rates match the network.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -12,6 +12,7 @@ import numpy as np
 
 from ddnp_jax import cpu, losses
 from ddnp_jax.cost.budget import Budget
+from ddnp_jax.fields import check_limits, choice, number
 from ddnp_jax.losses import Loss
 from ddnp_jax.masking import Observe, apply_masked
 from ddnp_jax.networks import Outputs
@@ -33,8 +34,8 @@ class AdamW:
       weight_decay: Weight decay.
     """
 
-    learning_rate: float
-    weight_decay: float
+    learning_rate: float = number(1e-3, least=0)
+    weight_decay: float = number(0.0, least=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,8 +47,11 @@ class ResourceFields:
       resource_weight: λ, the weight of R.
     """
 
-    resource_loss: str = "log_abs"
-    resource_weight: float = 4.0
+    resource_loss: str = choice("log_abs", *losses.RESOURCE)
+    resource_weight: float = number(4.0, least=0)
+
+    def __post_init__(self) -> None:
+        check_limits(self)
 
 
 class Measured(NamedTuple):
@@ -231,25 +235,14 @@ def over_seeds(search: Search, seeds: Sequence[int]) -> tuple[Seeds, Callable[..
         named = {seed_metric(seed, name): values[i] for name, values in metrics.items() for i, seed in enumerate(seeds)}
         return Seeds(state.step + 1, states), {"loss": jnp.mean(metrics["loss"]), **named}
 
-    states = [initial_state(search, seed) for seed in seeds]
+    init = cpu.jit_for_one_call(search.init)  # compiled once for all seeds
+    states = [init(jax.random.key(seed)) for seed in seeds]
     return Seeds(jnp.int32(0), jax.tree.map(lambda *parts: jnp.stack(parts), *states)), step
 
 
 def seed_metric(seed: int, name: str) -> str:
     """The name of a seed's metric where several are searched at once."""
     return f"seed{seed}/{name}"
-
-
-def check_choices(fields: Any, choices: Mapping[str, Sequence[str]]) -> None:
-    """Raises for fields whose values are not among their choices.
-
-    Raises:
-      ValueError: The field and what it may be are named.
-    """
-    for name, known in choices.items():
-        value = getattr(fields, name)
-        if value not in known:
-            raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(known)}.")
 
 
 def proposed_cost(search: Search, state: Any, budget: Budget) -> float | None:
@@ -268,8 +261,14 @@ def select(search: Search, state: Any, budget: Budget) -> Selection:
 
     Returns:
       The kept channels per gate; equal importances keep channel order.
+
+    Raises:
+      ValueError: An importance or a width that the search proposes is NaN or infinite; the message names the gate.
     """
     importance, k = search.propose(state)
+    _check_finite(budget.topology, "an importance", importance)
+    if k is not None:
+        _check_finite(budget.topology, "a width", k)
     order = (np.argsort(-np.asarray(scores), kind="stable") for scores in importance)
     if k is not None:
         widths = budget.fit(np.asarray(k))
@@ -278,3 +277,12 @@ def select(search: Search, state: Any, budget: Budget) -> Selection:
     else:
         raise ValueError("the search proposes no widths and has no rule for them; give it `widths`.")
     return Selection(tuple(tuple(sorted(map(int, o[:width]))) for o, width in zip(order, widths, strict=True)))
+
+
+def _check_finite(topology: Topology, what: str, values: Iterable[Any]) -> None:
+    for gate, each in zip(topology.gates, values, strict=True):
+        if not np.all(np.isfinite(each)):
+            raise ValueError(
+                f"gate {gate.name}: the search gave {what} that is NaN or infinite; check that the gradients of the "
+                "network's loss are finite, or use another method."
+            )

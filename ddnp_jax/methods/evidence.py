@@ -43,37 +43,51 @@ class Evidence:
         return [_by_channel(np.float64(self.leaves[piece.path]), piece, found) for piece in found.producers]
 
     def norm_scales(self, gate: int) -> list[np.ndarray]:
-        """The scales of the normalization layers of a gate's channels, each (C_l,)."""
+        """The scales of the normalization layers of a gate's channels, each (C_l, n): n > 1 of channels in groups."""
         found = self.topology.gates[gate]
         pieces = [piece for piece in found.slices if piece.path[-1] == "scale"]
-        return [_by_channel(np.float64(self.leaves[piece.path]), piece, found)[:, 0] for piece in pieces]
+        return [_by_channel(np.float64(self.leaves[piece.path]), piece, found) for piece in pieces]
 
     def consuming_kernels(self, gate: int, arrays: Mapping[LeafPath, Any] | None = None) -> list[Any]:
-        """The kernels of the layers that read a gate, each (C_l, n), except those of depthwise convolutions.
+        """The kernels of the layers that read a gate, each (C_l, n).
 
         Args:
           gate: Index of the gate.
           arrays: Arrays with the shapes of the kernels, by path, to use instead of the kernels.
+
+        Raises:
+          ValueError: A layer that reads the gate computes its kernel from several parameters.
         """
         found, arrays = self.topology.gates[gate], self.leaves if arrays is None else arrays
         return [_by_channel(arrays[piece.path], piece, found) for piece in self._consuming_slices(gate)]
 
     def _consuming_slices(self, gate: int) -> list[Slice]:
-        found, layers = self.topology.gates[gate], self.topology.layers
-        paths = {layers[consumer.layer].path for consumer in found.consumers if layers[consumer.layer].groups == 1}
+        found = self.topology.gates[gate]
+        layers = [self.topology.layers[consumer.layer] for consumer in found.consumers]
+        if computed := [layer.name for layer in layers if not layer.path]:
+            raise ValueError(
+                f"gate {found.name} is read by {computed[0]}, whose kernel is computed from several parameters, so "
+                "that the loss of a channel is unknown; leave the gate unpruned with keep=, or use another method."
+            )
+        paths = {layer.path for layer in layers}
         return [piece for piece in found.slices if piece.path in paths and piece not in found.producers]
 
     @functools.cached_property
     def features(self) -> tuple[tuple[jax.Array, ...], ...]:
-        """The features of every gate's channels, (N, ..., C_l): one array per distinct tensor that layers read."""
+        """The features of every gate's channels, float32 (N, ..., C_l): one array per distinct tensor that layers read.
+
+        They are (N, ..., m, C_l) where a channel has m > 1 positions, as in groups or after a flatten.
+        """
         return self._observed[0]
 
     @functools.cached_property
     def _observed(self) -> tuple[tuple[tuple[jax.Array, ...], ...], Measured]:
         seen: list[list[jax.Array]] = [[] for _ in self.topology.gates]
-        measured = self._problem.measure(
-            self._ones, self.variables, self.batch, lambda gate, features: seen[gate].append(features)
-        )
+
+        def observe(gate: int, features: jax.Array) -> None:
+            seen[gate].append(features.astype(jnp.float32))  # bfloat16 matrices cannot be decomposed
+
+        measured = self._problem.measure(self._ones, self.variables, self.batch, observe)
         return tuple(map(tuple, seen)), measured
 
     @functools.cached_property

@@ -40,7 +40,7 @@ def magnitude(evidence: Evidence, gate: int) -> np.ndarray:
 
 
 def bn_scale(evidence: Evidence, gate: int) -> np.ndarray:
-    """Absolute scale of the channel's batch normalization (Liu et al. 2017); if there are several, their sum.
+    """Absolute scale of the channel's batch normalization (Liu et al. 2017); the sum of several, as those of a group.
 
     Raises:
       ValueError: The gate has no normalization with a scale.
@@ -49,7 +49,7 @@ def bn_scale(evidence: Evidence, gate: int) -> np.ndarray:
     if not scales:
         name = evidence.topology.gates[gate].name
         raise ValueError(f"gate {name} has no normalization with a scale; score its channels by another method.")
-    return np.sum(np.abs(scales), axis=0)
+    return np.sum([np.abs(scale).sum(axis=1) for scale in scales], axis=0)
 
 
 def fpgm(evidence: Evidence, gate: int) -> np.ndarray:
@@ -79,34 +79,44 @@ def lamp(evidence: Evidence, gate: int) -> np.ndarray:
 def hrank(evidence: Evidence, gate: int) -> jax.Array:
     """Mean over images of the matrix rank of the channel's feature map (HRank, Lin et al. 2020).
 
-    If several blocks add to the same channels, the score is the mean over the blocks, which keep the same channels.
+    If several blocks add to the same channels, the score is the mean over the blocks, which keep the same channels; of
+    channels in groups, it is the mean over the maps of the group.
 
     Raises:
-      ValueError: The layers read the gate's channels after pooling or flattening, so that there are no feature maps.
+      ValueError: The layers read the gate's channels after pooling or flattening, so that there are no feature maps, or
+        the images have no height and width.
     """
-    features = evidence.features[gate]
-    maps = [each for each in features if each.ndim == 4]
+    maps = _feature_maps(evidence, gate)
     if not maps:
-        name = evidence.topology.gates[gate].name
+        name, read = evidence.topology.gates[gate].name, evidence.features[gate][0].shape
         raise ValueError(
-            f"the channels of gate {name} are read as {features[0].shape}, without height and width, and have no rank; "
-            "leave the gate unpruned with keep=, or use another method."
+            f"the channels of gate {name} are read as {read}, not as maps of several pixels with height and width, and "
+            "have no ranks to compare; leave the gate unpruned with keep=, or use another method."
         )
-    ranks = [jnp.linalg.matrix_rank(jnp.moveaxis(each, -1, 1)).astype(jnp.float32) for each in maps]
-    return jnp.mean(jnp.stack(ranks), axis=(0, 1))
+    ranks = [jnp.linalg.matrix_rank(jnp.moveaxis(each, (1, 2), (-2, -1))).astype(jnp.float32) for each in maps]
+    return jnp.mean(jnp.stack([jnp.mean(each, axis=(0, 1)) for each in ranks]), axis=0)
 
 
 def chip(evidence: Evidence, gate: int) -> jax.Array:
     """Mean over images of the loss of nuclear norm when the channel's feature map is zero (CHIP, Sui et al. 2021).
 
     If several blocks add to the same channels, the score is the mean over the blocks, which keep the same channels. In
-    the authors' code each block keeps its own.
+    the authors' code each block keeps its own. All maps of channels in a group are set to zero together, as one row of
+    the matrix. Where the layers read the channels only after pooling or flattening, what they read is the map.
     """
-    features = evidence.features[gate]
-    maps = [each for each in features if each.ndim == 4] or features
+    maps = _feature_maps(evidence, gate) or evidence.features[gate]
     by_channel = [jnp.moveaxis(each, -1, 1).reshape(len(each), each.shape[-1], -1) for each in maps]
     losses = [jax.lax.map(nuclear_losses, each, batch_size=_BATCH) for each in by_channel]
     return jnp.mean(jnp.stack([jnp.mean(each, axis=0) for each in losses]), axis=0)
+
+
+def _feature_maps(evidence: Evidence, gate: int) -> list[jax.Array]:
+    """The gate's features with height and width, of more than one pixel: (N, H, W, m, C_l), with m maps per channel."""
+    if len(evidence.topology.input_shape) != 3:
+        return []
+    features = evidence.features[gate]
+    maps = [each if each.ndim == 5 else each[..., None, :] for each in features if each.ndim in (4, 5)]
+    return [each for each in maps if each.shape[1] * each.shape[2] > 1]
 
 
 def cc(evidence: Evidence, gate: int) -> list[jax.Array]:

@@ -1,7 +1,7 @@
 """A search without the pipeline: on any batches, on one device."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import Any
 
 import jax
@@ -24,8 +24,8 @@ def run_search(
 ) -> tuple[Any, History]:
     """Runs a search to its end; with the same seed and batches, the result is the same as in the pipeline.
 
-    A search with a survey takes it first, over the batches from the first to the last; of endless ones, over as many as
-    it has steps.
+    A search with a survey takes it first: over all batches if their number is known, as that of a list is, otherwise
+    over as many as the search has steps, because they may be endless.
 
     Args:
       search: Search, as returned by `methods.build`.
@@ -43,7 +43,8 @@ def run_search(
       FloatingPointError: The loss became NaN or infinite.
     """
     if search.survey is not None:
-        sums = _sums(search.survey, variables, itertools.islice(batches, search.steps), check or checked_batch)
+        surveyed = batches if isinstance(batches, Sized) else itertools.islice(batches, search.steps)
+        sums = _sums(search.survey, variables, surveyed, check or checked_batch)
         search = search.survey.then(sums)
     state = initial_state(search, seed)
     if not search.steps:

@@ -6,7 +6,7 @@ everything about it is understood; all others stay unpruned, and `Topology.descr
 network's code computes from its channel count (such as 1 / sqrt(C)) are invisible here; `ddnp_jax.verify` detects them.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from ddnp_jax.topology.types import Consumer, Extent, Flattened, Gate, Layer, Sl
 
 BATCH = 2  # images of the traced call; nothing depends on it
 
-Keep = Collection[str] | Callable[[Gate], bool]
+Keep = str | Iterable[str] | Callable[[Gate], bool]
 
 
 def trace(
@@ -44,17 +44,19 @@ def trace(
       input_shape: Shape of one image, for example (32, 32, 3).
       variables: Variables of a function, or their shapes. Modules need none.
       residual: Whether channels that are added to those of other layers may be removed too.
-      keep: Names of gates to leave unpruned, or a predicate on gates.
+      keep: Names of gates to leave unpruned, a single name, or a predicate on gates.
       **call_kwargs: Additional keyword arguments of the call. Those that select evaluation mode (`train=False`,
-        `deterministic=True`, ...) are passed automatically if the module accepts them.
+        `deterministic=True`, ...) are passed automatically if the module accepts them. Their values must be hashable.
 
     Returns:
       The topology. Anything that is not fully understood stays unpruned and is listed in `Topology.unprunable`.
 
     Raises:
       ValueError: The network cannot be called with such images; it has layers inside a loop or branch, whose cost
-        cannot be counted; `keep` names an unknown gate; or the variables are those of another network.
+        cannot be counted; `keep` names an unknown gate; a call argument is not hashable; or the variables are those of
+        another network.
     """
+    _check_hashable(call_kwargs)
     network = as_network(model, **call_kwargs)
     _check_shape(input_shape)
     images = jax.ShapeDtypeStruct((BATCH, *input_shape), jnp.float32)
@@ -104,6 +106,17 @@ def _check_shape(input_shape: Any) -> None:
             f"input_shape={tuple(input_shape)} begins with 1; give the shape of one image, without an axis for the "
             f"batch: {tuple(input_shape[1:])}."
         )
+
+
+def _check_hashable(call_kwargs: Mapping[str, Any]) -> None:
+    for name, value in call_kwargs.items():
+        try:
+            hash(value)
+        except TypeError:
+            raise ValueError(
+                f"the network's argument {name}={value!r} must be hashable; give a tuple instead of a list, or make "
+                "an array a constant of the network."
+            ) from None
 
 
 def _mark_image(groups: AxisGroups, axes: tuple[Axis, ...]) -> None:
@@ -188,7 +201,8 @@ class _Assembly:
         """
         self.layers, self.network = propagation.layers, network
         self.groups: AxisGroups = propagation.groups
-        self.leaf_axes, self.sized, self.keep = leaf_axes, sized, keep
+        self.leaf_axes, self.sized = leaf_axes, sized
+        self.keep = keep if callable(keep) else (keep,) if isinstance(keep, str) else tuple(keep)
         self.paths = list(leaf_axes)
 
     def result(self) -> tuple[tuple[Gate, ...], tuple[Layer, ...], tuple[tuple[str, str], ...]]:

@@ -17,6 +17,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from ddnp_jax import losses
+from ddnp_jax.fields import choice, number
 from ddnp_jax.masking import apply_masked
 from ddnp_jax.methods import masks
 from ddnp_jax.methods.base import (
@@ -25,7 +26,6 @@ from ddnp_jax.methods.base import (
     ResourceFields,
     Search,
     Survey,
-    check_choices,
     convergence,
     more_steps,
     off_budget,
@@ -37,12 +37,6 @@ from ddnp_jax.methods.scores import magnitude
 from ddnp_jax.parallel import ONE_DEVICE, Devices
 
 OUTPUTS = {"sigmoid": jax.nn.sigmoid, "abs": jnp.abs, "square": jnp.square}
-CHOICES = {
-    "importance": ("generator", "scalar", "l1"),
-    "width": ("generator", "linear", "scalar", "half"),
-    "output": tuple(OUTPUTS),
-    "resource_loss": losses.RESOURCE,
-}
 
 # A search has not converged if k differs from the open part of a gate by more than this.
 FAR = 0.1
@@ -74,23 +68,23 @@ class Fields(ResourceFields):
         saturated sigmoid.
     """
 
-    importance: str = "generator"
-    width: str = "generator"
-    output: str = "sigmoid"
+    importance: str = choice("generator", "generator", "scalar", "l1")
+    width: str = choice("generator", "generator", "linear", "scalar", "half")
+    output: str = choice("sigmoid", *OUTPUTS)
     learned_inputs: bool = False
     bidirectional: bool = False
     layer_norm: bool = False
-    energy_weight: float = 0.0
-    importance_average: float = 0.0
-    tie_weight: float = 1.0
-    tie_noise: float = 0.02
-    band: float = 0.05
-    floor: float = 0.025
+    energy_weight: float = number(0.0, least=0, most=1)
+    importance_average: float = number(0.0, least=0, below=1)
+    tie_weight: float = number(1.0, least=0)
+    tie_noise: float = number(0.02, least=0)
+    band: float = number(0.05, least=0, most=1)
+    floor: float = number(0.025, least=0, below=1)
     importance_optimizer: AdamW = dataclasses.field(default=AdamW(learning_rate=1e-3, weight_decay=1e-4))
     width_optimizer: AdamW = dataclasses.field(default=AdamW(learning_rate=1e-3, weight_decay=0.0))
 
     def __post_init__(self) -> None:
-        check_choices(self, CHOICES)
+        super().__post_init__()
         if self.importance == "l1" and self.energy_weight:
             raise ValueError(f"energy_weight={self.energy_weight} must be 0 where importance='l1': norms are fixed.")
 

@@ -34,6 +34,7 @@ import numpy as np
 import optax
 
 from ddnp_jax import losses
+from ddnp_jax.fields import choice, number
 from ddnp_jax.methods import masks
 from ddnp_jax.methods.base import (
     AdamW,
@@ -41,7 +42,6 @@ from ddnp_jax.methods.base import (
     Problem,
     ResourceFields,
     Search,
-    check_choices,
     convergence,
     off_budget,
 )
@@ -49,12 +49,6 @@ from ddnp_jax.methods.nppm import memory as episodic
 from ddnp_jax.methods.nppm.memory import Memory
 from ddnp_jax.methods.nppm.predictor import PREDICTORS
 from ddnp_jax.parallel import ONE_DEVICE, Devices
-
-CHOICES = {
-    "predictor": ("none", *PREDICTORS),
-    "predictor_loss": ("absolute", "squared"),
-    "resource_loss": losses.RESOURCE,
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,34 +70,23 @@ class Fields(ResourceFields):
       memory_balanced: Whether rare accuracies are drawn as often as common ones.
     """
 
-    resource_loss: str = "log_max"
+    resource_loss: str = choice("log_max", *losses.RESOURCE)
     optimizer: AdamW = dataclasses.field(default=AdamW(learning_rate=5e-2, weight_decay=1e-2))
-    decay_at: float = 0.8
-    initial_deviation: float = 1.0
-    predictor: str = "gru"
-    predictor_loss: str = "absolute"
-    predictor_batch_size: int = 64
+    decay_at: float = number(0.8, above=0, most=1, about="a fraction of the search")
+    initial_deviation: float = number(1.0, least=0)
+    predictor: str = choice("gru", "none", *PREDICTORS)
+    predictor_loss: str = choice("absolute", "absolute", "squared")
+    predictor_batch_size: int = number(64, least=1)
     predictor_optimizer: AdamW = dataclasses.field(default=AdamW(learning_rate=1e-3, weight_decay=1e-3))
-    predictor_noise: float = 15.0
+    predictor_noise: float = number(15.0, least=0)
     projection: bool = True
-    memory_size: int = 500
-    memory_steps: int = 2
+    memory_size: int = number(500, least=1)
+    memory_steps: int = number(2, least=1)
     memory_balanced: bool = True
 
     def __post_init__(self) -> None:
-        check_choices(self, CHOICES)
-        if self.initial_deviation < 0:
-            raise ValueError(f"initial_deviation={self.initial_deviation} must be at least 0.")
-        if not 0 < self.decay_at <= 1:
-            raise ValueError(f"decay_at={self.decay_at} must be in (0, 1]: a fraction of the search.")
-        if self.predictor != "none":
-            self._check_memory()
-
-    def _check_memory(self) -> None:
-        for name in ("memory_steps", "predictor_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.memory_size <= self.predictor_batch_size:
+        super().__post_init__()
+        if self.predictor != "none" and self.memory_size <= self.predictor_batch_size:
             raise ValueError(
                 f"memory_size={self.memory_size} must be above predictor_batch_size={self.predictor_batch_size}, or PN "
                 "never learns."

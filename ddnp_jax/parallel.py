@@ -249,7 +249,7 @@ def check_mode(mode: str) -> None:
         raise ValueError(f"mode={mode!r} is unknown; use 'shard_map' or 'pmap'.")
 
 
-def data_parallel(step: Step, *, mode: str = "shard_map", donate: bool = True) -> Step:
+def data_parallel(step: Step, *, mode: str = "shard_map") -> Step:
     """Maps a step over all devices of all processes.
 
     The step must average the gradients, the metrics and the batch statistics in the state with `OVER_DEVICES.mean`, so
@@ -259,31 +259,30 @@ def data_parallel(step: Step, *, mode: str = "shard_map", donate: bool = True) -
       step: Function `(state, constants, batches) -> (state, metrics)` for one device: `batches` is the device's share
         of each batch, (chunk, batch / devices, ...).
       mode: 'shard_map' (under jit) or 'pmap'.
-      donate: Whether the call may reuse the memory of the given state, which can then no longer be used.
 
     Returns:
       The same function of a replicated state and constants (see `replicate`) and batches split along axis 1 (see
-      `shard_batches`); its outputs are replicated.
+      `shard_batches`); its outputs are replicated. It reuses the memory of the given state, which can then no longer be
+      used.
 
     Raises:
       ValueError: `mode` is unknown.
     """
-    donated = (0,) if donate else ()
     check_mode(mode)
     if mode == "pmap":
-        return _pmapped(step, donated)
+        return _pmapped(step)
     # With check_vma=True the gradient of a replicated value is already summed over the devices, and a pmean of it
     # would be n_devices times too large.
     mapped = jax.shard_map(
         step, mesh=mesh(), in_specs=(_REPLICATED, _REPLICATED, _SPLIT), out_specs=_REPLICATED, check_vma=False
     )
-    return jax.jit(mapped, donate_argnums=donated)
+    return jax.jit(mapped, donate_argnums=0)
 
 
-def _pmapped(step: Step, donated: tuple[int, ...]) -> Step:
+def _pmapped(step: Step) -> Step:
     """`data_parallel` by `jax.pmap`, which needs this process's part of the batch with an axis for its devices."""
     devices = jax.local_device_count()
-    mapped = jax.pmap(step, AXIS, in_axes=(None, None, 1), out_axes=None, donate_argnums=donated)
+    mapped = jax.pmap(step, AXIS, in_axes=(None, None, 1), out_axes=None, donate_argnums=0)
 
     @jax.jit
     def split(batches: Any) -> Any:

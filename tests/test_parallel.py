@@ -114,13 +114,12 @@ def test_steps_with_the_same_shapes_are_traced_once(mode):
 
 
 @pytest.mark.parametrize("mode", ["shard_map", "pmap"])
-@pytest.mark.parametrize("donate", [True, False])
-def test_donation_takes_the_state_and_nothing_else(mode, donate):
+def test_donation_takes_the_state_and_nothing_else(mode):
     weights, rate, batches = jax.tree.map(jnp.array, make_problem())
     before = parallel.fetch(weights)
     state, rate, batches = parallel.replicate(weights), parallel.replicate(rate), parallel.shard_batches(batches)
-    parallel.data_parallel(sgd, mode=mode, donate=donate)(state, rate, batches)
-    assert all(x.is_deleted() == donate for x in jax.tree.leaves(state))
+    parallel.data_parallel(sgd, mode=mode)(state, rate, batches)
+    assert all(x.is_deleted() for x in jax.tree.leaves(state))
     assert not any(x.is_deleted() for x in jax.tree.leaves((weights, rate, batches)))
     jax.tree.map(np.testing.assert_array_equal, before, parallel.fetch(weights))
 

@@ -251,20 +251,19 @@ def read_ahead(
         yield chunks
 
 
-def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype: Any = jnp.float32) -> jax.Array:
-    """Maps images of 8 or 16 bits to (images / levels - mean) / std, computed in float32.
+def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """Maps images of 8 or 16 bits to (images / levels - mean) / std, in float32.
 
     Args:
       images: Images (N, H, W, C): uint8 with 255 levels, or uint16 with 65535.
       mean: Mean per channel, in units of [0, 1].
       std: Standard deviation per channel, in units of [0, 1].
-      dtype: Data type of the result.
 
     Returns:
       Normalized images (N, H, W, C).
     """
     center, scale = (jnp.asarray(values, jnp.float32).reshape(1, 1, 1, -1) for values in (mean, std))
-    return ((images.astype(jnp.float32) / jnp.iinfo(images.dtype).max - center) / scale).astype(dtype)
+    return (images.astype(jnp.float32) / jnp.iinfo(images.dtype).max - center) / scale
 
 
 def augment(rng: jax.Array, images: jax.Array, pad: int, flip: bool) -> jax.Array:

@@ -46,9 +46,7 @@ def split(count: int, seed: int, search_fraction: float, validation_fraction: fl
     return {name: np.sort(part) for name, part in parts.items()}
 
 
-def batches(
-    indices: np.ndarray, batch_size: int, seed: int, *, shuffle: bool = True, process: tuple[int, int] = (0, 1)
-) -> grain.MapDataset:
+def batches(indices: np.ndarray, batch_size: int, seed: int, *, process: tuple[int, int] = (0, 1)) -> grain.MapDataset:
     """The endless sequence of training batches, with random access by step.
 
     The epochs follow one another without a gap, each a new global shuffle of all indices, and the sequence is cut into
@@ -59,7 +57,6 @@ def batches(
       indices: int (N,), the images to use, each once per epoch.
       batch_size: Images in the global batch, over all processes; at most N.
       seed: Seed of the shuffles.
-      shuffle: False keeps the order of `indices` in every epoch.
       process: The rank of this process and the number of processes.
 
     Returns:
@@ -74,7 +71,7 @@ def batches(
         raise ValueError(f"batch_size={batch_size} must be between 1 and the {len(indices)} images to draw from.")
     if batch_size % processes:
         raise ValueError(f"batch_size={batch_size} cannot be divided among {processes} processes; use a multiple.")
-    return grain.MapDataset.source(_Batches(np.asarray(indices, np.int32), batch_size, seed, shuffle, rank, processes))
+    return grain.MapDataset.source(_Batches(np.asarray(indices, np.int32), batch_size, seed, rank, processes))
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,6 @@ class _Batches:
     indices: np.ndarray
     batch_size: int
     seed: int
-    shuffle: bool
     rank: int
     processes: int
 
@@ -102,7 +98,7 @@ class _Batches:
         return BatchIndices(index.copy(), np.repeat(np.array([epoch, epoch + 1], np.int32), [size - missing, missing]))
 
     def _epoch(self, epoch: int) -> np.ndarray:
-        return self.indices[_permutation(len(self.indices), self.seed, epoch)] if self.shuffle else self.indices
+        return self.indices[_permutation(len(self.indices), self.seed, epoch)]
 
 
 @functools.lru_cache(maxsize=8)

@@ -111,10 +111,11 @@ def make(config: ConfigDict, workdir: str) -> str:
     with pipeline.locked(folder):
         job, weights = shared_base(_base_config(config, configs.values()), folder / "base")
         published = {name: _published(name, job) for name in names}
+        rows = {name: _row_config(configs[name], config, job, weights) for name in names}
         runs: dict[tuple[int, str], tuple[ConfigDict, Path]] = {}
         for seed in range(SEEDS.value):
-            for name in names:
-                own = _row_config(configs[name], config, job, weights)
+            for name, row in rows.items():
+                own = ConfigDict(row.copy_and_resolve_references())
                 own.seed, own.finetune.control = seed, config.finetune.control and name == names[0]
                 runs[seed, name] = own, folder / re.sub(r"\W+", "-", name) / str(seed)
         finished = {key: found for key, run in runs.items() if (found := _finished(*run))}

@@ -187,10 +187,9 @@ def _divide(path: Path, test_fraction: float, seed: int) -> tuple[tuple[str, ...
     root = path / "train" if found else path
     tree = _classes(root)
     classes = tuple(tree.images)
-    if not found:
-        _check_one_level(path)
     _check_classes(root, tree)
     if not found:
+        _check_one_level(path)
         train, test = _hold_out(tree, test_fraction, seed)
         note = f"{len(test)} of {len(train) + len(test)} images, drawn from every class, are the test images."
         return classes, train, test, [note, *_left_out(tree.others)]

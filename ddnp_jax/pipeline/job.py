@@ -301,7 +301,11 @@ def _check_cut(
         return abs(values)  # variances are positive
 
     drawn = jax.tree.map(draw, shapes)
-    model, variables = rehearse(network.model, drawn, topology, budget.smallest_widths, rebuild)
+    _check_trainable(*rehearse(network.model, drawn, topology, budget.smallest_widths, rebuild), topology, outputs)
+
+
+def _check_trainable(model: Any, variables: Any, topology: Topology, outputs: Outputs) -> None:
+    """Raises for a pruned network that cannot be called in training mode; nothing is computed."""
     small = as_network(model, **dict(topology.call_kwargs))
 
     def trained(variables: Any, images: jax.Array, rng: jax.Array) -> jax.Array:
@@ -312,7 +316,7 @@ def _check_cut(
         jax.eval_shape(trained, small.variables(variables), images, jax.random.key(0))
     except Exception as error:  # anything that a network's own code may raise
         raise ValueError(
-            f"{network.name} can be pruned, but not trained afterwards: {first_line(error)}. What it computes in "
+            f"{small.name} can be pruned, but not trained afterwards: {first_line(error)}. What it computes in "
             "training mode alone must not depend on channels that are removed."
         ) from error
 

@@ -13,7 +13,7 @@ import numpy as np
 from ddnp_jax import cpu, export
 from ddnp_jax.compact import Rebuild, compact
 from ddnp_jax.cost import timing
-from ddnp_jax.networks import as_network
+from ddnp_jax.networks import as_network, stand_ins
 from ddnp_jax.topology import Selection, Topology, variable_shapes
 
 XLA, ONNX = "xla", "onnx"
@@ -68,14 +68,14 @@ class NetworkTimer:
         small, own = compact(model, variables, Selection.first(widths), self.topology, self.rebuild)
         network = as_network(small, **dict(self.topology.call_kwargs))
         images = jax.ShapeDtypeStruct((self.batch, *self.topology.input_shape), jnp.float32)
-        return compiled(self.runtime, network.evaluate, network.variables(own), filled(images))
+        return compiled(self.runtime, network.evaluate, jax.device_put(network.variables(own)), filled(images))
 
     @functools.cached_property
     def _drawn(self) -> tuple[Any, Any]:
         """The unpruned network with random variables."""
         network = as_network(self.model, **dict(self.topology.call_kwargs))
         images = jax.ShapeDtypeStruct((self.batch, *self.topology.input_shape), jnp.float32)
-        return network.bind(jax.tree.map(_ordinary, variable_shapes(network, images, self.variables)))
+        return network.bind(stand_ins.random(variable_shapes(network, images, self.variables)))
 
 
 def device_of(runtime: str) -> str:
@@ -98,11 +98,3 @@ def compiled(runtime: str, function: Callable[[Any, Any], Any], variables: Any, 
 def filled(x: jax.ShapeDtypeStruct) -> jax.Array:
     """Returns an array with few zeros and denormal numbers."""
     return jnp.linspace(-1, 1, math.prod(x.shape), dtype=x.dtype).reshape(x.shape)
-
-
-def _ordinary(x: jax.ShapeDtypeStruct) -> jax.Array:
-    """Variables with which signals keep their size: a CPU is slow with denormal numbers."""
-    if len(x.shape) < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
-        return jnp.ones(x.shape, x.dtype)
-    fan_in = math.prod(x.shape[:-1])
-    return jax.random.normal(jax.random.key(0), x.shape, x.dtype) * math.sqrt(2 / fan_in)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ddnp_jax.config import DataConfig
+from ddnp_jax.config import DataConfig, Stage
 from ddnp_jax.data import photos
 from ddnp_jax.data.images import Images, InMemory, Record, Streamed, naming
 from ddnp_jax.data.order import split
@@ -53,6 +53,13 @@ class Dataset:
             images = getattr(self, part)
             if isinstance(images, InMemory):
                 check_labels(images.labels, self.num_classes, part)
+
+    def indices(self, stage: Stage) -> np.ndarray:
+        """Returns the training images of a stage: base training excludes those of the search, fine-tuning does not."""
+        if stage == "search":
+            return self.splits["search"]
+        train = self.splits["train"]
+        return train if stage == "base" else np.sort(np.concatenate([train, self.splits["search"]]))
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns the data set's identity as JSON values: contents, splits and preprocessing."""

@@ -72,13 +72,14 @@ def test_every_method_compiles_with_the_fusions_and_finds_the_same():
 _FAULTS = """
 import resource, jax, jax.numpy as jnp, ddnp_jax
 ddnp_jax.configure_cpu()
-step = jax.jit(lambda x: jnp.sort(x * 2.0, axis=0) @ x.T)  # takes some 100 MB and frees it
+step = jax.jit(lambda x: jnp.sort(x * 2.0, axis=0) @ x.T)  # takes 64 MiB, 16384 pages, and frees them
 def faults(x):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     jax.block_until_ready(step(x))
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-x = jnp.ones((4096, 256))
-print(max(faults(x) for _ in range(3)), min(faults(x) for _ in range(5)))
+x = jnp.ones((4096, 64))
+# In a heap that is still in pieces a step may take new pages: on a busy machine, each of the first eight did once.
+print(max(faults(x) for _ in range(3)), min(faults(x) for _ in range(30)))
 """
 
 
@@ -91,7 +92,7 @@ def _pages_are_small():
 @pytest.mark.parametrize("chosen", [{}, {"MALLOC_ARENA_MAX": "8"}, {"GLIBC_TUNABLES": "glibc.malloc.arena_max=8"}])
 def test_memory_of_a_step_is_kept_for_the_next_one(tmp_path, chosen):
     first, later = map(int, in_a_process(_FAULTS, tmp_path, **chosen).stdout.split())
-    assert first > 10_000  # pages of 4 KiB
+    assert first > 10_000
     assert (later < 1_000) == (not chosen)
 
 
